@@ -1,0 +1,299 @@
+"""The records that the stages hand each other: versioned JSON files, each checked when it is read.
+
+Every file says what it holds and in which version of the format (`"kind"`, `"version"`), is written atomically, and is
+strict JSON: a number that is not finite is written as the string `"NaN"`, `"Infinity"` or `"-Infinity"`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import Self
+
+from fusiontree.atomic import atomic_directory, atomic_write
+from fusiontree.errors import InputError
+from fusiontree.version import __version__
+
+__all__ = [
+    "Artifact",
+    "BranchKind",
+    "EvalReport",
+    "GateStatistics",
+    "LayerDecision",
+    "LayerGateStatistics",
+    "PositionLoss",
+    "PrunePlan",
+    "RunManifest",
+    "atomic_directory",
+    "atomic_write",
+    "git_revision",
+    "library_versions",
+]
+
+BranchKind = Literal["both", "mamba", "attention"]
+
+CORE_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Artifact(_Record):
+    """Base of the records. A subclass names its `KIND`, and raises `VERSION` when old readers would misread it."""
+
+    KIND: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    def dumps(self, indent: int | None = None) -> str:
+        """The record as JSON text, on one line unless `indent` is given, without a newline at its end."""
+        head = {"kind": self.KIND, "version": self.VERSION}
+        return json.dumps(head | json.loads(self.model_dump_json()), ensure_ascii=False, indent=indent)
+
+    @classmethod
+    def loads(cls, text: str | bytes, source: str) -> Self:
+        """Reads a record from JSON text.
+
+        Args:
+            text: what `dumps` gave.
+            source: where it came from (`FILE` or `FILE:LINE`), for messages.
+
+        Raises:
+            InputError: truncated or otherwise not JSON, a record of another kind, of a newer version, or with fields
+                that do not fit.
+        """
+        noun = cls.KIND.replace("_", " ")
+        try:
+            content = json.loads(text)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{source} is truncated or not JSON ({error}); it should hold a {noun}") from error
+        kind = content.get("kind") if isinstance(content, dict) else None
+        if kind != cls.KIND:
+            found = f"a {kind.replace('_', ' ')}" if isinstance(kind, str) else "something else"
+            raise InputError(f"{source} holds {found} where a {noun} is needed")
+        version = content.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise InputError(f"{source} does not say the version of its format; it is not a whole {noun}")
+        if version > cls.VERSION:
+            raise InputError(
+                f"{source} was written by a newer FusionTree (format {version}, this one reads up to {cls.VERSION}); "
+                "upgrade FusionTree to read it"
+            )
+        fields = {name: value for name, value in content.items() if name not in ("kind", "version")}
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            detail = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in detail["loc"])
+            raise InputError(f"{source} is not a valid {noun}: {key}: {detail['msg'].lower()}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the record to `path` atomically (see `atomic_write`)."""
+        atomic_write(path, self.dumps(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a record that `save` wrote; raises `InputError` as `loads` does, and when there is no such file."""
+        try:
+            content = Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise InputError(f"{path} does not exist; it should hold a {cls.KIND.replace('_', ' ')}") from error
+        except (IsADirectoryError, PermissionError) as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        return cls.loads(content, source=str(path))
+
+
+class RunManifest(Artifact):
+    """Where a run came from: enough to start it again."""
+
+    KIND = "run_manifest"
+
+    config: dict[str, Any]
+    """The resolved settings."""
+    versions: dict[str, str]
+    """Library name -> version, FusionTree and Python among them."""
+    git_revision: str | None
+    """Commit of the FusionTree checkout in use (`-dirty` when changed since), None for an installed package."""
+    data_fingerprint: str | None
+    """Digest of the training data and of what turned it into tokens."""
+    parent_run: str | None = None
+    """Run directory or checkpoint that this run started from."""
+    started: str
+    """UTC, ISO 8601."""
+    command: str
+    """The command line, quoted for a shell."""
+
+    @classmethod
+    def collect(
+        cls, config: Mapping[str, Any], *, data_fingerprint: str | None = None, parent_run: str | None = None
+    ) -> Self:
+        """The manifest of a run that this process starts now with the JSON-able settings `config`."""
+        return cls(
+            config=dict(config),
+            versions=library_versions(),
+            git_revision=git_revision(),
+            data_fingerprint=data_fingerprint,
+            parent_run=parent_run,
+            started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=shlex.join(sys.argv),
+        )
+
+
+class LayerGateStatistics(_Record):
+    """What one layer's gate did, over real tokens. A gate g weighs the Mamba branch, 1 - g the attention branch.
+
+    A layer without a working gate (one branch only, or its branch dropped in every batch seen) has `tokens` 0, NaN
+    numbers and empty lists.
+    """
+
+    branches: BranchKind
+    """Which branches the layer has."""
+    tokens: int
+    """Real tokens that the numbers below average over."""
+    mean: float = float("nan")
+    """Over tokens and channels."""
+    std: float = float("nan")
+    """Over tokens and channels."""
+    quantiles: list[float] = []
+    """Gate values at the record's `quantile_levels`, read off the histogram."""
+    histogram: list[float] = []
+    """Share of the gate values in each of equally wide bins over (0, 1); sums to 1."""
+    entropy: float = float("nan")
+    """Mean binary entropy, in nats: ln 2 = 0.693 for a gate at 0.5, 0 for a decided one."""
+    saturation: float = float("nan")
+    """Share of gate values outside (`saturation_margin`, 1 - `saturation_margin`)."""
+    mamba_norm: float = float("nan")
+    """Mean over tokens of the L2 norm of the Mamba branch's output."""
+    attention_norm: float = float("nan")
+    """Mean over tokens of the L2 norm of the attention branch's output."""
+    channel_mean: list[float] = []
+    """Mean gate of each channel [H]."""
+    channel_std: list[float] = []
+    """Standard deviation over tokens of each channel's gate [H]."""
+
+
+class GateStatistics(Artifact):
+    """What the gates of a model did at one moment of training; `gates.jsonl` holds one a line."""
+
+    KIND = "gate_statistics"
+
+    step: int
+    """Optimizer steps taken."""
+    tokens: int
+    """Real tokens that were looked at for this record, in all ranks and micro-batches."""
+    tokens_seen: int | None = None
+    """Real tokens trained on since the start of the run."""
+    quantile_levels: list[float] = []
+    """Probabilities, such as 0.05 or 0.5, that the layers' `quantiles` belong to."""
+    saturation_margin: float = 0.05
+    """A gate nearer than this to 0 or 1 counts as saturated."""
+    layers: list[LayerGateStatistics]
+    """One per layer, first to last."""
+
+
+class PositionLoss(_Record):
+    """Loss of the tokens at document positions start <= position < end."""
+
+    start: int
+    end: int
+    tokens: int
+    loss: float
+    """Mean, in nats per token."""
+
+
+class EvalReport(Artifact):
+    """How well a model predicts a text."""
+
+    KIND = "eval_report"
+
+    model: str
+    """Path or name of the model."""
+    data: list[str]
+    """Files evaluated."""
+    tokens: int
+    """Tokens predicted."""
+    loss: float
+    """Mean, in nats per token."""
+    perplexity: float
+    """exp(loss), per token of the model's own tokenizer."""
+    by_position: list[PositionLoss] = []
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """How it was measured: context length, data type, device, limits."""
+    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+
+
+class LayerDecision(_Record):
+    """What a prune plan does to one layer."""
+
+    keep: BranchKind
+    """`both` leaves the layer as it is, the others keep that branch alone."""
+    reason: str
+    """The rule that decided, in a few words."""
+    evidence: dict[str, float] = {}
+    """The numbers that the rule looked at, by name."""
+    constant: list[float] | None = None
+    """What stands in for the removed branch's output [H]; None means zeros."""
+
+
+class PrunePlan(Artifact):
+    """Which branch of which layer goes, and why."""
+
+    KIND = "prune_plan"
+
+    criterion: str
+    """How it was decided, such as `gate thresholds`."""
+    thresholds: dict[str, float]
+    """The criterion's numbers, by name."""
+    source: str
+    """The run or the file of gate statistics that it was made from."""
+    step: int | None = None
+    """Optimizer step of the statistics."""
+    layers: list[LayerDecision]
+    """One per layer, first to last."""
+
+    @property
+    def layer_branches(self) -> list[BranchKind]:
+        """The decisions as the model configuration's `layer_branches`."""
+        return [layer.keep for layer in self.layers]
+
+
+def library_versions(names: Sequence[str] = CORE_LIBRARIES) -> dict[str, str]:
+    """Installed versions of FusionTree, Python and those of the distributions `names` that are there."""
+    versions = {"fusiontree": __version__, "python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_revision() -> str | None:
+    """The commit of the git checkout that this package runs from, `-dirty` appended when tracked files differ from it.
+
+    None when it does not run from a checkout of its own (an installed package, or one inside another project's).
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, timeout=10, text=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,27 @@
+"""The one exception for bad input, and the spelling help its messages use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Input that cannot be used: a file, a line or a key, named together with what to do, in one sentence.
+
+    The command line prints it as `error: <sentence>` and exits with code 2; from Python it is an ordinary `ValueError`.
+    """
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `name` was most likely meant to be, or None when none is close.
+
+    Case and the difference between `-` and `_` do not count, so `Batch-Size` finds `batch_size`.
+    """
+
+    def plain(text: str) -> str:
+        return text.lower().replace("-", "_")
+
+    by_plain_name = {plain(candidate): candidate for candidate in candidates}
+    found = difflib.get_close_matches(plain(name), by_plain_name, n=1, cutoff=0.6)
+    return by_plain_name[found[0]] if found else None
