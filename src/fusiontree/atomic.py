@@ -34,8 +34,11 @@ def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, destination)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            # A failed write does not know its file: say which one.
+            raise OSError(error.errno, error.strerror, str(destination)) from error
         raise
     _sync_directory(destination.parent)
 
