@@ -78,14 +78,14 @@ class Artifact(_Record):
         try:
             content = json.loads(text)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{source} is truncated or not JSON ({error}); it should hold a {noun}") from error
+            raise InputError(f"{source} is truncated or not JSON ({error}); it should hold the {noun}") from error
         kind = content.get("kind") if isinstance(content, dict) else None
         if kind != cls.KIND:
-            found = f"a {kind.replace('_', ' ')}" if isinstance(kind, str) else "something else"
-            raise InputError(f"{source} holds {found} where a {noun} is needed")
+            found = repr(kind) if isinstance(kind, str) else "something else"
+            raise InputError(f"{source} holds {found} where {cls.KIND!r} is needed")
         version = content.get("version")
         if not isinstance(version, int) or version < 1:
-            raise InputError(f"{source} does not say the version of its format; it is not a whole {noun}")
+            raise InputError(f"{source} does not say the version of its format; so the {noun} is not whole")
         if version > cls.VERSION:
             raise InputError(
                 f"{source} was written by a newer FusionTree (format {version}, this one reads up to {cls.VERSION}); "
@@ -97,7 +97,7 @@ class Artifact(_Record):
         except ValidationError as error:
             detail = error.errors(include_url=False)[0]
             key = ".".join(str(part) for part in detail["loc"])
-            raise InputError(f"{source} is not a valid {noun}: {key}: {detail['msg'].lower()}") from error
+            raise InputError(f"{source} does not fit as {noun}: {key}: {detail['msg'].lower()}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the record to `path` atomically (see `atomic_write`)."""
@@ -109,7 +109,7 @@ class Artifact(_Record):
         try:
             content = Path(path).read_bytes()
         except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist; it should hold a {cls.KIND.replace('_', ' ')}") from error
+            raise InputError(f"{path} does not exist; it should hold the {cls.KIND.replace('_', ' ')}") from error
         except (IsADirectoryError, PermissionError) as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         return cls.loads(content, source=str(path))

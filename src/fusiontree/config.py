@@ -75,7 +75,8 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
             config.merge_with_dotlist([override])
         except yaml.YAMLError as error:
             raise InputError(f"override {override!r} has a value that is not valid YAML: {_problem(error)}") from error
-        except (OmegaConfBaseException, TypeError) as error:
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            # omegaconf raises the latter two where a list stands in the way of a key.
             raise InputError(f"override {override!r} does not fit: {_first_line(error)}") from error
     try:
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))

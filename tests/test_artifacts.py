@@ -1,0 +1,250 @@
+"""Records survive a round trip, refuse what is not theirs, and never leave half a file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fusiontree.artifacts import (
+    Artifact,
+    EvalReport,
+    GateStatistics,
+    LayerDecision,
+    LayerGateStatistics,
+    PositionLoss,
+    PrunePlan,
+    RunManifest,
+    atomic_directory,
+    atomic_write,
+)
+from fusiontree.config import InputError
+
+GATES = GateStatistics(
+    step=20,
+    tokens=4096,
+    quantile_levels=[0.1, 0.5, 0.9],
+    layers=[
+        LayerGateStatistics(
+            branches="both",
+            tokens=4096,
+            mean=0.52,
+            std=0.1,
+            quantiles=[0.4, 0.5, 0.6],
+            histogram=[0.25, 0.75],
+            entropy=0.69,
+            saturation=0.0,
+            mamba_norm=3.5,
+            attention_norm=2.5,
+            channel_mean=[0.5, 0.54],
+            channel_std=[0.1, 0.1],
+        ),
+        LayerGateStatistics(branches="mamba", tokens=0),
+    ],
+)
+PLAN = PrunePlan(
+    criterion="gate thresholds",
+    thresholds={"mamba_above": 0.8},
+    source="runs/a/gates.jsonl",
+    layers=[
+        LayerDecision(keep="mamba", reason="mean 0.9 above 0.8", evidence={"mean": 0.9}, constant=[0.0, 1.0]),
+        LayerDecision(keep="both", reason="in between"),
+    ],
+)
+REPORT = EvalReport(
+    model="runs/模型",
+    data=["eval.jsonl"],
+    tokens=100,
+    loss=4.25,
+    perplexity=math.exp(4.25),
+    by_position=[PositionLoss(start=0, end=64, tokens=100, loss=4.25)],
+)
+
+
+@pytest.mark.parametrize("record", [PLAN, REPORT, RunManifest.collect({"seed": 0}, parent_run="runs/a")])
+def test_a_record_loads_as_it_was_saved(tmp_path: Path, record: Artifact) -> None:
+    path = tmp_path / "new" / "record.json"
+    record.save(path)
+    assert type(record).load(path) == record
+    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_numbers_that_are_not_finite_survive_in_strict_json(tmp_path: Path) -> None:
+    line = GATES.dumps()
+    assert "\n" not in line
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    loaded = GateStatistics.loads(line, source="gates.jsonl:1")
+    assert loaded.layers[0] == GATES.layers[0]
+    assert math.isnan(loaded.layers[1].mean)
+    assert loaded.layers[1].branches == "mamba"
+
+
+def test_a_manifest_says_what_ran() -> None:
+    manifest = RunManifest.collect({"seed": 3}, data_fingerprint="abc")
+    assert manifest.versions["torch"]
+    assert manifest.versions["python"] == sys.version.split()[0]
+    assert Path(sys.argv[0]).name in manifest.command
+    assert manifest.started.endswith("+00:00")
+
+
+def test_a_plan_reads_as_layer_branches() -> None:
+    assert PLAN.layer_branches == ["mamba", "both"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text[: len(text) // 2], "truncated or not JSON"),
+        (lambda text: "", "truncated or not JSON"),
+        (
+            lambda text: text.replace('"version": 1', '"version": 2'),
+            "newer FusionTree (format 2, this one reads up to 1)",
+        ),
+        (lambda text: text.replace('"version": 1', '"version": "x"'), "does not say the version"),
+        (lambda text: text.replace("prune_plan", "eval_report"), "holds 'eval_report' where 'prune_plan' is needed"),
+        (lambda text: "[1, 2]", "holds something else where 'prune_plan' is needed"),
+        (lambda text: text.replace('"keep": "both"', '"keep": "neither"'), "layers.1.keep"),
+        (lambda text: text.replace('"criterion"', '"kriterion"'), "criterion: field required"),
+    ],
+)
+def test_a_damaged_record_is_told_in_one_sentence(tmp_path: Path, change: object, says: str) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    path.write_text(change(path.read_text()))  # type: ignore[operator]
+    with pytest.raises(InputError) as caught:
+        PrunePlan.load(path)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_record_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="plan.json does not exist"):
+        PrunePlan.load(tmp_path / "plan.json")
+
+
+def test_atomic_write_keeps_links_and_the_users_file_mode(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    old_mask = os.umask(0o022)
+    try:
+        atomic_write(tmp_path / "link", "größer\n")
+    finally:
+        os.umask(old_mask)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == "größer\n".encode()
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o644
+
+
+def test_atomic_directory_appears_and_replaces_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    for content in ("first", "second"):
+        with atomic_directory(target) as directory:
+            (directory / "sub").mkdir()
+            (directory / "sub" / content).write_text(content)
+            assert not (target / "sub" / content).exists()
+        assert [p.name for p in (target / "sub").iterdir()] == [content]
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_an_exception_leaves_the_old_directory(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "checkpoint"
+    with atomic_directory(target) as directory:
+        (directory / "a").write_text("old")
+    with pytest.raises(type(error)), atomic_directory(target) as directory:
+        (directory / "a").write_text("new")
+        raise error
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_atomic_directory_refuses_to_replace_a_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(NotADirectoryError), atomic_directory(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+# What runs where no file may grow past the limit: each line of output is one thing that failed as it should.
+FULL_DISK = textwrap.dedent(
+    """
+    import errno, signal, sys, resource
+    from pathlib import Path
+    import torch
+    from safetensors.torch import save_file
+    from fusiontree.artifacts import atomic_directory, atomic_write
+
+    root, limited = Path(sys.argv[1]), sys.argv[2] == "limited"
+    if limited:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    numbers = torch.arange(1 << 22, dtype=torch.float32)
+
+    def write_bytes(path):
+        atomic_write(path / "file", b"new" * (1 << 20))
+
+    def write_safetensors(path):
+        with atomic_directory(path / "directory") as directory:
+            (directory / "small").write_text("new")
+            save_file({"numbers": numbers}, directory / "large")
+
+    def write_torch(path):
+        with atomic_directory(path / "directory") as directory:
+            torch.save(numbers, directory / "large")
+
+    for write in (write_bytes, write_safetensors, write_torch):
+        try:
+            write(root)
+        except Exception as error:
+            print(write.__name__, type(error).__name__, getattr(error, "errno", None), getattr(error, "filename", None))
+    """
+)
+
+
+def run_full_disk(root: Path, kind: str) -> dict[str, list[str]]:
+    (root / "file").write_text("old")
+    with atomic_directory(root / "directory") as directory:
+        (directory / "small").write_text("old")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(root), kind], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert (root / "file").read_text() == "old"
+    assert [p.name for p in (root / "directory").iterdir()] == ["small"]
+    assert (root / "directory" / "small").read_text() == "old"
+    assert sorted(p.name for p in root.iterdir()) == ["directory", "file"]
+    return {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are a POSIX feature")
+def test_a_write_that_fails_half_way_leaves_the_old_files(tmp_path: Path) -> None:
+    failures = run_full_disk(tmp_path, "limited")
+    assert sorted(failures) == ["write_bytes", "write_safetensors", "write_torch"]
+    assert failures["write_bytes"] == ["OSError", str(errno.EFBIG), str(tmp_path / "file")]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_leaves_the_old_files_and_is_always_told_as_such(tmp_path: Path) -> None:
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"this machine does not allow mounts: {mounted.stderr.strip()}")
+    try:
+        failures = run_full_disk(tmp_path, "full")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    full = str(errno.ENOSPC)
+    assert failures == {
+        "write_bytes": ["OSError", full, str(tmp_path / "file")],
+        "write_safetensors": ["OSError", full, str(tmp_path / "directory")],
+        "write_torch": ["OSError", full, str(tmp_path / "directory")],
+    }
