@@ -1,0 +1,24 @@
+"""Pure tensor functions behind the model, each with a naive `reference` and a fast `torch` backend."""
+
+from fusiontree.ops.attention import cached_attention, local_global_attention
+from fusiontree.ops.attention_layout import AttentionLayout, attention_layout
+from fusiontree.ops.backends import BackendError, available_backends, resolve
+from fusiontree.ops.causal_conv1d import causal_conv1d
+from fusiontree.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
+from fusiontree.ops.selective_scan import selective_scan
+from fusiontree.ops.ssd import ssd_scan
+
+__all__ = [
+    "AttentionLayout",
+    "BackendError",
+    "attention_layout",
+    "available_backends",
+    "cached_attention",
+    "causal_conv1d",
+    "linear_cross_entropy",
+    "local_global_attention",
+    "resolve",
+    "selective_scan",
+    "ssd_scan",
+    "token_cross_entropy",
+]

@@ -1,0 +1,165 @@
+"""Which keys each run of queries reads, and the masks for it: computed once, shared by the layers of a model.
+
+Shapes: B batch, T queries, S keys, t and s the queries and keys of one block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusiontree.ops.block_attention import Block
+
+# Queries per block. Larger blocks compute more pairs that the window then masks; smaller ones call more kernels.
+LOCAL_QUERIES = 128
+GLOBAL_QUERIES = 256
+# Masks of global heads grow with the documents; past this many elements in all they are rebuilt when needed.
+KEPT_MASK_ELEMENTS = 2**23
+
+
+class AttentionLayout:
+    """The documents of a batch as attention sees them; build it with `attention_layout`.
+
+    Attributes:
+        length: T.
+        starts: [B,T] int64, the index of the first token of each token's document; None if every row is one document.
+    """
+
+    def __init__(self, length: int, starts: Tensor | None, device: torch.device | str | None):
+        self.length = length
+        self.starts = starts
+        self.index = torch.arange(length, device=device)
+        self._blocks: dict[int | None, list[Block]] = {}
+        self._kept: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._kept_elements = 0
+
+    def local_blocks(self, window_size: int) -> list[Block]:
+        """Blocks for heads that see `window_size` keys."""
+        if window_size >= self.length:
+            return self.global_blocks()
+        return self._blocks_for(window_size)
+
+    def global_blocks(self) -> list[Block]:
+        """Blocks for heads that see all of their document."""
+        if self.starts is None:
+            return [Block(0, self.length, 0, self.length, causal=True)]
+        return self._blocks_for(None)
+
+    def _blocks_for(self, window: int | None) -> list[Block]:
+        if window not in self._blocks:
+            step = GLOBAL_QUERIES if window is None else LOCAL_QUERIES
+            begins = range(0, self.length, step)
+            first_keys = [0] * len(begins)
+            if self.starts is not None:
+                first_keys = self.starts[:, ::step].amin(0).tolist()
+            self._blocks[window] = [
+                self._block(begin, min(begin + step, self.length), first_key, window)
+                for begin, first_key in zip(begins, first_keys, strict=True)
+            ]
+        return self._blocks[window]
+
+    def _block(self, begin: int, stop: int, first_key: int, window: int | None) -> Block:
+        if window is not None:
+            first_key = max(first_key, begin - window + 1)
+        if self.starts is None and first_key == begin and (window is None or stop - begin <= window):
+            return Block(begin, stop, begin, stop, causal=True)
+        return Block(begin, stop, first_key, stop, lambda dtype: self._mask(begin, stop, first_key, window, dtype))
+
+    def _mask(self, begin: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        # Without packed documents, blocks of one shape share one mask.
+        place = begin if self.starts is not None else 0
+        key = (place, stop - begin, begin - first_key, dtype)
+        if key in self._kept:
+            return self._kept[key]
+        queries, keys = self.index[begin:stop, None], self.index[first_key:stop]
+        visible = keys <= queries
+        if window is not None:
+            visible &= keys > queries - window
+        if self.starts is not None:
+            visible = visible & (keys >= self.starts[:, begin:stop, None])
+        mask = additive_mask(visible if visible.dim() == 3 else visible[None], dtype)
+        if self._kept_elements + mask.numel() <= KEPT_MASK_ELEMENTS:
+            self._kept[key] = mask
+            self._kept_elements += mask.numel()
+        return mask
+
+
+def attention_layout(
+    position_ids: Tensor | None, length: int, *, device: torch.device | str | None = None
+) -> AttentionLayout:
+    """The layout of a batch of packed documents, for the `layout` argument of `local_global_attention`.
+
+    Args:
+        position_ids: [B,T]; a document starts where it is 0, and at index 0. None: each row is one document.
+        length: T.
+        device: where masks live; that of position_ids if given.
+    """
+    if position_ids is None:
+        return AttentionLayout(length, None, device)
+    begins = position_ids[:, 1:] == 0
+    if not begins.any():
+        return AttentionLayout(length, None, position_ids.device)
+    index = torch.arange(length, device=position_ids.device)
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = torch.where(begins, index[1:], 0)
+    return AttentionLayout(length, starts.cummax(dim=1).values, position_ids.device)
+
+
+def additive_mask(visible_BTS: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, else -inf: [B,1,T,S]."""
+    mask = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
+    return mask.masked_fill_(~visible_BTS, float("-inf"))[:, None]
+
+
+class CachedMask:
+    """The mask of one block of cached attention, rebuilt when called.
+
+    Queries that see nothing are given every key, so that no kernel meets an empty row; `sees_nothing` [B,t], known
+    after the first call, says whose output to drop.
+    """
+
+    def __init__(self, query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None):
+        self.query_index, self.key_index, self.window_size = query_index, key_index, window_size
+        self.sees_nothing: Tensor | None = None
+
+    def __call__(self, dtype: torch.dtype) -> Tensor:
+        queries, keys = self.query_index[:, :, None], self.key_index[:, None, :]
+        visible = (keys >= 0) & (keys <= queries)
+        if self.window_size is not None:
+            window = self.window_size
+            visible &= keys > queries - (window[:, :, None] if isinstance(window, Tensor) else window)
+        self.sees_nothing = ~visible.any(dim=-1)
+        return additive_mask(visible | self.sees_nothing[:, :, None], dtype)
+
+
+def cached_blocks(query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None) -> list[Block]:
+    """Blocks of queries, each with the span of keys that some query of it, in some row, may see."""
+    length, slots = query_index.shape[1], key_index.shape[1]
+    if length == 1:
+        return [Block(0, 1, 0, slots, CachedMask(query_index, key_index, window_size))]
+    begins = list(range(0, length, GLOBAL_QUERIES))
+    if window_size is None:
+        oldest = torch.zeros_like(query_index)
+    else:
+        oldest = (query_index - window_size + 1).clamp_(min=0)
+    blind = query_index < 0
+    oldest = oldest.masked_fill(blind, slots + int(1e15))
+    candidates = torch.stack(
+        [
+            (key_index >= oldest[:, begin : begin + GLOBAL_QUERIES].amin(1, keepdim=True))
+            & (key_index <= query_index[:, begin : begin + GLOBAL_QUERIES].amax(1, keepdim=True))
+            for begin in begins
+        ]
+    ).any(dim=1)  # [blocks,S]
+    first = candidates.int().argmax(dim=1)
+    last = slots - candidates.flip(1).int().argmax(dim=1)
+    blocks = []
+    for begin, key_start, key_stop in zip(begins, first.tolist(), last.tolist(), strict=True):
+        stop = min(begin + GLOBAL_QUERIES, length)
+        mask = CachedMask(
+            query_index[:, begin:stop],
+            key_index[:, key_start:key_stop],
+            window_size[:, begin:stop] if isinstance(window_size, Tensor) else window_size,
+        )
+        blocks.append(Block(begin, stop, key_start, key_stop, mask))
+    return blocks
