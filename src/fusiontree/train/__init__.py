@@ -1,0 +1,1 @@
+"""Training: settings, the one loop, losses, gate monitor, checkpoints, token-loss evaluation."""

@@ -1,0 +1,216 @@
+"""Token loss on held-out text: over packed batches while training, over whole documents for a report.
+
+Autocast is the caller's: both functions compute in whatever context they are called in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fusiontree.artifacts import PositionLoss
+from fusiontree.data.batch import Batch
+from fusiontree.data.tokenizer import DocumentEncoder
+from fusiontree.errors import InputError
+from fusiontree.models import HybridCache, HybridLanguageModel
+from fusiontree.models.layout import IGNORE_INDEX, count_labels
+from fusiontree.ops.cross_entropy import token_cross_entropy
+
+FIRST_BUCKET = 64
+"""Tokens of the first position bucket; each later one ends at twice its start."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Mean loss over predicted tokens."""
+
+    loss: float
+    """Nats per token."""
+    tokens: int
+    """Tokens predicted."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class DocumentLoss(TokenLoss):
+    """Mean loss over whole documents, each token predicted once from all before it."""
+
+    documents: int
+    """Documents with at least one predicted token."""
+    bytes: int
+    """UTF-8 bytes of the predicted text."""
+    by_position: list[PositionLoss] = field(default_factory=list)
+    """Loss by place in the document."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers: total bits / bytes of the predicted text."""
+        return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; the mode of before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def evaluate_loader(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    max_batches: int | None = None,
+    *,
+    device: torch.device | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
+    stop: Callable[[], bool] = lambda: False,
+) -> TokenLoss | None:
+    """Loss over the batches of one pass.
+
+    Args:
+        model: returns `loss`, the mean over a batch's counted labels.
+        max_batches: of this rank; None = the whole pass.
+        device: of the model; None = that of its first parameter.
+        reduce: sum of a tensor over all ranks.
+        stop: asked before each batch; True gives up.
+
+    Returns:
+        None when `stop` gave up.
+
+    Raises:
+        InputError: no label counts.
+    """
+    device = device or next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64)
+    with evaluation_mode(model):
+        for batch in islice(loader, max_batches):
+            if stop():
+                return None
+            batch = batch.to(device)
+            output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, labels=batch.labels)
+            counted = count_labels(batch.labels, batch.position_ids)
+            sums += torch.stack((output.loss.double() * counted, counted.double())).cpu()
+    total, tokens = reduce(sums.to(device) if device.type != "mps" else sums).tolist()
+    if tokens == 0:
+        raise InputError("no token of the evaluation data can be predicted: its documents are empty or one token long")
+    return TokenLoss(loss=total / tokens, tokens=int(tokens))
+
+
+def evaluate_documents(
+    model: HybridLanguageModel,
+    tokenizer: Any,
+    documents: Iterable[tuple[str, str]],
+    *,
+    piece: int = 2048,
+    max_tokens: int | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> DocumentLoss:
+    """Loss over whole documents, every token once and with the document's full context.
+
+    A document longer than `piece` is read in pieces, the state carried on in a `HybridCache`; shorter ones share a
+    packed row. The first token of a document has nothing before it and is not predicted.
+
+    Args:
+        documents: (text, where it came from).
+        piece: tokens of one forward pass; changes memory and speed, not the result.
+        max_tokens: stop after the document that reaches this many predicted tokens; None = all documents.
+        progress: called with the tokens predicted so far.
+
+    Raises:
+        InputError: no token can be predicted.
+    """
+    if piece < 2:
+        raise InputError(f"evaluation needs pieces of at least 2 tokens, got {piece}")
+    encode = DocumentEncoder(tokenizer, separator_id=None)
+    sums = np.zeros(64)
+    counts = np.zeros(64, dtype=np.int64)
+    totals = {"documents": 0, "bytes": 0}
+
+    def encoded() -> Iterator[np.ndarray]:
+        predictable = 0
+        for text, _ in documents:
+            (ids,) = encode([text])
+            if len(ids) < 2:
+                continue
+            totals["documents"] += 1
+            # Without an opening token of its own the document's first token is given, and so are its bytes.
+            given = "" if encode.prefix else tokenizer.decode(ids[:1].tolist())
+            totals["bytes"] += len(text.encode("utf-8")) - len(given.encode("utf-8"))
+            yield ids
+            predictable += len(ids) - 1
+            if max_tokens is not None and predictable >= max_tokens:
+                return
+
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        for row in packed_rows(encoded(), piece):
+            for positions, losses in _row_losses(model, row, piece, device):
+                buckets = np.ceil(np.log2((positions + 1) / FIRST_BUCKET)).clip(min=0).astype(np.int64)
+                np.add.at(sums, buckets, losses)
+                np.add.at(counts, buckets, 1)
+                progress(int(counts.sum()))
+    tokens = int(counts.sum())
+    if tokens == 0:
+        raise InputError("no token of the evaluation data can be predicted: its documents are empty or one token long")
+    by_position = [
+        PositionLoss(
+            start=0 if bucket == 0 else FIRST_BUCKET << (bucket - 1),
+            end=FIRST_BUCKET << bucket,
+            tokens=int(counts[bucket]),
+            loss=float(sums[bucket] / counts[bucket]),
+        )
+        for bucket in np.flatnonzero(counts).tolist()
+    ]
+    return DocumentLoss(loss=float(sums.sum() / tokens), tokens=tokens, by_position=by_position, **totals)
+
+
+def packed_rows(documents: Iterable[np.ndarray], piece: int) -> Iterator[list[np.ndarray]]:
+    """Group documents: each long one alone, short ones together as long as they fit into one piece."""
+    waiting: list[np.ndarray] = []
+    for ids in documents:
+        if waiting and sum(map(len, waiting)) + len(ids) > piece:
+            yield waiting
+            waiting = []
+        waiting.append(ids)
+    if waiting:
+        yield waiting
+
+
+def _row_losses(
+    model: HybridLanguageModel, row: list[np.ndarray], piece: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(positions, losses) of the predicted tokens of a row of whole documents, piece by piece."""
+    ids = torch.from_numpy(np.concatenate(row).astype(np.int64))[None].to(device)
+    positions = torch.cat([torch.arange(len(document)) for document in row])[None].to(device)
+    targets = torch.full_like(ids, IGNORE_INDEX)
+    targets[:, :-1] = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORE_INDEX)
+    length = ids.shape[1]
+    cache = HybridCache(model.config) if length > piece else None
+    for start in range(0, length, piece):
+        part = slice(start, min(start + piece, length))
+        hidden = model.backbone(
+            input_ids=ids[:, part],
+            # A row of one document needs no positions, which would make the model look for boundaries in it.
+            position_ids=positions[:, part] if len(row) > 1 else None,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        losses = token_cross_entropy(hidden, model.lm_head.weight, targets[:, part])
+        counted = targets[0, part] != IGNORE_INDEX
+        yield (positions[0, part][counted] + 1).cpu().numpy(), losses[0][counted].double().cpu().numpy()

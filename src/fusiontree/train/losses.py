@@ -1,0 +1,179 @@
+"""The composite training loss: language model + gate load balance - gate entropy + distillation.
+
+Every term is a sum over the rows of a whole optimizer step (all micro-batches, all ranks) divided by that step's own
+total. Each micro-batch therefore returns its *share* of the step's loss; the shares add up, and how a batch is cut into
+micro-batches changes no gradient.
+
+Shapes: B rows, T tokens, L layers, n counted tokens of a chunk, V vocabulary, H student width, G teacher width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fusiontree.models.gate_stats import GateStats
+from fusiontree.models.layout import IGNORE_INDEX, count_labels, shift_labels
+from fusiontree.train.settings import LossSettings
+
+if TYPE_CHECKING:
+    from fusiontree.data.batch import Batch
+    from fusiontree.models.hybrid_model import HybridOutput
+    from fusiontree.train.teacher import Teacher
+
+TERMS = ("lm", "load_balance", "entropy", "distillation")
+
+#: Tokens whose [n, V] logits exist at a time in the distillation term.
+DISTILLATION_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Denominators of one optimizer step, over all its micro-batches and ranks."""
+
+    labels: float
+    rows: float
+    tokens: float
+
+    @staticmethod
+    def local(batches: list[Batch]) -> torch.Tensor:
+        """[3] float64 (labels, rows, tokens) of one rank's micro-batches; training rows carry no padding."""
+        counts = [
+            torch.tensor(
+                [float(count_labels(b.labels, b.position_ids)), float(b.labels.shape[0]), float(b.labels.numel())],
+                dtype=torch.float64,
+            )
+            for b in batches
+        ]
+        return torch.stack(counts).sum(0)
+
+    @classmethod
+    def of(cls, counts: torch.Tensor) -> StepTotals:
+        """From the [3] tensor of `local`, summed over ranks; a total of 0 becomes 1 since its numerator is 0 too."""
+        labels, rows, tokens = (max(1.0, value) for value in counts.tolist())
+        return cls(labels=labels, rows=rows, tokens=tokens)
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """One micro-batch's share of the step's loss."""
+
+    total: torch.Tensor
+    """Scalar with gradient: the weighted sum of the terms."""
+    terms: torch.Tensor
+    """[4] float32, detached: each term unweighted, in the order of `TERMS`."""
+    gates: torch.Tensor
+    """[2] float32, detached: sum over tokens of the mean gate, and the tokens it sums over (0 without working gate)."""
+
+
+def load_balance_sum(stats: GateStats, target: float, margin: float) -> torch.Tensor:
+    """Sum over rows of the hinge max(0, |row's gate mean - target| - margin), averaged over the active layers."""
+    hinge_LB = ((stats.mean - target).abs() - margin).clamp_min(0.0)
+    return _over_active_layers(hinge_LB, stats).sum()
+
+
+def negative_entropy_sum(stats: GateStats) -> torch.Tensor:
+    """Minus the gates' binary entropy (nats): channel mean, summed over tokens, averaged over the active layers."""
+    return -(_over_active_layers(stats.entropy, stats) * stats.tokens).sum()
+
+
+@torch.no_grad()
+def _gate_sum(stats: GateStats) -> torch.Tensor:
+    tokens = stats.tokens.sum() * stats.active.any()
+    return torch.stack(((_over_active_layers(stats.mean, stats) * stats.tokens).sum(), tokens)).float()
+
+
+def _over_active_layers(value_LB: torch.Tensor, stats: GateStats) -> torch.Tensor:
+    """[L, B] -> [B]: mean over the layers whose gate chose between two branches; 0 where there are none."""
+    active_L1 = stats.active.to(value_LB.dtype)[:, None]
+    return (value_LB * active_L1).sum(0) / active_L1.sum().clamp_min(1.0)
+
+
+class HybridModelLoss:
+    """Loss of a step, one micro-batch at a time.
+
+    total = lm + load_balance_coeff * load_balance + entropy_reg_coeff * entropy + distillation_coeff * distillation
+
+    - lm: cross entropy summed over counted labels / counted labels of the step.
+    - load_balance: hinge of each row's gate mean around `gate_target` +- `gate_margin`, averaged over the active layers
+      and the rows of the step.
+    - entropy: minus the mean binary entropy of the gates, over real tokens, channels and active layers of the step.
+    - distillation: T^2 KL(teacher || student) at temperature T (Hinton et al. 2015), averaged over counted tokens.
+    """
+
+    def __init__(self, settings: LossSettings, teacher: Teacher | None = None):
+        self.settings = settings
+        self.teacher = teacher
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether `__call__` reads `output.hidden_states` (it must then be asked of the model)."""
+        return self.teacher is not None
+
+    def __call__(
+        self, output: HybridOutput, batch: Batch, totals: StepTotals, head_weight: torch.Tensor | None = None
+    ) -> LossShare:
+        """Share of one micro-batch.
+
+        Args:
+            output: of the model on `batch`, with `loss` the mean over the batch's counted labels.
+            batch: the micro-batch.
+            totals: of the whole step.
+            head_weight: [V, H] the student's output embedding; only read when distilling.
+        """
+        stats, s = output.gate_stats, self.settings
+        counted = count_labels(batch.labels, batch.position_ids)
+        lm = output.loss * (counted / totals.labels)
+        load_balance = load_balance_sum(stats, s.gate_target, s.gate_margin) / totals.rows
+        entropy = negative_entropy_sum(stats) / totals.tokens
+        total = lm + s.load_balance_coeff * load_balance + s.entropy_reg_coeff * entropy
+        distillation = torch.zeros_like(lm)
+        if self.teacher is not None:
+            assert head_weight is not None
+            hidden_BTH = output.hidden_states[-1]
+            distillation = self._divergence_sum(hidden_BTH, head_weight, batch) / totals.labels
+            total = total + s.distillation_coeff * distillation
+        terms = torch.stack([term.detach().float() for term in (lm, load_balance, entropy, distillation)])
+        return LossShare(total=total, terms=terms, gates=_gate_sum(stats))
+
+    def _divergence_sum(self, hidden_BTH: torch.Tensor, head_weight: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """T^2 KL(teacher || student) summed over the counted tokens."""
+        assert self.teacher is not None
+        teacher_BTG = self.teacher.hidden_states(batch)
+        counts_BT = shift_labels(batch.labels, batch.position_ids) != IGNORE_INDEX
+        student_nH, teacher_nG = hidden_BTH[counts_BT], teacher_BTG[counts_BT]
+        vocabulary = self.teacher.vocabulary
+        temperature = self.settings.distillation_temperature
+        total = hidden_BTH.new_zeros((), dtype=torch.float32)
+        for start in range(0, student_nH.shape[0], DISTILLATION_CHUNK):
+            part = slice(start, start + DISTILLATION_CHUNK)
+            # Recomputed in the backward pass, so that no chunk's logits outlive the chunk.
+            total = total + checkpoint(
+                _chunk_divergence,
+                student_nH[part],
+                head_weight[:vocabulary],
+                teacher_nG[part],
+                self.teacher.head,
+                temperature,
+                use_reentrant=False,
+            )
+        return total
+
+
+def _chunk_divergence(
+    student_nH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    teacher_nG: torch.Tensor,
+    teacher_head: torch.nn.Module,
+    temperature: float,
+) -> torch.Tensor:
+    """T^2 KL(teacher || student) of one chunk, summed; float32, over the vocabulary both share."""
+    student_nV = F.log_softmax((student_nH @ weight_VH.T).float() / temperature, dim=-1)
+    with torch.no_grad():
+        logits_nV = teacher_head(teacher_nG)[:, : weight_VH.shape[0]]
+        teacher_nV = F.log_softmax(logits_nV.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)

@@ -1,0 +1,147 @@
+"""What a training run can be told, section by section; `RunSettings` is the whole YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fusiontree.config import Settings, apply_overrides, load_yaml
+from fusiontree.data.settings import DataSettings
+from fusiontree.errors import InputError
+
+
+class TrainingSettings(Settings):
+    """Batch, length, optimizer, schedule and intervals. Intervals are in optimizer steps."""
+
+    batch_size: int = Field(8, ge=1, description="rows of one micro-batch on one device")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches of one optimizer step")
+    max_seq_length: int = Field(1024, ge=2, description="tokens in a row")
+    max_steps: int = Field(1000, ge=1, description="optimizer steps of the whole run")
+    learning_rate: float = Field(3e-4, gt=0, description="peak, reached after warm-up")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from 0")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled; see train/optim.py for what it spares")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
+    eps: float = Field(1e-8, gt=0, description="AdamW's denominator term")
+    grad_clip: float = Field(1.0, ge=0, description="largest L2 norm of all gradients together; 0 = never clip")
+    gradient_checkpointing: bool = Field(False, description="recompute the branches in the backward pass")
+    mixed_precision: Literal["bf16", "no"] = Field("bf16", description="autocast dtype; parameters are float32 always")
+    eval_interval: int = Field(500, ge=0, description="also at step 0 and at the end; 0 = never evaluate")
+    eval_batches: int | None = Field(50, ge=1, description="batches of one evaluation; null = the whole eval set")
+    save_interval: int = Field(500, ge=0, description="also at the end; 0 = at the end alone")
+    save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null = all")
+    log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _betas_below_one(self) -> TrainingSettings:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(self.betas)}")
+        return self
+
+
+class LossSettings(Settings):
+    """Weights of the composite loss (train/losses.py has the formulas)."""
+
+    load_balance_coeff: float = Field(0.05, ge=0, description="weight of the hinge around the gate target")
+    entropy_reg_coeff: float = Field(3e-4, ge=0, description="weight of the gates' negative entropy (nats)")
+    gate_target: float = Field(0.5, gt=0, lt=1, description="wanted mean gate; 1 = Mamba alone")
+    gate_margin: float = Field(0.05, ge=0, lt=0.5, description="deviation from the target that costs nothing")
+    distillation_coeff: float = Field(0.0, ge=0, description="weight of the distillation term; 0 = no teacher")
+    distillation_temperature: float = Field(2.0, gt=0, description="softens teacher and student alike")
+    teacher: str | None = Field(None, description="causal LM to distil from: a local folder or a hub name")
+
+    @model_validator(mode="after")
+    def _teacher_and_weight_together(self) -> LossSettings:
+        if self.distillation_coeff > 0 and self.teacher is None:
+            raise ValueError("distillation_coeff is above 0 but no teacher is named: set loss.teacher")
+        if self.teacher is not None and self.distillation_coeff == 0:
+            raise ValueError("a teacher is named but distillation_coeff is 0: set loss.distillation_coeff")
+        return self
+
+
+class GateMonitorSettings(Settings):
+    """What is recorded about the gates, and the thresholds of the gate-threshold prune plan."""
+
+    enabled: bool = Field(True, description="record gates.jsonl")
+    interval: int = Field(100, ge=1, description="optimizer steps between two records")
+    export_plan: bool = Field(True, description="write prune_plan.json into the run directory with each checkpoint")
+    mamba_threshold: float = Field(0.8, gt=0, lt=1, description="mean gate above which a layer keeps Mamba alone")
+    attention_threshold: float = Field(0.2, gt=0, lt=1, description="mean gate below which it keeps attention alone")
+    plan_records: int = Field(5, ge=1, description="newest records whose mean gate decides")
+    plan_min_steps: int = Field(1000, ge=0, description="before this step no layer is ever cut")
+
+    @model_validator(mode="after")
+    def _thresholds_in_order(self) -> GateMonitorSettings:
+        if self.attention_threshold >= self.mamba_threshold:
+            raise ValueError("attention_threshold must be below mamba_threshold")
+        return self
+
+
+class LoggingSettings(Settings):
+    """How a run shows itself while it trains."""
+
+    progress: Literal["auto", "live", "plain", "none"] = Field(
+        "auto", description="auto = a live line on a terminal, plain lines elsewhere"
+    )
+
+
+class SystemSettings(Settings):
+    """Devices and engines. What is asked for is what runs; a fallback is an error."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is a device")
+    num_devices: int | None = Field(None, ge=1, description="devices the run is meant for; null = as launched")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null = torch decides")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = no sharding")
+    offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO)")
+    offload_params: bool = Field(False, description="parameters in host memory (ZeRO-3)")
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> SystemSettings:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_params and self.zero_stage != 3:
+            raise ValueError("offload_params needs zero_stage 3")
+        return self
+
+
+class RunSettings(Settings):
+    """A whole run. `model` goes to `HybridLanguageModelConfig` as it stands and is checked there."""
+
+    model: dict[str, Any] = Field(default_factory=dict, description="fields of HybridLanguageModelConfig")
+    data: DataSettings = Field(default_factory=DataSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    loss: LossSettings = Field(default_factory=LossSettings)
+    gate_monitor: GateMonitorSettings = Field(default_factory=GateMonitorSettings)
+    logging: LoggingSettings = Field(default_factory=LoggingSettings)
+    system: SystemSettings = Field(default_factory=SystemSettings)
+    output_dir: str = Field("runs/default", description="the run directory; from a file: runs/<name of the file>")
+    seed: int = Field(0, ge=0, lt=2**32, description="of initialisation, data order, dropout and branch dropout")
+
+
+def load_run_settings(config_path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """Read a run's YAML file and its `key=value` overrides.
+
+    Raises:
+        InputError: the file is missing or broken, a key is unknown (the nearest is named) or a value impossible.
+    """
+    mapping = apply_overrides(load_yaml(config_path), list(overrides))
+    mapping.setdefault("output_dir", f"runs/{Path(config_path).stem}")
+    return RunSettings.parse(mapping, where="")
+
+
+def as_run_settings(config: RunSettings | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+    """`RunSettings` from any of: itself, a mapping of sections, the path of a YAML file.
+
+    Raises:
+        InputError: as `load_run_settings`, or overrides beside settings that are already parsed.
+    """
+    if isinstance(config, RunSettings):
+        if overrides:
+            raise InputError("overrides apply to a YAML file or a mapping, not to parsed RunSettings")
+        return config
+    if isinstance(config, Mapping):
+        return RunSettings.parse(apply_overrides(dict(config), list(overrides)), where="")
+    return load_run_settings(config, overrides)

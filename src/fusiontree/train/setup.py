@@ -1,0 +1,134 @@
+"""What is settled before the first step: sizes that fit, a device, a run directory, a place to resume from."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
+from fusiontree.errors import InputError
+from fusiontree.models import HybridLanguageModelConfig
+from fusiontree.train.checkpoint import STATE_DIRECTORY, newest_checkpoint
+from fusiontree.train.settings import RunSettings, SystemSettings
+
+#: Vocabularies that are not given are rounded up to this: matrix kernels like whole tiles.
+VOCABULARY_MULTIPLE = 64
+
+
+def tokenizer_of(settings: RunSettings) -> Any:
+    """The tokenizer of the data section.
+
+    Raises:
+        InputError: none is named, or it cannot be loaded.
+    """
+    if settings.data.tokenizer is None:
+        raise InputError("data.tokenizer is missing: name a tokenizer folder or a hub name")
+    return load_tokenizer(settings.data.tokenizer)
+
+
+def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridLanguageModelConfig:
+    """The model's configuration, completed from the tokenizer.
+
+    `vocab_size`, where it is omitted, becomes the tokenizer's rounded up to a multiple of 64; omitted `bos`, `eos` and
+    `pad` token ids are the tokenizer's. Without a tokenizer the configuration's own defaults stand.
+
+    Raises:
+        InputError: an unknown field, impossible sizes, a tokenizer with more ids than `vocab_size`, or rows longer than
+            a learned time encoding.
+    """
+    fields = dict(settings.model)
+    if tokenizer is not None:
+        needed = vocab_size_of(tokenizer)
+        fields.setdefault("vocab_size", -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            fields.setdefault(name, getattr(tokenizer, name))
+    try:
+        config = HybridLanguageModelConfig(**fields)
+    except InputError as error:
+        raise InputError(f"model: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"model: {' '.join(str(error).split())}") from error
+    if tokenizer is not None and needed > config.vocab_size:
+        raise InputError(
+            f"the tokenizer {settings.data.tokenizer} has ids up to {needed - 1} but model.vocab_size is "
+            f"{config.vocab_size}: set it to at least {needed}, or leave it out"
+        )
+    length = settings.training.max_seq_length
+    if config.srte_encoding == "learned" and length > config.max_position_embeddings:
+        raise InputError(
+            f"training.max_seq_length {length} is longer than the learned time encoding: raise "
+            f"model.max_position_embeddings from {config.max_position_embeddings}, or use model.srte_encoding sincos"
+        )
+    return config
+
+
+def check_system(system: SystemSettings) -> torch.device:
+    """The device to train on.
+
+    Raises:
+        InputError: something is asked for that this version does not run; nothing is replaced in silence.
+    """
+    later = "; this version trains in one process on one device (--dry-run estimates the rest)"
+    if system.zero_stage > 0:
+        raise InputError(f"system.zero_stage is {system.zero_stage}: set it to 0{later}")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise InputError(f"{world_size} processes were launched (WORLD_SIZE): start one{later}")
+    if system.num_devices not in (None, 1):
+        raise InputError(f"system.num_devices is {system.num_devices}: set it to 1{later}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
+        raise InputError(f"ACCELERATE_USE_DEEPSPEED is set: unset it{later}")
+    if system.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("system.device is cuda but torch sees no CUDA device: use cpu or auto")
+    if system.num_threads is not None:
+        torch.set_num_threads(system.num_threads)
+    use_cuda = system.device == "cuda" or (system.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was started in `directory`."""
+    return any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+
+
+def checkpoint_to_resume(directory: Path, resume: str | None) -> Path | None:
+    """Where to go on from.
+
+    Args:
+        directory: the run directory.
+        resume: None = a new run; "auto" = the run's newest checkpoint, or from the beginning if it has none; else the
+            path of a checkpoint or of another run.
+
+    Raises:
+        InputError: a new run in a directory that holds one, or nothing to resume at the path.
+    """
+    if resume is None:
+        if holds_run(directory):
+            raise InputError(
+                f"{directory} already holds a run: continue it with --resume auto, or choose another output_dir"
+            )
+        return None
+    if resume == "auto":
+        return newest_checkpoint(directory)
+    path = Path(resume)
+    if not path.is_dir():
+        raise InputError(f"--resume {resume}: there is no such directory")
+    found = path if (path / STATE_DIRECTORY).is_dir() else newest_checkpoint(path)
+    if found is None:
+        raise InputError(f"--resume {resume} is neither a training checkpoint nor a run that has one")
+    own = found.resolve().parent.parent == directory.resolve()
+    if not own and holds_run(directory):
+        raise InputError(f"{directory} already holds another run than {found}: choose another output_dir")
+    return found

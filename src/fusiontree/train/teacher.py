@@ -1,0 +1,84 @@
+"""A frozen causal language model to distil from, split at its output head so that its logits come in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusiontree.errors import InputError
+from fusiontree.models import HybridLanguageModel
+
+if TYPE_CHECKING:
+    from fusiontree.data.batch import Batch
+
+
+class Teacher:
+    """Hidden states and output head of a causal LM, in evaluation mode and without gradients.
+
+    Args:
+        model: any transformers causal LM whose logits are `get_output_embeddings()` of its base model's last state.
+        vocabulary: token ids that teacher and student share; logits past it (padding of either) are left out.
+        name: for messages.
+
+    Raises:
+        InputError: the teacher changes its logits after the head (scaling, soft capping), so they cannot be chunked.
+    """
+
+    def __init__(self, model: nn.Module, vocabulary: int, name: str = "teacher"):
+        self.model = model.eval().requires_grad_(False)
+        self.vocabulary = vocabulary
+        self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+        self._base: Callable[..., Any] = model.backbone if isinstance(model, HybridLanguageModel) else model.base_model
+        self._check_head(name)
+
+    @torch.no_grad()
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """[B, T, G] last hidden states; document boundaries reach the teacher as `position_ids`."""
+        return self._base(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def _check_head(self, name: str) -> None:
+        probe = torch.arange(min(8, self.vocabulary), device=self.head.weight.device)[None]
+        whole = self.model(input_ids=probe, use_cache=False, return_dict=True).logits
+        split = self.head(self._base(input_ids=probe, use_cache=False, return_dict=True).last_hidden_state)
+        if not torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-3):
+            raise InputError(
+                f"loss.teacher {name}: its logits are not its output embedding of its last hidden state "
+                "(scaled or capped logits); distil from another model"
+            )
+
+
+def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.device) -> Teacher:
+    """Load `loss.teacher` and check that it speaks the student's vocabulary.
+
+    Args:
+        name: local folder or hub name of a causal LM.
+        tokenizer: the student's.
+        vocab_size: the student's embedding rows, compared when the teacher's folder holds no tokenizer.
+
+    Raises:
+        InputError: it cannot be loaded, or its vocabulary differs.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first}") from error
+    rows = model.get_output_embeddings().weight.shape[0]
+    try:
+        teachers_ids = AutoTokenizer.from_pretrained(name).get_vocab()
+    except (OSError, ValueError, KeyError):
+        teachers_ids = None  # a folder without a tokenizer: the sizes are all there is to compare
+    ids = tokenizer.get_vocab()
+    if (teachers_ids != ids) if teachers_ids is not None else (rows != vocab_size):
+        raise InputError(
+            f"loss.teacher {name!r} has another vocabulary ({rows} rows) than the student's tokenizer "
+            f"({len(ids)} tokens): distillation compares token by token, so both must share one tokenizer"
+        )
+    return Teacher(model.to(device), vocabulary=min(rows, len(ids)), name=name)
