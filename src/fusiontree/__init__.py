@@ -1,5 +1,68 @@
-"""FusionTree: hybrid Mamba + attention language models with a learned gate."""
+"""FusionTree: hybrid Mamba + attention language models with a learned gate.
+
+`import fusiontree` registers the model with transformers, so that `AutoModelForCausalLM.from_pretrained` and every tool
+built on it load our checkpoints. Registering needs the model's class, hence torch and transformers, which is most of
+what this import costs. The command line alone skips it, to answer `fusiontree --help` at once: each command imports
+`fusiontree.models`, which registers, as soon as it touches a model. Everything else is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 from fusiontree.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from fusiontree.api import generate, load
+    from fusiontree.errors import InputError
+    from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
+    from fusiontree.train import train
+
+__all__ = [
+    "HybridCache",
+    "HybridLanguageModel",
+    "HybridLanguageModelConfig",
+    "InputError",
+    "__version__",
+    "generate",
+    "load",
+    "train",
+]
+
+_HOMES = {
+    "HybridCache": "fusiontree.models",
+    "HybridLanguageModel": "fusiontree.models",
+    "HybridLanguageModelConfig": "fusiontree.models",
+    "InputError": "fusiontree.errors",
+    "generate": "fusiontree.api",
+    "load": "fusiontree.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        # The package itself: it can be called, so that `fusiontree.train(config)` and `fusiontree.train.engine` agree.
+        return importlib.import_module("fusiontree.train")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _is_command_line() -> bool:
+    """Whether this process is the console script `fusiontree` or `python -m fusiontree`.
+
+    While `-m` looks for its module, which is when this package is imported, `sys.argv[0]` is `-m`. A process that is
+    not recognised only starts slower.
+    """
+    return bool(sys.argv) and os.path.basename(sys.argv[0]) in ("-m", "fusiontree", "fusiontree.exe")
+
+
+if not _is_command_line():
+    importlib.import_module("fusiontree.models")
