@@ -1,0 +1,193 @@
+"""`fusiontree data`: look at training data, check it, train a tokenizer on it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from fusiontree.data.batch import Batch
+    from fusiontree.data.inspection import Inspection
+    from fusiontree.data.report import DataReport
+
+app = typer.Typer(
+    help="Look at training data, check it, train a tokenizer on it.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_TEXT_KEY = typer.Option("text", "--text-key", help="Key of a record that holds its text.")
+_FILES = typer.Argument(..., metavar="FILES", help="JSONL files or globs.")
+_SHOWN_TOKENS = 400
+_COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta")
+
+
+class Split(str, Enum):
+    train = "train"
+    eval = "eval"
+
+
+@app.command()
+def tokenizer(
+    files: list[str] = _FILES,
+    vocab_size: int = typer.Option(..., "--vocab-size", help="Tokens in all; at least 258."),
+    out: str = typer.Option(..., "--out", help="Folder for the tokenizer, as AutoTokenizer loads it."),
+    text_key: str = _TEXT_KEY,
+) -> None:
+    """Train a byte-level BPE tokenizer on JSONL files."""
+    from fusiontree.data.bpe import train_bpe
+    from fusiontree.data.report import DataReport
+    from fusiontree.data.tokenizer import vocab_size_of
+
+    report = DataReport()
+    size = vocab_size_of(train_bpe(files, vocab_size, out, text_key, report=report))
+    print(report.summary())
+    fewer = f" (of {vocab_size} asked for: the text holds no more pairs to merge)" if size < vocab_size else ""
+    print(f"a tokenizer of {size} tokens{fewer} is in {out}")
+
+
+@app.command()
+def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
+    """Read every record and say which cannot be used and why; exit code 2 when there are such."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from fusiontree.data.corpus import Corpus, resolve_paths
+    from fusiontree.data.records import BadRecord
+    from fusiontree.data.report import DataReport
+    from fusiontree.errors import InputError
+
+    corpus = Corpus(resolve_paths(files, where="FILES"), text_key=text_key)
+    total = DataReport()
+    table = Table("file", "MB", "documents", "skipped", "why", box=None)
+    progress = Console(stderr=True)
+    first = 0
+    for file in corpus.files:
+        report = DataReport()
+        records = corpus.records(first, first + file.lines)
+        first += file.lines
+        for source, text in track(
+            records, file.path, file.lines, console=progress, transient=True, disable=not progress.is_terminal
+        ):
+            if isinstance(text, BadRecord):
+                report.add(source, text)
+                total.add(source, text)
+            else:
+                report.documents += 1
+        total.documents += report.documents
+        table.add_row(
+            file.path, f"{file.size / 1e6:.1f}", str(report.documents), str(report.total_skipped), report.reasons()
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    _print_skipped(console, total)
+    if total.skipped or not total.documents:
+        of = f"{total.documents + total.total_skipped} records"
+        raise InputError(
+            f"{total.total_skipped} of {of} cannot be used" if total.skipped else "there is no record at all"
+        )
+    print(f"all {total.documents} records can be used")
+
+
+@app.command()
+def inspect(
+    arguments: list[str] = typer.Argument(
+        None, metavar="[CONFIG] [KEY=VALUE]...", help="A run's YAML file; overrides."
+    ),
+    config: str = typer.Option(None, "--config", metavar="FILE", help="The YAML file, in another way."),
+    split: Split = typer.Option(Split.train, "--split", help="Which files to look at."),
+    records: int = typer.Option(1000, "--records", min=1, help="Records to sample for the statistics."),
+) -> None:
+    """Show what a run's data are: sizes, lengths, scripts, what is skipped and why, and a packed row."""
+    from rich.console import Console
+
+    from fusiontree.data.inspection import inspect_corpus
+    from fusiontree.data.loader import build_loader, open_corpus
+    from fusiontree.data.tokenizer import load_tokenizer, separator_id_of
+    from fusiontree.errors import InputError
+    from fusiontree.train.settings import load_run_settings
+
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    named = [argument for argument in arguments or [] if "=" not in argument] + ([config] if config else [])
+    if len(named) != 1:
+        raise InputError(f"name one config file, got {', '.join(named) or 'none'}")
+    settings = load_run_settings(named[0], overrides)
+    if settings.data.tokenizer is None:
+        raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
+    text_tokenizer = load_tokenizer(settings.data.tokenizer)
+    corpus = open_corpus(settings.data, split.value)
+    separator_id = separator_id_of(text_tokenizer, settings.data.document_separator)
+    console = Console(soft_wrap=True, highlight=False)
+    files = "1 file" if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+    console.print(f"data.{split.value}_paths: {files}, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus)} lines")
+    inspection = inspect_corpus(corpus, text_tokenizer, separator_id, records=records)
+    _print_inspection(console, inspection)
+    loader = build_loader(
+        settings.data.model_copy(update={"num_workers": 0}),
+        text_tokenizer,
+        split=split.value,
+        batch_size=1,
+        max_seq_length=settings.training.max_seq_length,
+        seed=settings.seed,
+    )
+    _print_row(console, next(iter(loader)), text_tokenizer)
+
+
+def _print_inspection(console: Console, inspection: Inspection) -> None:
+    lengths = sorted(inspection.lengths)
+    console.print(f"sample: {inspection.records} of {inspection.of} records")
+    _print_skipped(console, inspection.report)
+    if not lengths:
+        return
+    console.print(
+        f"tokens: {inspection.tokens} in {len(lengths)} documents, about {inspection.estimated_tokens} in all; a token is "
+        f"{inspection.characters / inspection.tokens:.2f} characters, {inspection.text_bytes / inspection.tokens:.2f} bytes"
+    )
+    console.print(
+        f"tokens of a document: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, "
+        f"mean {inspection.tokens / len(lengths):.0f}"
+    )
+    histogram = inspection.histogram()
+    most = max(count for _, count in histogram)
+    for bound, count in histogram:
+        console.print(f"  up to {bound:>8} {count:>7} {'█' * -(-40 * count // most)}")
+    letters = sum(inspection.scripts.values())
+    shares = {script: count / letters for script, count in inspection.scripts.most_common(8)}
+    shown = ", ".join(f"{script} {share:.1%}" for script, share in shares.items() if share >= 0.001)
+    console.print(f"characters: {shown}")
+
+
+def _print_skipped(console: Console, report: DataReport) -> None:
+    for kind, skipped in sorted(report.skipped.items()):
+        console.print(f"skipped, {kind}: {skipped.count}", markup=False)
+        for example in skipped.examples:
+            console.print(f"  {example}", markup=False)
+    if report.blank_lines:
+        console.print(f"blank lines, which hold no record: {report.blank_lines}")
+
+
+def _print_row(console: Console, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The beginning of a packed row as text, each document on its own background."""
+    from rich.text import Text
+
+    from fusiontree.data.inspection import stretches
+
+    parts = list(stretches(batch, 0))
+    documents = sum(part.kind == "document" for part in parts)
+    length = batch.input_ids.shape[1]
+    console.print(f"the first packed row: {length} tokens of {documents} document{'s' if documents > 1 else ''}:")
+    text, left = Text(), _SHOWN_TOKENS
+    for number, part in enumerate(parts):
+        shown = part.ids[: max(0, left)]
+        left -= len(shown)
+        if shown:
+            colour = _COLOURS[number % len(_COLOURS)] if part.kind == "document" else "dim"
+            text.append(f"[{number + 1}]", "bold reverse")
+            text.append(str(tokenizer.decode(shown)), colour)
+    if length > _SHOWN_TOKENS:
+        text.append(f" … {length - _SHOWN_TOKENS} more tokens")
+    console.print(text)

@@ -1,0 +1,211 @@
+"""JSONL files as one long list of records, any of which can be read alone.
+
+Memory does not grow with the files: line offsets are memory-mapped (`line_index`), lines are read on demand, and only a
+bounded number of files is open at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import os
+import stat
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fusiontree.config import InputError
+from fusiontree.data.line_index import LineIndex, index_lines
+from fusiontree.data.records import BLANK_LINE, NOT_UTF8, BadRecord, decode_record
+from fusiontree.data.report import DataReport
+
+_MAX_OPEN_FILES = 64
+
+# First bytes of files that are no JSONL, with what to do about them.
+_FOREIGN = (
+    (b"\x1f\x8b", "gzip-compressed: unpack it first (gunzip -k)"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first (unzstd)"),
+    (b"BZh", "bzip2-compressed: unpack it first (bunzip2 -k)"),
+    (b"\xfd7zXZ", "xz-compressed: unpack it first (unxz -k)"),
+    (b"PK\x03\x04", "a zip archive: unpack it first"),
+    (b"PAR1", "a parquet file: convert it to JSONL first"),
+    (b"ARROW1", "an Arrow file: convert it to JSONL first"),
+    (b"\xff\xfe", "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+)
+
+
+def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
+    """The files behind paths and globs: in the given order, each glob's own matches sorted, none twice.
+
+    Args:
+        where: the setting or argument the patterns come from, for messages.
+
+    Raises:
+        InputError: no pattern at all, a file that does not exist, a folder, or a glob that matches no file.
+    """
+    if not patterns:
+        raise InputError(f"{where} is empty: name at least one JSONL file")
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        expanded = os.path.expanduser(pattern)
+        if glob.has_magic(expanded) and not os.path.lexists(expanded):
+            matches = [path for path in sorted(glob.glob(expanded, recursive=True)) if not os.path.isdir(path)]
+            if not matches:
+                raise InputError(f"{where}: no file matches {pattern}")
+        else:
+            matches = [expanded]
+        for path in matches:
+            _check_is_file(path, where)
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _check_is_file(path: str, where: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        reason = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+        raise InputError(f"{where}: {path} {reason}") from error
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{where}: {path} is a folder; name the files in it, such as {os.path.join(path, '*.jsonl')}")
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{where}: {path} is no regular file, and lines are read from any place of it")
+
+
+class Corpus:
+    """The records of some JSONL files, in file order, numbered from 0; every line is one, blank ones included.
+
+    Args:
+        paths: the files, as `resolve_paths` gives them.
+        text_key: key of a record that holds its text.
+        cache_dir: see `index_lines`.
+
+    Raises:
+        InputError: a file that cannot be read or is visibly no JSONL (compressed, parquet, UTF-16).
+    """
+
+    def __init__(self, paths: Sequence[str], *, text_key: str = "text", cache_dir: str | None = None) -> None:
+        self.text_key = text_key
+        self.files = [_index(path, cache_dir) for path in paths]
+        self._starts = np.cumsum([0] + [file.lines for file in self.files])  # [files + 1]: each file's first record
+        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, object]:
+        # Another process opens the files for itself.
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor, _ in self.__dict__.get("_open", {}).values():
+            os.close(descriptor)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def source(self, record: int) -> str:
+        """`file:line` of a record, lines counted from 1."""
+        number, line = self._locate(record)
+        return f"{self.files[number].path}:{line + 1}"
+
+    def read(self, record: int) -> str | BadRecord:
+        """The text of a record, or why it has none.
+
+        Raises:
+            InputError: the file is gone, cannot be read, or has changed since it was indexed.
+        """
+        number, line = self._locate(record)
+        file = self.files[number]
+        try:
+            descriptor, offsets = self._opened(number)
+            start, end = int(offsets[line]), int(offsets[line + 1])
+            content = os.pread(descriptor, end - start, start)
+            # After reading: a file that is rewritten in place gives other lines, or lines cut anywhere.
+            _check_unchanged(file, os.fstat(descriptor))
+        except OSError as error:
+            raise InputError(f"{file.path} cannot be read: {error.strerror or error}") from error
+        return decode_record(content, self.text_key)
+
+    def records(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[tuple[str, str | BadRecord]]:
+        """(`file:line`, text or why there is none) of the records in file order."""
+        for record in range(start, len(self) if stop is None else stop, step):
+            yield self.source(record), self.read(record)
+
+    def require_text(self, *, where: str) -> None:
+        """Check that there is something to learn from, reading only as far as the first text.
+
+        Raises:
+            InputError: no record holds a text; says how many there are, what is wrong with them and where it begins.
+        """
+        report = DataReport()
+        first = None
+        for source, text in self.records():
+            if not isinstance(text, BadRecord):
+                return
+            report.add(source, text)
+            if first is None and text.kind != BLANK_LINE:
+                first = f"{source}: {text.kind}, {text.detail}"
+        names = self.files[0].path if len(self.files) == 1 else f"{len(self.files)} files"
+        if first is None:
+            raise InputError(f"{where}: {names} {'holds' if len(self.files) == 1 else 'hold'} no record at all")
+        advice = ""
+        if NOT_UTF8 in report.skipped:
+            advice = "; the files must be UTF-8 (iconv converts other encodings)"
+        raise InputError(
+            f"{where}: none of the {report.total_skipped} records of {names} can be used: {report.reasons()} "
+            f"(first {first}){advice}"
+        )
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the files' contents, their order and the text key; the same wherever the files lie."""
+        digest = hashlib.sha256(self.text_key.encode())
+        for file in self.files:
+            digest.update(file.sha256)
+        return digest.hexdigest()[:32]
+
+    def _locate(self, record: int) -> tuple[int, int]:
+        if not 0 <= record < len(self):
+            raise IndexError(f"record {record} of {len(self)}")
+        number = int(np.searchsorted(self._starts, record, side="right")) - 1
+        return number, record - int(self._starts[number])
+
+    def _opened(self, number: int) -> tuple[int, np.ndarray]:
+        """Descriptor and line offsets of a file; the least recently used one is closed when too many are open."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        file = self.files[number]
+        descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            _check_unchanged(file, os.fstat(descriptor))
+            offsets = file.offsets()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._open[number] = descriptor, offsets
+        if len(self._open) > _MAX_OPEN_FILES:
+            _, (oldest, _) = self._open.popitem(last=False)
+            os.close(oldest)
+        return self._open[number]
+
+
+def _index(path: str, cache_dir: str | None) -> LineIndex:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    for magic, description in _FOREIGN:
+        if head.startswith(magic):
+            raise InputError(f"{path} is {description}")
+    return index_lines(path, cache_dir)
+
+
+def _check_unchanged(file: LineIndex, status: os.stat_result) -> None:
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise InputError(f"{file.path} has changed since it was indexed; start again, the data is no longer the same")

@@ -1,0 +1,83 @@
+"""From a line of bytes to a text, or to the reason why there is none."""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+BLANK_LINE = "blank line"
+BROKEN_JSON = "broken JSON"
+EMPTY_TEXT = "empty text"
+LONE_SURROGATE = "lone surrogate"
+MISSING_KEY = "missing key"
+NOT_AN_OBJECT = "not an object"
+NOT_A_STRING = "not a string"
+NOT_UTF8 = "not UTF-8"
+NO_TOKENS = "no tokens"  # the tokenizer drops all there is
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_KEYS_SHOWN = 8
+
+
+class BadRecord(NamedTuple):
+    """Why a line gives no text: one of the kinds above, and what exactly was found."""
+
+    kind: str
+    detail: str
+
+
+def decode_record(line: bytes, text_key: str) -> str | BadRecord:
+    """The text under `text_key` of one line of JSONL.
+
+    A byte order mark and a CR before the line's end are accepted; a text of white space alone counts as empty.
+    """
+    try:
+        content = line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    if not content.strip():
+        return BadRecord(BLANK_LINE, "nothing on the line")
+    try:
+        record = json.loads(content)
+    except json.JSONDecodeError as error:
+        return BadRecord(BROKEN_JSON, f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        return BadRecord(BROKEN_JSON, str(error).partition(";")[0])
+    if not isinstance(record, dict):
+        return BadRecord(NOT_AN_OBJECT, f"a JSON {_kind_of(record)} where an object is needed")
+    if text_key not in record:
+        return BadRecord(MISSING_KEY, f"no key {text_key!r}, {_keys_of(record)}")
+    text = record[text_key]
+    if not isinstance(text, str):
+        return BadRecord(NOT_A_STRING, f"key {text_key!r} holds a JSON {_kind_of(text)}")
+    if not text.strip():
+        return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
+    if b"\\u" in line and not _is_encodable(text):
+        return BadRecord(LONE_SURROGATE, f"key {text_key!r} holds half of a surrogate pair")
+    return text
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind_of(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, (int, float)):
+        return "number"
+    return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
+
+
+def _keys_of(record: dict[str, object]) -> str:
+    if not record:
+        return "the object has no keys"
+    shown = [repr(key if len(key) <= 40 else key[:39] + "…") for key in list(record)[:_MAX_KEYS_SHOWN]]
+    more = len(record) - len(shown)
+    return f"keys seen: {', '.join(shown)}" + (f" and {more} more" if more else "")

@@ -1,0 +1,74 @@
+"""What was read and what was left out, by kind, with the first places of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusiontree.data.records import BLANK_LINE, BadRecord
+
+MAX_EXAMPLES = 5
+
+
+@dataclass
+class Skipped:
+    """Records left out for one reason: how many, and the first of them as `file:line: what was found`."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DataReport:
+    """Counts of one pass over the data, or of several in which each bad record counts once.
+
+    Attributes:
+        documents: documents read, repetitions in later epochs included.
+        blank_lines: lines with nothing on them, which are no records and no fault.
+        skipped: by kind of fault (see `fusiontree.data.records`).
+    """
+
+    documents: int = 0
+    blank_lines: int = 0
+    skipped: dict[str, Skipped] = field(default_factory=dict)
+
+    @property
+    def total_skipped(self) -> int:
+        return sum(skipped.count for skipped in self.skipped.values())
+
+    def add(self, source: str, bad: BadRecord) -> bool:
+        """Count a line that gave no text; `source` is its `file:line`. True for the first of its kind of fault."""
+        if bad.kind == BLANK_LINE:
+            self.blank_lines += 1
+            return False
+        skipped = self.skipped.setdefault(bad.kind, Skipped())
+        skipped.count += 1
+        if len(skipped.examples) < MAX_EXAMPLES:
+            skipped.examples.append(f"{source}: {bad.detail}")
+        return skipped.count == 1
+
+    def reasons(self) -> str:
+        """`2 broken JSON, 1 empty text`, most frequent first; empty when nothing was skipped."""
+        ordered = sorted(self.skipped.items(), key=lambda item: (-item[1].count, item[0]))
+        return ", ".join(f"{skipped.count} {kind}" for kind, skipped in ordered)
+
+    def summary(self) -> str:
+        """One line for a log: what was read, what was skipped and where it first happened."""
+        documents = f"{self.documents} document" + ("" if self.documents == 1 else "s")
+        if not self.skipped:
+            return f"{documents} read, no record skipped"
+        first = "; ".join(f"{kind} first at {skipped.examples[0]}" for kind, skipped in sorted(self.skipped.items()))
+        records = f"{self.total_skipped} record" + ("" if self.total_skipped == 1 else "s")
+        return f"{documents} read, {records} skipped: {self.reasons()} ({first})"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "blank_lines": self.blank_lines,
+            "skipped": {kind: [entry.count, list(entry.examples)] for kind, entry in self.skipped.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> DataReport:
+        skipped = {kind: Skipped(count, list(examples)) for kind, (count, examples) in state["skipped"].items()}
+        return cls(state["documents"], state["blank_lines"], skipped)
