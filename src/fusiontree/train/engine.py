@@ -37,7 +37,14 @@ from fusiontree.train.meter import StepMeter
 from fusiontree.train.monitor_gate import GateMonitor, mean_gate
 from fusiontree.train.optim import build_optimizer, learning_rate_at, set_learning_rate
 from fusiontree.train.settings import RunSettings
-from fusiontree.train.setup import check_system, checkpoint_to_resume, model_config, seed_everything, tokenizer_of
+from fusiontree.train.setup import (
+    check_system,
+    checkpoint_to_resume,
+    enable_gradient_checkpointing,
+    model_config,
+    seed_everything,
+    tokenizer_of,
+)
 from fusiontree.train.stop import StopRequest
 from fusiontree.train.teacher import load_teacher
 
@@ -93,7 +100,7 @@ class TrainingEngine:
         seed_everything(settings.seed)
         model = load_model(checkpoint, config) if checkpoint else HybridLanguageModel(config)
         if settings.training.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_gradient_checkpointing(model)
         model.to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, settings.training))
         self.unwrapped: HybridLanguageModel = self.accelerator.unwrap_model(self.model)

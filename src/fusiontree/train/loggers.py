@@ -68,26 +68,6 @@ class JsonlLog:
             self._file = None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file.
-
-    Raises:
-        InputError: the file is missing, or a row before the last is not JSON.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break  # a run that was killed while writing, or one still at it
-            raise InputError(f"{path}:{number} is not JSON: {error}") from error
-    return rows
-
-
 class ProgressView:
     """Shows a run on rank 0: a bar that is redrawn on a terminal, one plain line per event elsewhere.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
 from fusiontree.errors import InputError
-from fusiontree.models import HybridLanguageModelConfig
+from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.checkpoint import STATE_DIRECTORY, newest_checkpoint
 from fusiontree.train.settings import RunSettings, SystemSettings
 
@@ -89,6 +90,14 @@ def check_system(system: SystemSettings) -> torch.device:
         torch.set_num_threads(system.num_threads)
     use_cuda = system.device == "cuda" or (system.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def enable_gradient_checkpointing(model: HybridLanguageModel) -> None:
+    """Recompute the branches in the backward pass, without re-entering autograd (DDP and autocast need that)."""
+    with warnings.catch_warnings():
+        # The old name works in every supported transformers; the newer ones only warn that it will go.
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,70 @@
+"""`fusiontree gates`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from fusiontree.artifacts import GateStatistics, LayerGateStatistics
+
+
+def gates(
+    run: Path = typer.Argument(..., help="Directory of a training run."),
+    step: int = typer.Option(None, "--step", help="The record to tabulate: the last one up to this step."),
+) -> None:
+    """Show what the gates of a run did: a table of one record, and heat maps of all of them.
+
+    Writes gates.json (the record tabulated), plots/gates_by_step.png (layer x step) and plots/gates_by_channel.png
+    (layer x channel) into the run directory. A gate of 1 takes the Mamba branch alone, 0 the attention branch.
+    """
+    from fusiontree.errors import InputError
+    from fusiontree.plots import plot_gates, read_gates
+
+    records = read_gates(run)
+    upto = [record for record in records if step is None or record.step <= step]
+    if not upto:
+        raise InputError(f"{run} has no gate record up to step {step}; its first one is of step {records[0].step}")
+    _print_table(upto[-1])
+    upto[-1].save(run / "gates.json")
+    for path in [run / "gates.json", *plot_gates(upto, run / "plots")]:
+        print(path)
+
+
+def _print_table(record: GateStatistics) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    quantiles = [f"{100 * level:.0f}%" for level in record.quantile_levels]
+    margin = record.saturation_margin
+    table = Table(title=f"Gates at step {record.step}, over {record.tokens:,} tokens (1 = Mamba, 0 = attention)")
+    heads = ["layer", "branches", "mean", "std", *quantiles, "entropy", f"<{margin:g} >{1 - margin:g}"]
+    for head in [*heads, "‖mamba‖", "‖attention‖"]:
+        table.add_column(head, justify="left" if head == "branches" else "right")
+    for index, layer in enumerate(record.layers):
+        table.add_row(str(index), *_cells(layer, len(quantiles)))
+    # Wide enough for every column where the output is a file; a terminal decides for itself.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+    print("entropy in nats (ln 2 = 0.693 at a gate of 0.5); norms are means over tokens of each branch's output")
+
+
+def _cells(layer: LayerGateStatistics, quantiles: int) -> list[str]:
+    def number(value: float, digits: int = 3) -> str:
+        return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+    return [
+        layer.branches,
+        number(layer.mean),
+        number(layer.std),
+        *([f"{value:.2f}" for value in layer.quantiles] or ["–"] * quantiles),
+        number(layer.entropy),
+        "–" if math.isnan(layer.saturation) else f"{100 * layer.saturation:.1f} %",
+        number(layer.mamba_norm, 2),
+        number(layer.attention_norm, 2),
+    ]

@@ -1,0 +1,85 @@
+"""`fusiontree train`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from fusiontree.train.memory import DryRun
+
+
+def train(
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings that override the file's."),
+    config: Path = typer.Option(..., "--config", help="YAML file of the run."),
+    resume: str = typer.Option(
+        None, "--resume", help="`auto`: the run's newest checkpoint, or from the start if it has none; or a path."
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print parameters, tokens per step and memory per device, and train nothing."
+    ),
+) -> None:
+    """Train a model as a YAML file says.
+
+    Leaves a run directory (`output_dir`) with config.yaml, manifest.json, metrics.jsonl, gates.jsonl, plots/,
+    checkpoints/ and `latest`. Ctrl-C and SIGTERM save a checkpoint after the current step and exit with 130 and 143;
+    a second Ctrl-C ends at once.
+    """
+    from fusiontree.train.settings import load_run_settings
+
+    settings = load_run_settings(config, overrides or [])
+    if dry_run:
+        from fusiontree.train.memory import dry_run as estimate
+        from fusiontree.train.setup import model_config, tokenizer_of
+
+        # A model section that names its vocabulary needs no tokenizer to be measured.
+        needs_tokenizer = "vocab_size" not in settings.model and settings.data.tokenizer is not None
+        tokenizer = tokenizer_of(settings) if needs_tokenizer else None
+        devices = settings.system.num_devices or int(os.environ.get("WORLD_SIZE", "1"))
+        _print_dry_run(estimate(settings, model_config(settings, tokenizer), devices))
+        return
+
+    from fusiontree.plots import plot_run
+    from fusiontree.train import train as run_training
+    from fusiontree.train.stop import EXIT_CODES
+
+    result = run_training(settings, resume=resume)
+    if result.step > 0:
+        plot_run(result.run)
+    if result.stopped_by is not None:
+        raise typer.Exit(EXIT_CODES[result.stopped_by])
+
+
+def _print_dry_run(estimate: DryRun) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def share(part: float, whole: float) -> str:
+        return f"{100 * part / whole:.1f} %"
+
+    parameters = Table("component", "parameters", "share", title="Parameters")
+    for name, count in estimate.components.items():
+        parameters.add_row(name, f"{count:,}", share(count, estimate.parameters))
+    parameters.add_row("total", f"{estimate.parameters:,}", "", style="bold")
+
+    memory = Table("what", "GiB", "share", title=f"Memory per device ({estimate.devices} in all)")
+    m = estimate.memory
+    for name, size in (
+        ("parameters", m.parameters),
+        ("gradients", m.gradients),
+        ("optimizer state", m.optimizer),
+        ("activations (estimated)", m.activations),
+    ):
+        memory.add_row(name, f"{size / 2**30:.2f}", share(size, m.total))
+    memory.add_row("total", f"{m.total / 2**30:.2f}", "", style="bold")
+
+    for table in (parameters, memory):
+        for column in table.columns[1:]:
+            column.justify = "right"
+    console = Console()
+    console.print(parameters)
+    console.print(f"{estimate.tokens_per_step:,} tokens per optimizer step on {estimate.devices} device(s)")
+    console.print(memory)

@@ -1,0 +1,128 @@
+"""Pictures of a run, drawn from the artifacts in its directory alone.
+
+Figures are made without pyplot: they need no display and leave a program's own matplotlib backend as it is.
+
+Shapes: L layers, H channels, R records.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fusiontree.artifacts import GateStatistics
+from fusiontree.errors import InputError
+
+LEARNING_CURVE = "learning_curve.png"
+GATES_BY_STEP = "gates_by_step.png"
+GATES_BY_CHANNEL = "gates_by_channel.png"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last row that is still being written is left out.
+
+    Raises:
+        InputError: there is no such file, or a row before the last is not JSON.
+    """
+    return [json.loads(line) for _, line in _lines(run, "metrics.jsonl")]
+
+
+def read_gates(run: Path) -> list[GateStatistics]:
+    """The records of a run's gates.jsonl; a last one that is still being written is left out.
+
+    Raises:
+        InputError: there is no such file, it is empty, or a record before the last is broken.
+    """
+    records = [GateStatistics.loads(line, source=source) for source, line in _lines(run, "gates.jsonl")]
+    if not records:
+        raise InputError(f"{run / 'gates.jsonl'} holds no record yet; train further, or set gate_monitor.enabled: true")
+    return records
+
+
+def _lines(run: Path, name: str) -> list[tuple[str, str]]:
+    """(`FILE:LINE`, text) of each row that is whole."""
+    path = run / name
+    if not run.is_dir():
+        raise InputError(f"run directory {run} does not exist")
+    if not path.is_file():
+        raise InputError(f"{run} holds no {name}: it is not the directory of a training run, or recorded none")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number} is not JSON: {error}") from error
+        found.append((f"{path}:{number}", line))
+    return found
+
+
+def plot_run(run: Path) -> list[Path]:
+    """Every picture that the run's files allow, in `plots/`; the paths of those drawn."""
+    drawn = [plot_learning_curve(run)]
+    if (run / "gates.jsonl").is_file() and (records := read_gates(run)):
+        drawn += plot_gates(records, run / "plots")
+    return drawn
+
+
+def plot_learning_curve(run: Path) -> Path:
+    """Training and evaluation loss over steps, with the learning rate below: `plots/learning_curve.png`."""
+    rows = read_metrics(run)
+    train = [row for row in rows if "lm_loss" in row]
+    evaluation = [row for row in rows if "eval_loss" in row]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    loss.plot([row["step"] for row in train], [row["lm_loss"] for row in train], label="training", color="tab:blue")
+    if evaluation:
+        steps, losses = [row["step"] for row in evaluation], [row["eval_loss"] for row in evaluation]
+        loss.plot(steps, losses, "o-", label="evaluation", color="tab:orange")
+    loss.set_ylabel("language-model loss (nats per token)")
+    loss.legend()
+    loss.grid(alpha=0.3)
+    rate.plot([row["step"] for row in train], [row["lr"] for row in train], color="tab:gray")
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("optimizer step")
+    rate.grid(alpha=0.3)
+    return _save(figure, run / "plots" / LEARNING_CURVE)
+
+
+def plot_gates(records: Sequence[GateStatistics], directory: Path) -> list[Path]:
+    """The heat maps layer x step (mean gate of every record) and layer x channel (of the last record)."""
+    by_step_RL = np.array([[layer.mean for layer in record.layers] for record in records], dtype=float)
+    figure = Figure(figsize=(9, 0.3 * by_step_RL.shape[1] + 2), layout="constrained")
+    axes = figure.add_subplot()
+    _heat_map(axes, by_step_RL.T, "optimizer step", "mean gate (1 = Mamba, 0 = attention)")
+    shown = np.unique(np.linspace(0, len(records) - 1, min(len(records), 10)).round().astype(int))
+    axes.set_xticks(shown, [str(records[i].step) for i in shown])
+    by_step = _save(figure, directory / GATES_BY_STEP)
+
+    last = records[-1]
+    width = max((len(layer.channel_mean) for layer in last.layers), default=0) or 1
+    by_channel_LH = np.array([layer.channel_mean or [np.nan] * width for layer in last.layers], dtype=float)
+    figure = Figure(figsize=(12, 0.3 * by_channel_LH.shape[0] + 2), layout="constrained")
+    axes = figure.add_subplot()
+    _heat_map(axes, by_channel_LH, "channel", f"mean gate at step {last.step} (1 = Mamba, 0 = attention)")
+    return [by_step, _save(figure, directory / GATES_BY_CHANNEL)]
+
+
+def _heat_map(axes: Axes, values_Lx: np.ndarray, x_label: str, title: str) -> None:
+    # Fixed ends and a neutral middle: colours mean the same in every picture, and grey marks layers without a gate.
+    colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
+    image = axes.imshow(values_Lx, aspect="auto", vmin=0, vmax=1, cmap=colours, interpolation="nearest")
+    axes.get_figure(root=True).colorbar(image, ax=axes)
+    axes.set(xlabel=x_label, ylabel="layer", title=title, yticks=range(values_Lx.shape[0]))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
