@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +37,18 @@ def read_records(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def keep_records(path: Path, wanted: Callable[[dict], bool]) -> None:
+    """Drop the records that are not `wanted`; a no-op where there is no file."""
+    if not path.exists():
+        return
+    with path.open("r+", encoding="utf-8") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        kept = [line for line in handle if wanted(json.loads(line))]
+        handle.seek(0)
+        handle.truncate()
+        handle.writelines(kept)
 
 
 def cpu_model() -> str:
