@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fusiontree.version import __version__
 
 if TYPE_CHECKING:
-    from fusiontree.api import generate, load
+    from fusiontree.deploy.loading import load
+    from fusiontree.deploy.runtime import generate
     from fusiontree.errors import InputError
     from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
     from fusiontree.train import train
@@ -37,8 +38,8 @@ _HOMES = {
     "HybridLanguageModel": "fusiontree.models",
     "HybridLanguageModelConfig": "fusiontree.models",
     "InputError": "fusiontree.errors",
-    "generate": "fusiontree.api",
-    "load": "fusiontree.api",
+    "generate": "fusiontree.deploy.runtime",
+    "load": "fusiontree.deploy.loading",
 }
 
 
