@@ -30,7 +30,7 @@ class AttentionLayout:
         self.starts = starts
         self.index = torch.arange(length, device=device)
         self._blocks: dict[int | None, list[Block]] = {}
-        self._kept: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        self._kept: dict[tuple[int | None, int, int, int, torch.dtype], Tensor] = {}
         self._kept_elements = 0
 
     def local_blocks(self, window_size: int) -> list[Block]:
@@ -68,7 +68,7 @@ class AttentionLayout:
     def _mask(self, begin: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
         # Without packed documents, blocks of one shape share one mask.
         place = begin if self.starts is not None else 0
-        key = (place, stop - begin, begin - first_key, dtype)
+        key = (window, place, stop - begin, begin - first_key, dtype)
         if key in self._kept:
             return self._kept[key]
         queries, keys = self.index[begin:stop, None], self.index[first_key:stop]

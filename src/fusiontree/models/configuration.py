@@ -1,0 +1,214 @@
+"""Configuration of the hybrid language model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from fusiontree.errors import InputError, nearest
+
+BRANCHES = ("both", "mamba", "attention")
+
+# Keys that transformers itself adds to a configuration when it saves, loads or instantiates a model.
+_TRANSFORMERS_KEYS = frozenset(
+    {
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "torch_dtype",
+        "transformers_version",
+        "use_return_dict",
+    }
+)
+
+
+class HybridLanguageModelConfig(PreTrainedConfig):
+    """Sizes and choices of a `HybridLanguageModel`.
+
+    Args:
+        vocab_size: number of token ids V.
+        hidden_size: width H of the residual stream.
+        num_layers: number of hybrid blocks L.
+        num_heads: query heads of each attention branch; head width D = hidden_size / num_heads.
+        num_kv_heads: key/value heads (grouped queries); None means num_heads.
+        global_heads: how many of the query heads, the last ones, see the whole document.
+        window_size: tokens that a local head sees, the current one included.
+        attention_type: "local_global" (one window for all layers) or "pyramidal"
+            (layer l has the window `window_size * 2**(3*l // num_layers)`).
+        mamba_version: 2 (scalar decay per head, Dao & Gu 2024) or 1 (diagonal A, Gu & Dao 2023).
+        mamba_expand: inner width of the Mamba branch as a multiple of hidden_size.
+        mamba_head_dim: width P of a Mamba-2 head.
+        mamba_state_size: state size N per channel; None means 64 for version 2 and 16 for version 1.
+        conv_kernel: taps K of the causal depthwise convolution.
+        gate_rank: rank r of the gate.
+        use_alignment: True gives the alignment a hidden layer beside its linear shortcut; False keeps the shortcut alone.
+        srte_encoding: "sincos" (any length) or "learned" (up to max_position_embeddings).
+        srte_rank: rank of the time encoding's projection.
+        max_position_embeddings: positions of the learned time encoding; bounds nothing else.
+        rope_theta: base of the rotary frequencies (Su et al. 2021).
+        norm_eps: epsilon of every normalisation.
+        dropout: probability on the embeddings and on each block's update, in training.
+        drop_branch_prob: probability that a block with two branches loses one of them in a training step.
+        layer_branches: per layer "both", "mamba" or "attention"; None means "both" everywhere.
+        return_logits_with_loss: return logits beside the loss too (some trainers read them; costs [B,T,V]).
+
+    Raises:
+        InputError: unknown field (names the nearest one), or sizes that cannot be built.
+    """
+
+    model_type = "fusiontree"
+    keys_to_ignore_at_inference = ["past_key_values", "gate_stats"]
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "num_key_value_heads": "num_kv_heads",
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 1536
+    num_layers: int = 18
+    num_heads: int = 12
+    num_kv_heads: int | None = None
+    global_heads: int = 2
+    window_size: int = 256
+    attention_type: str = "local_global"
+    mamba_version: int = 2
+    mamba_expand: int = 1
+    mamba_head_dim: int = 64
+    mamba_state_size: int | None = None
+    conv_kernel: int = 4
+    gate_rank: int = 96
+    use_alignment: bool = True
+    srte_encoding: str = "sincos"
+    srte_rank: int = 128
+    max_position_embeddings: int = 8192
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    drop_branch_prob: float = 0.0
+    layer_branches: list[str] | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    return_logits_with_loss: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
+        fields = set(self.__dataclass_fields__) | set(self.attribute_map)
+        for key in kwargs:
+            if key not in _TRANSFORMERS_KEYS:
+                close = nearest(key, sorted(fields))
+                hint = f"; did you mean `{close}`?" if close else ""
+                raise InputError(f"`{key}` is not a field of HybridLanguageModelConfig{hint}")
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.mamba_state_size is None:
+            self.mamba_state_size = 64 if self.mamba_version == 2 else 16
+        if self.layer_branches is not None:
+            self.layer_branches = list(self.layer_branches)
+        self._validate()
+        super().__post_init__(**kwargs)
+
+    def _validate(self) -> None:
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise InputError(message)
+
+        for name in (
+            *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "window_size", "mamba_expand"),
+            *("mamba_head_dim", "mamba_state_size", "gate_rank", "srte_rank", "max_position_embeddings"),
+        ):
+            value = getattr(self, name)
+            is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            require(is_size, f"`{name}` must be a whole number of at least 1, got {value!r}")
+        for name, choices in (
+            ("attention_type", ("local_global", "pyramidal")),
+            ("srte_encoding", ("sincos", "learned")),
+            ("mamba_version", (1, 2)),
+        ):
+            value = getattr(self, name)
+            require(value in choices, f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+        for name in ("dropout", "drop_branch_prob"):
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float)) and 0 <= value < 1
+            require(ok, f"`{name}` must be at least 0 and below 1, got {value!r}")
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
+            require(ok, f"`{name}` must be a positive number, got {value!r}")
+        require(
+            isinstance(self.conv_kernel, int) and self.conv_kernel >= 2,
+            f"`conv_kernel` must be at least 2, got {self.conv_kernel!r}",
+        )
+        require(
+            self.hidden_size % self.num_heads == 0,
+            f"`hidden_size` {self.hidden_size} is not a multiple of `num_heads` {self.num_heads}",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"`hidden_size` / `num_heads` must be even for rotary positions, got {self.head_dim}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"`num_heads` {self.num_heads} is not a multiple of `num_kv_heads` {self.num_kv_heads}",
+        )
+        require(
+            isinstance(self.global_heads, int) and 0 <= self.global_heads <= self.num_heads,
+            f"`global_heads` must lie between 0 and `num_heads` {self.num_heads}, got {self.global_heads!r}",
+        )
+        group = self.num_heads // self.num_kv_heads
+        require(
+            self.global_heads % group == 0,
+            f"`global_heads` {self.global_heads} must be a multiple of the {group} query heads that share a key/value "
+            "head, since no key/value head serves both local and global heads",
+        )
+        require(self.srte_rank % 2 == 0, f"`srte_rank` must be even, got {self.srte_rank}")
+        if self.mamba_version == 2:
+            require(
+                self.mamba_inner_size % self.mamba_head_dim == 0,
+                f"`mamba_expand` x `hidden_size` = {self.mamba_inner_size} is not a multiple of `mamba_head_dim` "
+                f"{self.mamba_head_dim}",
+            )
+        if self.layer_branches is not None:
+            require(
+                len(self.layer_branches) == self.num_layers,
+                f"`layer_branches` names {len(self.layer_branches)} layers, but `num_layers` is {self.num_layers}",
+            )
+            for index, branch in enumerate(self.layer_branches):
+                require(
+                    branch in BRANCHES,
+                    f"`layer_branches[{index}]` must be one of {', '.join(BRANCHES)}, got {branch!r}",
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Width of the Mamba branch's inner stream."""
+        return self.mamba_expand * self.hidden_size
+
+    def branch(self, layer: int) -> str:
+        """Which branches layer `layer` has: "both", "mamba" or "attention"."""
+        return self.layer_branches[layer] if self.layer_branches is not None else "both"
+
+    def layer_window(self, layer: int) -> int:
+        """Window of layer `layer`'s local heads, in tokens."""
+        if self.attention_type == "pyramidal":
+            return self.window_size * 2 ** (3 * layer // self.num_layers)
+        return self.window_size

@@ -1,0 +1,311 @@
+"""The hybrid language model: embeddings, a stack of hybrid blocks, a language-model head.
+
+Shapes: B batch, T tokens, H hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from fusiontree.errors import InputError
+from fusiontree.models.cache import HybridCache
+from fusiontree.models.configuration import HybridLanguageModelConfig
+from fusiontree.models.gate_stats import GateDetails, GateStats
+from fusiontree.models.hybrid_block import BlockGates, HybridBlock
+from fusiontree.models.initialization import initialize
+from fusiontree.models.layout import IGNORE_INDEX, SRTE, Layout, SinusoidTable, build_layout, shift_labels
+from fusiontree.ops import linear_cross_entropy
+
+# Tokens that `generate` makes room for at once; longer sequences grow the buffers by doubling.
+_MAX_PREALLOCATION = 8192
+
+
+@dataclass
+class HybridOutput(ModelOutput):
+    """What `HybridLanguageModel.forward` returns.
+
+    Attributes:
+        loss: scalar, mean language-model loss over the labels that count; with labels only.
+        logits: [B, T, V]; None beside labels unless asked for.
+        past_key_values: the updated state.
+        hidden_states: L+1 tensors [B, T, H], the embeddings and each block's output, when asked for.
+        gate_stats: what the gates did.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    gate_stats: GateStats | None = None
+
+
+@dataclass
+class BackboneOutput(ModelOutput):
+    """Everything below the head: last hidden states [B, T, H], and as in `HybridOutput`."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: HybridCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    gate_stats: GateStats | None = None
+    layout: Layout | None = None
+
+
+class HybridLanguageModel(PreTrainedModel, GenerationMixin):
+    """Causal language model of hybrid blocks (`HybridBlock`); loads, saves and generates like any transformers model."""
+
+    config_class = HybridLanguageModelConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridBlock"]
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ["A_log", "D", "dt_bias"]
+    _is_stateful = True
+    _supports_sdpa = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: HybridLanguageModelConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_dropout = nn.Dropout(config.dropout)
+        self.srte = SRTE(config)
+        self.rotary = SinusoidTable(config.head_dim, config.rope_theta)
+        self.layers = nn.ModuleList(HybridBlock(config, layer) for layer in range(config.num_layers))
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._dropout_key = (0, 0, 0)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize(module, self.config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def set_dropout_key(self, seed: int, step: int, micro_batch: int) -> None:
+        """Choose the branch dropout of the next training forward; equal keys drop equal branches on every rank.
+
+        Without this call each training forward counts as the next step of seed 0.
+        """
+        self._dropout_key = (seed, step, micro_batch)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gates: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> HybridOutput | tuple:
+        """Read [B, T] tokens, on top of `past_key_values` if given.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, H].
+            attention_mask: [B, past + T], 0 for padding at a row's ends.
+            position_ids: [B, T] or [1, T]; a token whose position is 0 starts a document. Default: real tokens counted.
+            labels: [B, T], unshifted as everywhere in transformers; -100 and a document's first token never count.
+            past_key_values: a `HybridCache`, updated in place.
+            use_cache: return the state; default `config.use_cache`, but not in training or beside labels.
+            output_gates: fill `gate_stats.details`.
+            logits_to_keep: n > 0 keeps the logits of each row's last n real tokens (so of its very last one, right-padded
+                or not); a 1-D tensor names the columns; 0 keeps all.
+            return_dict: False returns a tuple.
+
+        Raises:
+            InputError: sizes, cache or positions that do not fit.
+            TypeError: an unknown keyword.
+        """
+        base = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache if use_cache is not None or labels is None else False,
+            output_hidden_states=output_hidden_states,
+            output_gates=output_gates,
+        )
+        hidden, layout = base.last_hidden_state, base.layout
+        loss = logits = None
+        if labels is not None:
+            labels = labels.to(hidden.device)
+            if layout.mask is not None:
+                labels = labels.masked_fill(~layout.mask, IGNORE_INDEX)
+            targets = shift_labels(labels, layout.documents)
+            loss = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        keeps = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
+        if labels is None or keeps or self.config.return_logits_with_loss:
+            logits = self.lm_head(_kept(hidden, logits_to_keep, layout))
+        output = HybridOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=base.past_key_values,
+            hidden_states=base.hidden_states,
+            gate_stats=base.gate_stats,
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def backbone(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_gates: bool = False,
+    ) -> BackboneOutput:
+        """`forward` without the head: same arguments, no logits, no loss."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("pass either `input_ids` or `inputs_embeds`")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or x.shape[1] == 0:
+            raise InputError(f"the input must be [batch, tokens] with at least one token, got {list(x.shape[:-1])}")
+        batch, tokens = x.shape[:2]
+        cache = self._resolve_cache(past_key_values, use_cache, batch)
+        layout = build_layout(
+            (batch, tokens),
+            x.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            lengths=cache.lengths if cache is not None else None,
+            next_position=cache.next_position if cache is not None else None,
+            past=cache.seen if cache is not None else 0,
+            past_length=cache.max_length if cache is not None else 0,
+        )
+        rotary = self.rotary(layout.position_ids, layout.max_position)
+        time_encoding = self.srte(layout.position_ids, layout.max_position)
+        x = self.embed_dropout(x)
+        keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = [x]
+        gates = []
+        for block, state, drop in zip(
+            self.layers, cache.layers if cache is not None else [None] * len(self.layers), self._choose_drops()
+        ):
+            x, block_gates = block(x, layout, rotary, time_encoding, state, drop, output_gates)
+            gates.append(block_gates)
+            if keep_hidden:
+                hidden_states.append(x)
+        if cache is not None:
+            cache.advance(layout, tokens)
+        return BackboneOutput(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if keep_hidden else None,
+            gate_stats=_gather_gates(gates, layout, batch),
+            layout=layout,
+        )
+
+    def _resolve_cache(
+        self, past_key_values: HybridCache | None, use_cache: bool | None, batch: int
+    ) -> HybridCache | None:
+        if past_key_values is None:
+            wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+            return HybridCache(self.config) if wanted else None
+        if not isinstance(past_key_values, HybridCache):
+            raise InputError(
+                f"`past_key_values` must be a HybridCache, got {type(past_key_values).__name__}: build one with "
+                "HybridCache(model.config)"
+            )
+        past_key_values.check(self.config, batch)
+        return past_key_values
+
+    def _choose_drops(self) -> list[str | None]:
+        """Per layer the branch that branch dropout removes in this forward, if any."""
+        probability = self.config.drop_branch_prob
+        if not self.training or probability == 0:
+            return [None] * len(self.layers)
+        seed, step, micro_batch = self._dropout_key
+        self._dropout_key = (seed, step, micro_batch + 1)
+        drops: list[str | None] = []
+        for layer, block in enumerate(self.layers):
+            draw = random.Random(f"{seed}/{step}/{micro_batch}/{layer}")
+            hit = draw.random() < probability and block.branch == "both"
+            drops.append(draw.choice(("mamba", "attention")) if hit else None)
+        return drops
+
+    # Generation.
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.cache_implementation is not None:
+            raise InputError(
+                f"`cache_implementation={generation_config.cache_implementation!r}` does not fit a recurrent state: "
+                "leave it out, HybridCache is used"
+            )
+        if cache is not None:
+            if not isinstance(cache, HybridCache):
+                raise InputError(f"`past_key_values` must be a HybridCache, got {type(cache).__name__}")
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = HybridCache(
+                self.config, capacity=min(max_cache_length, _MAX_PREALLOCATION)
+            )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
+        """None: `forward` counts positions from the mask and the state, also where rows are padded on the right."""
+        return None
+
+
+def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, layout: Layout) -> torch.Tensor:
+    """[B, T, H] -> [B, kept, H]: the positions whose logits are asked for."""
+    if isinstance(logits_to_keep, torch.Tensor):
+        return hidden[:, logits_to_keep]
+    if logits_to_keep == 0:
+        return hidden
+    if layout.mask is None:
+        return hidden[:, -logits_to_keep:]
+    count = min(logits_to_keep, hidden.shape[1])
+    index = layout.last_real[:, None] - torch.arange(count - 1, -1, -1, device=hidden.device)
+    return hidden.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, hidden.shape[2]))
+
+
+def _gather_gates(gates: list[BlockGates], layout: Layout, batch: int) -> GateStats:
+    """Per-layer [B, T] reductions -> [L, B] means over each row's real tokens."""
+    tokens = layout.real_tokens(batch)
+    mean = torch.stack([gate.mean for gate in gates])  # [L,B,T]
+    entropy = torch.stack([gate.entropy for gate in gates])
+    if layout.mask is None:
+        mean, entropy = mean.mean(-1), entropy.mean(-1)
+    else:
+        weight = layout.mask / tokens.clamp_min(1)[:, None]
+        mean, entropy = (mean * weight).sum(-1), (entropy * weight).sum(-1)
+    active = torch.tensor([gate.active for gate in gates])
+    details = None
+    found = [gate.details for gate in gates]
+    example = next((item for item in found if item is not None), None)
+    if example is not None:
+        zero = {name: torch.zeros_like(value) for name, value in example.items()}
+        rows = [item if item is not None else zero for item in found]
+        details = GateDetails(**{name: torch.stack([row[name] for row in rows]) for name in example})
+    return GateStats(mean, entropy, tokens, active.to(mean.device), details)

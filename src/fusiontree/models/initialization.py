@@ -1,0 +1,61 @@
+"""How every parameter starts, on one page.
+
+Linear maps and embeddings: normal with standard deviation 0.02; biases 0; norms 1 and 0. The two maps that write to
+the residual stream are divided by sqrt(2 L), so that its growth does not depend on the depth (Radford et al. 2019).
+Mamba: time steps softplus(dt_bias) log-uniform in [1e-3, 1e-1]; A = -(1 … N) per channel for version 1 (S4D-real, Gu et
+al. 2022) and -uniform(1, 16) per head for version 2 (Dao & Gu 2024); D = 1; convolution uniform within 1/sqrt(K).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+from transformers import initialization as init
+
+from fusiontree.models.configuration import HybridLanguageModelConfig
+from fusiontree.models.hybrid_block import HybridBlock
+from fusiontree.models.mamba_block import MambaBlock
+
+STD = 0.02
+DT_MIN, DT_MAX = 1e-3, 1e-1
+A_MIN, A_MAX = 1.0, 16.0
+
+
+def initialize(module: nn.Module, config: HybridLanguageModelConfig) -> None:
+    """Initialise the parameters that `module` itself owns (transformers calls this for every submodule, children
+    first, and leaves tensors that were loaded alone)."""
+    if isinstance(module, nn.Linear):
+        init.normal_(module.weight, std=STD)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=STD)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, MambaBlock):
+        _initialize_mamba(module)
+    elif isinstance(module, HybridBlock):
+        for linear in (module.fusion_proj, module.small_mlp.out_proj):
+            init.normal_(linear.weight, std=STD / math.sqrt(2 * config.num_layers))
+        for buffer in module.buffers(recurse=False):
+            init.zeros_(buffer)
+
+
+def _initialize_mamba(module: MambaBlock) -> None:
+    bound = module.conv_weight.shape[1] ** -0.5
+    init.uniform_(module.conv_weight, -bound, bound)
+    init.uniform_(module.conv_bias, -bound, bound)
+    dt = torch.empty_like(module.dt_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX)).exp()
+    init.copy_(module.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    if module.version == 2:
+        init.ones_(module.norm_weight)
+        init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(A_MIN, A_MAX).log())
+    else:
+        rows = torch.arange(1, module.state_size + 1, dtype=torch.float32, device=module.A_log.device)
+        init.copy_(module.A_log, rows.log().expand_as(module.A_log))
+        scale = module.dt_rank**-0.5
+        init.uniform_(module.dt_proj.weight, -scale, scale)
+    init.ones_(module.D)

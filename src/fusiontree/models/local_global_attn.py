@@ -1,0 +1,172 @@
+"""The attention branch: most heads see a sliding window, the last few see their whole document.
+
+Shapes: B batch, T tokens, H hidden, q query heads, k key/value heads, D head width, W window, S cached keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from fusiontree.models.cache import HybridLayerState, ring_index
+from fusiontree.models.configuration import HybridLanguageModelConfig
+from fusiontree.models.layout import Layout, apply_rotary
+from fusiontree.ops import cached_attention, local_global_attention
+
+
+class LocalGlobalAttention(nn.Module):
+    """Grouped-query attention with `num_heads - global_heads` local heads, then `global_heads` global ones.
+
+    Local query i sees the keys of its document at i-W+1 … i. Rotary positions come from one table shared by all layers.
+    """
+
+    def __init__(self, config: HybridLanguageModelConfig, layer: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.global_heads = config.global_heads
+        self.global_kv_heads = config.global_heads * config.num_kv_heads // config.num_heads
+        self.window = config.layer_window(layer)
+        self.qkv_proj = nn.Linear(
+            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False
+        )
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        layout: Layout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        state: HybridLayerState | None = None,
+    ) -> torch.Tensor:
+        """u [B, T, H], rotary cos and sin [B or 1, T, D/2] -> [B, T, H]; updates `state` in place when given."""
+        heads = self.qkv_proj(u).unflatten(-1, (-1, self.head_dim))  # [B,T,q+2k,D]
+        qk, v = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        q, k = apply_rotary(qk, *rotary).split((self.num_heads, self.num_kv_heads), dim=2)
+        if state is None:
+            y = self._attend_piece(q, k, v, layout)
+        else:
+            y = self._attend_state(q, k, v, layout, state)
+        return self.out_proj(y.flatten(-2))
+
+    def _attend_piece(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+        return local_global_attention(
+            q,
+            k,
+            v,
+            window_size=self.window,
+            num_global_heads=self.global_heads,
+            position_ids=layout.documents,
+        )
+
+    def _attend_state(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, state: HybridLayerState
+    ) -> torch.Tensor:
+        fresh = state.local_keys is None and state.global_keys is None
+        state.ensure_attention(q.shape[0], layout.max_length, k)
+        if q.shape[1] == 1 and not k.requires_grad:
+            self._write(k, v, layout, state)
+            return self._attend_step(q, layout, state)
+        if fresh:
+            y = self._attend_piece(q, k, v, layout)
+        else:
+            # Attend before writing: the piece may overwrite ring slots, and start documents, that its first tokens read.
+            y = self._attend_past(q, k, v, layout, state)
+        self._write(k.detach(), v.detach(), layout, state)
+        return y
+
+    def _attend_step(self, q: torch.Tensor, layout: Layout, state: HybridLayerState) -> torch.Tensor:
+        """One token per row, already written: it reads the ring and the buffer where they lie."""
+        local = self.num_heads - self.global_heads
+        outputs = []
+        if local:
+            outputs.append(
+                cached_attention(
+                    q[:, :, :local],
+                    state.local_keys[:, : self.window],
+                    state.local_values[:, : self.window],
+                    query_index=layout.place,
+                    key_index=_ring_after(layout, self.window),
+                )
+            )
+        if self.global_heads:
+            length = layout.max_length
+            outputs.append(
+                cached_attention(
+                    q[:, :, local:],
+                    state.global_keys[:, :length],
+                    state.global_values[:, :length],
+                    query_index=layout.place,
+                    key_index=_buffer_index(layout.lengths, length, layout, "now"),
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _attend_past(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, state: HybridLayerState
+    ) -> torch.Tensor:
+        """A piece on top of a state. Indices count the row's tokens from the start of the document that the state
+        holds, so a token of a later document inside the piece sees back exactly `place + 1` tokens."""
+        carried = layout.carried
+        if layout.mask is None:
+            row_index = carried[:, None] + torch.arange(q.shape[1], device=q.device)
+        else:
+            row_index = torch.where(layout.mask, carried[:, None] + layout.mask.cumsum(1) - 1, -1)
+        span = layout.place + 1
+        local, local_kv = self.num_heads - self.global_heads, self.num_kv_heads - self.global_kv_heads
+        outputs = []
+        for heads, kv_heads, kind in (
+            (slice(0, local), slice(0, local_kv), "local"),
+            (slice(local, None), slice(local_kv, None), "global"),
+        ):
+            if q[:, :, heads].shape[2] == 0:
+                continue
+            if kind == "local":
+                past_index, seen = ring_index(carried, self.window), span.clamp(max=self.window)
+                past_k, past_v = state.local_keys, state.local_values
+            else:
+                past_index = _buffer_index(carried, layout.past_length, layout, "past")
+                past_k, past_v, seen = state.global_keys, state.global_values, span
+            held = past_index.shape[1]
+            outputs.append(
+                cached_attention(
+                    q[:, :, heads],
+                    torch.cat((past_k[:, :held].to(k.dtype), k[:, :, kv_heads]), dim=1),
+                    torch.cat((past_v[:, :held].to(v.dtype), v[:, :, kv_heads]), dim=1),
+                    query_index=row_index,
+                    key_index=torch.cat((past_index, row_index), dim=1),
+                    window_size=seen,
+                )
+            )
+        return torch.cat(outputs, dim=2)
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, layout: Layout, state: HybridLayerState) -> None:
+        """Keep the piece's keys and values of each row's last document; the rest goes to the spare slot."""
+        local_kv = self.num_kv_heads - self.global_kv_heads
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        place = layout.final_place
+        if local_kv:
+            kept = (place >= 0) & (place >= layout.lengths[:, None] - self.window)
+            slot = torch.where(kept, place % self.window, self.window)
+            state.local_keys[rows, slot] = k[:, :, :local_kv].to(state.local_keys.dtype)
+            state.local_values[rows, slot] = v[:, :, :local_kv].to(state.local_values.dtype)
+        if self.global_kv_heads:
+            slot = torch.where(place >= 0, place, state.global_keys.shape[1] - 1)
+            state.global_keys[rows, slot] = k[:, :, local_kv:].to(state.global_keys.dtype)
+            state.global_values[rows, slot] = v[:, :, local_kv:].to(state.global_values.dtype)
+
+
+def _ring_after(layout: Layout, window: int) -> torch.Tensor:
+    """[B, W] places held by the ring once the piece is written; computed once for all layers of this window."""
+    if window not in layout.shared:
+        layout.shared[window] = ring_index(layout.lengths, window)
+    return layout.shared[window]
+
+
+def _buffer_index(lengths: torch.Tensor, slots: int, layout: Layout, when: str) -> torch.Tensor:
+    """[B, S] places held by the growing buffer's first S slots, -1 where empty; computed once for all layers."""
+    key = ("buffer", when)
+    if key not in layout.shared:
+        slot = torch.arange(slots, device=lengths.device)
+        layout.shared[key] = torch.where(slot < lengths[:, None], slot, -1)
+    return layout.shared[key]

@@ -1,0 +1,54 @@
+"""The gate's mix of two branches, with the reductions that the gate losses need.
+
+Shapes: B batch, T tokens, H channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class _GatedMix(torch.autograd.Function):
+    """Keeps the gate's logits and the branches alone; sigmoid and entropy terms are recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(logits, a, b)
+        gate = torch.sigmoid(logits)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        # H(g) = softplus(s) - s g for g = sigmoid(s): exact at both ends, where -g log g would be 0 * inf.
+        entropy = F.softplus(logits).sub_(logits * gate)
+        return torch.lerp(b, a, gate), gate.mean(-1, dtype=dtype), entropy.mean(-1, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        grad_mix, grad_mean, grad_entropy = grads
+        logits, a, b = ctx.saved_tensors
+        gate = torch.sigmoid(logits)
+        channels = logits.shape[-1]
+        grad_a = grad_mix * gate
+        grad_b = grad_mix - grad_a
+        # dH/ds = -s g (1-g), dg/ds = g (1-g).
+        grad_gate = torch.sub(a, b).mul_(grad_mix)
+        grad_gate += (grad_mean / channels).unsqueeze(-1).to(grad_gate.dtype)
+        grad_gate -= logits * (grad_entropy / channels).unsqueeze(-1).to(logits.dtype)
+        grad_logits = gate.mul_(1 - gate).mul_(grad_gate)
+        return grad_logits, grad_a, grad_b
+
+
+def gated_mix(
+    logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """f = g*a + (1-g)*b with g = sigmoid(logits).
+
+    Args:
+        logits, a, b: [B, T, H] of one dtype.
+
+    Returns:
+        f [B, T, H]; the gate's mean over channels [B, T]; its mean binary entropy over channels [B, T], in nats. The
+        last two are float32 (float64 for float64 inputs). All three carry gradient.
+    """
+    return _GatedMix.apply(logits, a, b)

@@ -1,0 +1,119 @@
+"""Law 8: gradient checkpointing, loss chunking and splitting a batch change no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest_laws import COMBINATIONS, FEW, build, packed_positions, tokens
+
+from fusiontree.models.layout import count_labels, shift_labels
+from fusiontree.ops import linear_cross_entropy
+
+POSITIONS = packed_positions([7, 16], [23], [1, 2, 20], [11, 12])
+BOTH = [name for name in sorted(COMBINATIONS) if not name.endswith("pruned")][:4] + FEW
+
+
+@pytest.fixture(autouse=True)
+def _with_grad():
+    with torch.enable_grad():
+        yield
+
+
+def loss_and_gradients(model, scale_by_count=None, rows=slice(None), gates=True):
+    ids, positions = tokens(4, 23)[rows], POSITIONS[rows]
+    out = model(ids, position_ids=positions, labels=ids)
+    loss = out.loss if scale_by_count is None else out.loss * count_labels(ids, positions) / scale_by_count
+    if gates:
+        share = ids.shape[0] / 4
+        loss = loss + share * (out.gate_stats.mean.square().mean() + out.gate_stats.entropy.mean())
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients_equal(got, want, tolerance=2e-5):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert (got[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_checkpointing(name):
+    model = build(**COMBINATIONS[name]).train()
+    loss = loss_and_gradients(model)
+    want = gradients(model)
+    assert len(want) == len(list(model.parameters()))  # every parameter is reached
+    model.zero_grad()
+    model.activation_checkpointing_enable()
+    again = loss_and_gradients(model)
+    assert abs(again - loss) <= 1e-6
+    assert_gradients_equal(gradients(model), want, 1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_with_branch_dropout(use_reentrant):
+    def run(checkpointing):
+        model = build(drop_branch_prob=0.6, dropout=0.0).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        for step in range(3):
+            model.set_dropout_key(seed=5, step=step, micro_batch=0)
+            loss_and_gradients(model)
+        return gradients(model), dict(model.named_buffers())
+
+    want, want_buffers = run(False)
+    got, got_buffers = run(True)
+    assert_gradients_equal(got, want, 1e-6)
+    for name, value in want_buffers.items():
+        assert torch.equal(got_buffers[name], value), name
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_splitting_the_batch(name):
+    model = build(**COMBINATIONS[name]).train()
+    total = count_labels(tokens(4, 23), POSITIONS)
+    loss_and_gradients(model, total)
+    want = gradients(model)
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 4)):
+        loss_and_gradients(model, total, rows)
+    assert_gradients_equal(gradients(model), want)
+
+
+def test_loss_chunks_equal_whole_logits():
+    model = build()
+    ids, hidden = tokens(2, 23), torch.randn(2, 23, 32, requires_grad=True)
+    labels, weight = shift_labels(ids), model.lm_head.weight
+    whole = torch.nn.functional.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
+    want = torch.autograd.grad(whole, (hidden, weight))
+    for chunk in (1, 5, 46, 1000):
+        loss = linear_cross_entropy(hidden, weight, labels, chunk_size=chunk)
+        assert abs(loss - whole) <= 1e-5
+        for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want, strict=True):
+            assert (a - b).abs().max() <= 1e-6
+
+
+def test_training_never_holds_logits_or_scores():
+    """No tensor of the training step is as large as [B, T, V] logits or [B, heads, T, T] scores."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    Largest.numel = max(Largest.numel, tensor.numel())
+            return out
+
+    batch, length = 2, 2048
+    model = build(vocab_size=2000, window_size=32, max_position_embeddings=4096).train()
+    ids = tokens(batch, length)
+    with Largest():
+        model(ids, labels=ids).loss.backward()
+    logits, scores = batch * length * 2000, batch * 4 * length * length
+    assert Largest.numel < min(logits, scores) / 3
