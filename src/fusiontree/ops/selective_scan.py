@@ -1,14 +1,25 @@
 """Mamba-1's selective scan: a diagonal state per channel.
 
+The state of every token, [T,B,N,d], is what makes this scan expensive, so it exists for one chunk at a time; the
+backward pass recomputes it from the states between chunks. Within a chunk the recurrence is one fused multiply-add per
+token on contiguous memory: on CPU faster than a logarithmic-depth scan, which moves the chunk log2(L) times.
+
 Shapes: B batch, T tokens, d channels, N state, L tokens of one chunk.
 """
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.reference import state_dtype
+
+# Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
+CHUNK = 32
 
 
 def selective_scan(
@@ -81,5 +92,126 @@ def selective_scan(
     )
 
 
-register("selective_scan", "torch", reference.selective_scan)
+def _selective_torch(u, delta, A, B, C, D=None, z=None, *, reset, initial_state, return_final_state):
+    dtype = state_dtype(u)
+    with torch.autocast(device_type=u.device.type, enabled=False):
+        scan = _one_token if u.shape[1] == 1 else _Scan.apply
+        y, state = scan(u, delta, A, B, C, reset, initial_state)
+        if D is not None:
+            y = torch.addcmul(y, u.to(dtype), D.to(dtype))
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+    y = y.to(u.dtype)
+    return (y, state) if return_final_state else y
+
+
+def _one_token(u, delta, A, B, C, reset, initial_state) -> tuple[Tensor, Tensor]:
+    """Decoding: the recurrence itself, in as few operations as it takes."""
+    dtype = state_dtype(u)
+    u_Bd, delta_Bd, B_BN, C_BN = (tensor[:, 0].to(dtype) for tensor in (u, delta, B, C))
+    state_BdN = (delta_Bd * u_Bd)[..., None] * B_BN[:, None]
+    if initial_state is not None:
+        carried = initial_state.to(dtype)
+        if reset is not None:
+            carried = carried.masked_fill(reset[:, 0, None, None], 0.0)
+        state_BdN = torch.addcmul(state_BdN, carried, torch.exp(delta_Bd[..., None] * A.to(dtype)))
+    return torch.matmul(state_BdN, C_BN[..., None]).transpose(1, 2), state_BdN
+
+
+class _Scan(torch.autograd.Function):
+    """(u, delta, A, B, C) -> y without skip and gate [B,T,d], final state [B,d,N]; both in the computing dtype."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, reset, initial_state):
+        dtype = state_dtype(u)
+        scan = _Chunks(u, delta, A, B, C, reset)
+        if initial_state is None:
+            state_BNd = torch.zeros(u.shape[0], A.shape[1], u.shape[2], dtype=dtype, device=u.device)
+        else:
+            state_BNd = initial_state.to(dtype).transpose(1, 2).contiguous()
+            if reset is not None:
+                # Dropped by a mask, not by a decay of zero: the state of a row that starts anew may hold anything.
+                state_BNd = state_BNd.masked_fill(reset[:, 0, None, None], 0.0)
+        y_BTd = torch.empty(u.shape, dtype=dtype, device=u.device)
+        before = []
+        for start in range(0, u.shape[1], CHUNK):
+            before.append(state_BNd)
+            _, states_LBNd = scan.states(start, state_BNd)
+            state_BNd = states_LBNd[-1].clone()
+            C_LB1N = scan.tokens(C, start)[:, :, None]
+            y_BTd[:, start : start + CHUNK] = torch.matmul(C_LB1N, states_LBNd).squeeze(2).transpose(0, 1)
+        ctx.save_for_backward(u, delta, A, B, C, reset, initial_state, *before)
+        return y_BTd, state_BNd.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        u, delta, A, B, C, reset, initial_state, *before = ctx.saved_tensors
+        du, ddelta, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, B, C))
+        with torch.autocast(device_type=u.device.type, enabled=False):
+            scan = _Chunks(u, delta, A, B, C, reset)
+            dA_Nd = torch.zeros_like(scan.A_Nd)
+            dstate_BNd = dstate.to(dA_Nd.dtype).transpose(1, 2)
+            for start, before_BNd in reversed(list(zip(range(0, u.shape[1], CHUNK), before, strict=True))):
+                grads, dA_chunk, dstate_BNd = scan.gradients(start, before_BNd, dy, dstate_BNd)
+                for whole, chunk_LB in zip((du, ddelta, dB, dC), grads, strict=True):
+                    whole[:, start : start + CHUNK] = chunk_LB.transpose(0, 1)
+                dA_Nd += dA_chunk
+        dinitial = None if initial_state is None else dstate_BNd.transpose(1, 2).to(initial_state.dtype)
+        return du, ddelta, dA_Nd.t().to(A.dtype), dB, dC, None, dinitial
+
+
+class _Chunks:
+    """The scan's inputs, and what is computed from them for the chunk of tokens at `start`."""
+
+    def __init__(self, u, delta, A, B, C, reset):
+        self.u, self.delta, self.B, self.C, self.reset = u, delta, B, C, reset
+        self.dtype = state_dtype(u)
+        self.A_Nd = A.to(self.dtype).t().contiguous()
+
+    def tokens(self, tensor: Tensor, start: int) -> Tensor:
+        """The chunk's part of a [B,T,...] tensor as [L,B,...] in the computing dtype."""
+        return tensor[:, start : start + CHUNK].transpose(0, 1).to(self.dtype)
+
+    def states(self, start: int, before_BNd: Tensor) -> tuple[Tensor, Tensor]:
+        """Decay of the state into each token, and the state after each token: [L,B,N,d] both."""
+        delta_LBd, u_LBd = self.tokens(self.delta, start), self.tokens(self.u, start)
+        decay_LBNd = (delta_LBd[:, :, None] * self.A_Nd).exp_()
+        if self.reset is not None:
+            decay_LBNd.masked_fill_(self.tokens(self.reset, start).bool()[..., None, None], 0.0)
+        states_LBNd = self.tokens(self.B, start)[..., None] * (delta_LBd * u_LBd)[:, :, None]
+        state = before_BNd
+        for token, decay in zip(states_LBNd.unbind(0), decay_LBNd.unbind(0), strict=True):
+            state = token.addcmul_(decay, state)
+        return decay_LBNd, states_LBNd
+
+    def gradients(self, start: int, before_BNd: Tensor, dy: Tensor, dstate_BNd: Tensor):
+        """Gradients of (u, delta, B, C) [L,B,...], of A [N,d], and of the state before the chunk [B,N,d].
+
+        dstate_BNd is the gradient of the state after the chunk.
+        """
+        decay_LBNd, states_LBNd = self.states(start, before_BNd)
+        u_LBd, delta_LBd, dy_LBd = (self.tokens(t, start) for t in (self.u, self.delta, dy))
+        B_LBN, C_LBN = self.tokens(self.B, start), self.tokens(self.C, start)
+
+        dC_LBN = torch.matmul(states_LBNd, dy_LBd[..., None]).squeeze(-1)
+        dstates_LBNd = C_LBN[..., None] * dy_LBd[:, :, None]
+        dstates, decays = dstates_LBNd.unbind(0), decay_LBNd.unbind(0)
+        dstates[-1].add_(dstate_BNd)
+        for i in reversed(range(len(dstates) - 1)):
+            dstates[i].addcmul_(decays[i + 1], dstates[i + 1])
+        dstate_BNd = decays[0] * dstates[0]
+
+        dinput_LBd = torch.matmul(B_LBN[:, :, None], dstates_LBNd).squeeze(2)  # of delta u
+        dB_LBN = torch.matmul(dstates_LBNd, (delta_LBd * u_LBd)[..., None]).squeeze(-1)
+        # dlog: of delta A, the logarithm of the decay. It takes the place of the decay.
+        dlog_LBNd = decay_LBNd.mul_(dstates_LBNd)
+        dlog_LBNd[0].mul_(before_BNd)
+        dlog_LBNd[1:].mul_(states_LBNd[:-1])
+        dA_Nd = (dlog_LBNd * delta_LBd[:, :, None]).sum((0, 1))
+        ddelta_LBd = torch.addcmul(dlog_LBNd.mul_(self.A_Nd).sum(2), dinput_LBd, u_LBd)
+        return (dinput_LBd * delta_LBd, ddelta_LBd, dB_LBN, dC_LBN), dA_Nd, dstate_BNd
+
+
+register("selective_scan", "torch", _selective_torch)
 register("selective_scan", "reference", reference.selective_scan)
