@@ -85,7 +85,7 @@ def packed_positions(*rows: list[int]) -> torch.Tensor:
 def random_cuts(length: int, pieces: int, generator: torch.Generator) -> list[int]:
     """Sizes of `pieces` random pieces of a sequence."""
     inner = sorted((torch.randperm(length - 1, generator=generator)[: pieces - 1] + 1).tolist())
-    return [end - start for start, end in zip([0, *inner], [*inner, length])]
+    return [end - start for start, end in zip([0, *inner], [*inner, length], strict=True)]
 
 
 def assert_states_equal(a, b, tolerance: float = TOLERANCE) -> None:

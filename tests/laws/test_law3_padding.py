@@ -40,7 +40,7 @@ def test_continued_after_padding(any_model, side, sizes):
     rows, ids, mask = padded_batch(side)
     cache = HybridCache(any_model.config)
     any_model(ids, attention_mask=mask, past_key_values=cache)
-    histories = [row for row in rows]
+    histories = list(rows)
     for step, size in enumerate(sizes):
         more = tokens(len(rows), size, seed=50 + step)
         fresh = torch.ones_like(more)

@@ -62,12 +62,13 @@ class HybridLayerState:
     def __init__(self, geometry: dict[str, int], capacity: int = 0):
         self.geometry = geometry
         self.capacity = capacity
-        self.conv: torch.Tensor | None = None
-        self.scan: torch.Tensor | None = None
-        self.local_keys: torch.Tensor | None = None
-        self.local_values: torch.Tensor | None = None
-        self.global_keys: torch.Tensor | None = None
-        self.global_values: torch.Tensor | None = None
+        # Tensors once `ensure_mamba` and `ensure_attention` have allocated them.
+        self.conv: Any = None
+        self.scan: Any = None
+        self.local_keys: Any = None
+        self.local_values: Any = None
+        self.global_keys: Any = None
+        self.global_values: Any = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: value for name in self.names if (value := getattr(self, name)) is not None}
@@ -125,6 +126,8 @@ class HybridCache(Cache):
         seen: columns read so far, padding included (`get_seq_length`).
         max_length: upper bound of `lengths`.
     """
+
+    layers: list[HybridLayerState]
 
     def __init__(self, config: HybridLanguageModelConfig, capacity: int = 0):
         self._setup(cache_geometry(config), capacity)

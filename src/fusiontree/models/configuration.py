@@ -50,7 +50,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         mamba_state_size: state size N per channel; None means 64 for version 2 and 16 for version 1.
         conv_kernel: taps K of the causal depthwise convolution.
         gate_rank: rank r of the gate.
-        use_alignment: True gives the alignment a hidden layer beside its linear shortcut; False keeps the shortcut alone.
+        use_alignment: whether the alignment has a hidden layer beside its linear shortcut.
         srte_encoding: "sincos" (any length) or "learned" (up to max_position_embeddings).
         srte_rank: rank of the time encoding's projection.
         max_position_embeddings: positions of the learned time encoding; bounds nothing else.
@@ -77,14 +77,14 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     hidden_size: int = 1536
     num_layers: int = 18
     num_heads: int = 12
-    num_kv_heads: int | None = None
+    num_kv_heads: int = None  # resolved in __post_init__
     global_heads: int = 2
     window_size: int = 256
     attention_type: str = "local_global"
     mamba_version: int = 2
     mamba_expand: int = 1
     mamba_head_dim: int = 64
-    mamba_state_size: int | None = None
+    mamba_state_size: int = None  # resolved in __post_init__
     conv_kernel: int = 4
     gate_rank: int = 96
     use_alignment: bool = True

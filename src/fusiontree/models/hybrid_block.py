@@ -83,6 +83,9 @@ class BlockGates:
 class HybridBlock(nn.Module):
     """See `forward` for the equation. With one branch (`layer_branches`) the absent one is the constant 0."""
 
+    mamba_mean: torch.Tensor
+    attention_mean: torch.Tensor
+
     def __init__(self, config: HybridLanguageModelConfig, layer: int):
         super().__init__()
         hidden, branch = config.hidden_size, config.branch(layer)
@@ -133,7 +136,7 @@ class HybridBlock(nn.Module):
         y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
         active = self.branch == "both" and drop is None
         details = None
-        if with_details and active:
+        if with_details and active and h_m is not None and h_a is not None:
             details = layer_details(logits, h_m, h_a, gate_entropy, layout.mask)
         return self.ln_output(y), BlockGates(gate_mean, gate_entropy, active, details)
 
@@ -154,7 +157,7 @@ class HybridBlock(nn.Module):
         layout: Layout,
         drop: str | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Branch dropout: the running mean of a branch's output stands in for it; the branches that ran update theirs."""
+        """Branch dropout: a dropped branch's running mean stands in for it; the branches that ran update theirs."""
         if not self.training or not hasattr(self, "mamba_mean"):
             return h_m, h_a
         for output, mean in ((h_m, self.mamba_mean), (h_a, self.attention_mean)):

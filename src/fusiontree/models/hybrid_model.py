@@ -47,18 +47,19 @@ class HybridOutput(ModelOutput):
 
 
 @dataclass
-class BackboneOutput(ModelOutput):
-    """Everything below the head: last hidden states [B, T, H], and as in `HybridOutput`."""
+class BackboneOutput:
+    """Everything below the head: the last hidden states [B, T, H], the layout they were read in, the rest as in
+    `HybridOutput`."""
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: HybridCache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    gate_stats: GateStats | None = None
-    layout: Layout | None = None
+    last_hidden_state: torch.Tensor
+    layout: Layout
+    past_key_values: HybridCache | None
+    hidden_states: tuple[torch.Tensor, ...] | None
+    gate_stats: GateStats
 
 
 class HybridLanguageModel(PreTrainedModel, GenerationMixin):
-    """Causal language model of hybrid blocks (`HybridBlock`); loads, saves and generates like any transformers model."""
+    """Causal language model of hybrid blocks; loads, saves and generates like any transformers model."""
 
     config_class = HybridLanguageModelConfig
     base_model_prefix = "model"
@@ -88,13 +89,13 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     def set_dropout_key(self, seed: int, step: int, micro_batch: int) -> None:
@@ -128,8 +129,8 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             past_key_values: a `HybridCache`, updated in place.
             use_cache: return the state; default `config.use_cache`, but not in training or beside labels.
             output_gates: fill `gate_stats.details`.
-            logits_to_keep: n > 0 keeps the logits of each row's last n real tokens (so of its very last one, right-padded
-                or not); a 1-D tensor names the columns; 0 keeps all.
+            logits_to_keep: n > 0 keeps the logits of each row's last n real tokens, whichever side is padded; a 1-D
+                tensor names the columns; 0 keeps all.
             return_dict: False returns a tuple.
 
         Raises:
@@ -202,9 +203,8 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = [x]
         gates = []
-        for block, state, drop in zip(
-            self.layers, cache.layers if cache is not None else [None] * len(self.layers), self._choose_drops()
-        ):
+        states = cache.layers if cache is not None else [None] * len(self.layers)
+        for block, state, drop in zip(self.layers, states, self._choose_drops(), strict=True):
             x, block_gates = block(x, layout, rotary, time_encoding, state, drop, output_gates)
             gates.append(block_gates)
             if keep_hidden:

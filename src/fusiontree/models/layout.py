@@ -73,8 +73,8 @@ def _piece_mask(attention_mask: torch.Tensor | None, past: int, shape: tuple[int
     expected = (shape[0], past + shape[1])
     if tuple(attention_mask.shape) != expected:
         raise InputError(
-            f"`attention_mask` has shape {list(attention_mask.shape)}, expected {list(expected)}: one column for each of "
-            f"the {past} cached and {shape[1]} new tokens"
+            f"`attention_mask` has shape {list(attention_mask.shape)}, expected {list(expected)}: one column for each "
+            f"of the {past} cached and {shape[1]} new tokens"
         )
     return attention_mask[:, past:].bool()
 
@@ -257,8 +257,8 @@ class SRTE(nn.Module):
             # The bound counts padding; only a position that is really read past the table is an error.
             if max_position >= self.max_positions and (reached := int(position_ids.max())) >= self.max_positions:
                 raise InputError(
-                    f"position {reached} lies past the learned time encoding of {self.max_positions} positions: shorten "
-                    "the text, raise `max_position_embeddings` and train it, or use `srte_encoding: sincos`"
+                    f"position {reached} lies past the learned time encoding of {self.max_positions} positions: "
+                    "shorten the text, raise `max_position_embeddings` and train it, or use `srte_encoding: sincos`"
                 )
             features = self.table(position_ids)
         else:

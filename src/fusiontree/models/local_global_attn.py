@@ -70,7 +70,7 @@ class LocalGlobalAttention(nn.Module):
         if fresh:
             y = self._attend_piece(q, k, v, layout)
         else:
-            # Attend before writing: the piece may overwrite ring slots, and start documents, that its first tokens read.
+            # Attend before writing: the piece may overwrite ring slots that its own first tokens still read.
             y = self._attend_past(q, k, v, layout, state)
         self._write(k.detach(), v.detach(), layout, state)
         return y

@@ -35,6 +35,7 @@ class MambaBlock(nn.Module):
         super().__init__()
         self.version = config.mamba_version
         self.inner_size = d = config.mamba_inner_size
+        decays: tuple[int, ...]
         self.state_size = N = config.mamba_state_size
         self.norm_eps = config.norm_eps
         hidden = config.hidden_size
@@ -112,7 +113,9 @@ class MambaBlock(nn.Module):
 
     def _convolve(self, x: torch.Tensor, layout: Layout, state: HybridLayerState | None) -> torch.Tensor:
         if state is None:
-            return causal_conv1d(x, self.conv_weight, self.conv_bias, reset=layout.reset, activation="silu")
+            out = causal_conv1d(x, self.conv_weight, self.conv_bias, reset=layout.reset, activation="silu")
+            assert isinstance(out, torch.Tensor)
+            return out
         y, tail = causal_conv1d(
             x,
             self.conv_weight,
