@@ -1,0 +1,51 @@
+"""From token ids back to text, as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+# What a decoder writes for bytes that are not (yet) a character.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# Tokens before the first one that are decoded along: enough to tell a word's start from the middle of one.
+_CONTEXT = 8
+
+
+class TextDecoder:
+    """Turns the tokens of one continuation into text, piece by piece, never in the middle of a character.
+
+    A token may end inside a character (byte-level vocabularies), and what a token looks like may depend on the one
+    before (a leading space). So each is decoded together with those before it that were last shown, and shown once it
+    ends a character: the usual way of streaming servers. Special tokens give no text.
+
+    Args:
+        context: ids of the prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._shown = list(context[-_CONTEXT:])  # their text has been shown; they give the rest its context
+        self._waiting: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self._waiting.append(token)
+        text = self._new_text()
+        if not text or text.endswith(_REPLACEMENT):
+            return ""
+        self._shown, self._waiting = self._waiting, []
+        return text
+
+    def finish(self) -> str:
+        """What is left at the end, without the beginning of a character that never became whole."""
+        text = self._new_text().rstrip(_REPLACEMENT)
+        self._waiting = []
+        return text
+
+    def _new_text(self) -> str:
+        before = self._decode(self._shown)
+        return self._decode(self._shown + self._waiting)[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,39 @@
+"""Model folders small enough to generate from and to evaluate in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
+from fusiontree.data import load_tokenizer
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "global_heads": 2,
+    "window_size": 8,
+    "gate_rank": 4,
+    "srte_rank": 8,
+    "mamba_head_dim": 8,
+    "mamba_state_size": 8,
+    "max_position_embeddings": 96,
+}
+
+
+def save_tiny_model(folder: Path, tokenizer: Path | None, **fields: Any) -> Path:
+    """A random model in `folder`, with weights large enough that every token depends on what came before."""
+    torch.manual_seed(0)
+    model = HybridLanguageModel(HybridLanguageModelConfig(**(TINY | fields)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and not name.endswith("A_log"):
+                parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer).save_pretrained(folder)
+    return folder
