@@ -16,6 +16,8 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from fusiontree.artifacts import atomic_directory
 from fusiontree.errors import InputError
@@ -145,7 +148,8 @@ def save_checkpoint(directory: Path, model: nn.Module, tokenizer: Any, state: Tr
     path = directory / checkpoint_name(state.step)
     try:
         with atomic_directory(path) as target:
-            model.save_pretrained(target)  # type: ignore[operator]
+            with _no_progress_bar():
+                model.save_pretrained(target)  # type: ignore[operator]
             tokenizer.save_pretrained(target)
             _write_state(target / STATE_DIRECTORY, state)
             _write_sizes(target)
@@ -155,6 +159,18 @@ def save_checkpoint(directory: Path, model: nn.Module, tokenizer: Any, state: Tr
     if limit is not None:
         _drop_old(directory, keep=path, limit=limit)
     return path
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar for the shards it writes and loads, across the run's own display."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _point_latest(run: Path, path: Path) -> None:
@@ -270,9 +286,10 @@ def load_model(path: Path, config: HybridLanguageModelConfig | None = None) -> H
                 )
         saved = config
     try:
-        model, info = HybridLanguageModel.from_pretrained(
-            path, config=saved, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
+        with _no_progress_bar():
+            model, info = HybridLanguageModel.from_pretrained(
+                path, config=saved, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"checkpoint {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.ops.cross_entropy import DEFAULT_CHUNK_SIZE
-from fusiontree.train.settings import RunSettings
+from fusiontree.train.settings import RunSettings, SystemSettings
 from fusiontree.train.setup import enable_gradient_checkpointing
 
 #: Longest row that is really traced; longer ones are scaled up, since activations grow linearly with the length.
@@ -86,15 +86,23 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
         parameters=components.total(),
         devices=devices,
         tokens_per_step=t.batch_size * t.gradient_accumulation_steps * t.max_seq_length * devices,
-        memory=estimate_memory(settings, config, components.total(), devices),
+        memory=estimate_memory(
+            settings.system,
+            parameters=components.total(),
+            activations=estimate_activations(settings, config),
+            devices=devices,
+        ),
     )
 
 
-def estimate_memory(
-    settings: RunSettings, config: HybridLanguageModelConfig, parameters: int, devices: int
-) -> MemoryEstimate:
-    """Bytes per device: float32 parameters and gradients, two float32 moments, activations; ZeRO shards by stage."""
-    system = settings.system
+def estimate_memory(system: SystemSettings, *, parameters: int, activations: int, devices: int) -> MemoryEstimate:
+    """Bytes per device: float32 parameters and gradients, two float32 moments, activations; ZeRO shards by stage.
+
+    Args:
+        parameters: number of them in the whole model.
+        activations: bytes, see `estimate_activations`.
+        devices: that share the work.
+    """
     weights = gradients = 4 * parameters
     moments = 8 * parameters
     if system.zero_stage >= 1:
@@ -107,7 +115,7 @@ def estimate_memory(
         parameters=0 if system.offload_params else weights,
         gradients=gradients,
         optimizer=0 if system.offload_optimizer else moments,
-        activations=estimate_activations(settings, config),
+        activations=activations,
     )
 
 

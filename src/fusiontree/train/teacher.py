@@ -38,15 +38,13 @@ class Teacher:
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """[B, T, G] last hidden states; document boundaries reach the teacher as `position_ids`."""
-        return self._base(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, return_dict=True
-        ).last_hidden_state
+        return self._base(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
     @torch.no_grad()
     def _check_head(self, name: str) -> None:
         probe = torch.arange(min(8, self.vocabulary), device=self.head.weight.device)[None]
-        whole = self.model(input_ids=probe, use_cache=False, return_dict=True).logits
-        split = self.head(self._base(input_ids=probe, use_cache=False, return_dict=True).last_hidden_state)
+        whole = self.model(input_ids=probe, use_cache=False).logits
+        split = self.head(self._base(input_ids=probe, use_cache=False).last_hidden_state)
         if not torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-3):
             raise InputError(
                 f"loss.teacher {name}: its logits are not its output embedding of its last hidden state "

@@ -1,0 +1,225 @@
+"""`fusiontree train` as a user meets it: what it leaves, what it prints, what it says about mistakes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file, save_file
+
+from fusiontree.cli import main
+
+Train = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def config(run_settings, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(run_settings(output_dir=str(tmp_path / "run"), logging={"progress": "auto"})))
+    return path
+
+
+@pytest.fixture
+def train(config: Path, capfd: pytest.CaptureFixture[str]) -> Train:
+    """Run the command in this process with extra arguments: exit code, standard output, standard error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(["train", "--config", str(config), *arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_directory(config: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fusiontree", "train", "--config", str(config)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    found = {str(path.relative_to(run)) for path in run.rglob("*")}
+    assert found >= {
+        *("config.yaml", "manifest.json", "metrics.jsonl", "gates.jsonl", "prune_plan.json", "latest"),
+        *("plots/learning_curve.png", "plots/gates_by_step.png", "plots/gates_by_channel.png"),
+        *("checkpoints/step_00000003/model.safetensors", "checkpoints/step_00000006/tokenizer.json"),
+    }
+    rows = metrics(run)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6]
+    train_rows = [row for row in rows if "lm_loss" in row]
+    assert [row["step"] for row in train_rows] == [1, 2, 3, 4, 5, 6]
+    assert train_rows[-1]["tokens"] == 6 * 2 * 2 * 24
+    for row in train_rows:
+        parts = row["lm_loss"] + 0.05 * row["load_balance_loss"] + 3e-4 * row["entropy_loss"]
+        assert row["loss"] == pytest.approx(parts)
+        assert 0.3 < row["gate_mean"] < 0.7 and row["grad_norm"] > 0 and row["tokens_per_second"] > 0
+    assert train_rows[-1]["lm_loss"] < train_rows[0]["lm_loss"]
+    # The resolved configuration starts the same run again, and says where the run came from.
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["vocab_size"] == 320  # the tokenizer's 300, rounded up to a multiple of 64
+    assert json.loads((run / "manifest.json").read_text())["config"] == resolved
+    # A log file gets plain lines: no escape codes, no redrawn bars.
+    assert "step 6/6  loss " in done.stderr and "tok/s" in done.stderr and "ETA" in done.stderr
+    assert "eval loss" in done.stderr
+    assert "\x1b" not in done.stderr and "\r" not in done.stderr
+
+
+def test_a_terminal_gets_a_live_line(config: Path, tmp_path: Path) -> None:
+    """`script` gives the process a terminal; the display is redrawn there."""
+    pty = pytest.importorskip("pty")
+    import os
+
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusiontree", "train", "--config", str(config), "training.eval_interval=0"],
+        stderr=follower,
+        stdout=follower,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0
+    text = shown.decode(errors="replace")
+    for wanted in ("6/6", "loss", "tok/s", "gate 0.", "lr ", "ETA"):
+        assert wanted in text
+    assert "\x1b[" in text
+
+
+def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path) -> None:
+    assert train("training.max_steps=1")[0] == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    code, _, errors = train("training.max_steps=1")
+    assert code == 2
+    assert errors.startswith("error: ") and "already holds a run" in errors and "--resume auto" in errors
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["training.bach_size=2"], "training.bach_size is not a known setting; did you mean training.batch_size?"),
+        (["trainig.batch_size=2"], "did you mean training?"),
+        (["model.num_head=2"], "did you mean `num_heads`?"),
+        (["model.num_heads=5"], "is not a multiple of `num_heads` 5"),
+        (["model.window_size=0"], "`window_size` must be"),
+        (["model.global_heads=9"], "`global_heads` must lie between 0 and `num_heads` 4"),
+        (["model.vocab_size=100"], "has ids up to 299 but model.vocab_size is 100"),
+        (["training.batch_size=0"], "training.batch_size"),
+        (["training.learning_rate=fast"], "training.learning_rate"),
+        (["training.betas=[0.9, 1.5]"], "betas must lie in [0, 1)"),
+        (["data.train_paths=missing.jsonl"], "missing.jsonl"),
+        (["data.eval_paths=missing/*.jsonl"], "missing/*.jsonl"),
+        (["data.tokenizer=missing/folder"], "missing/folder"),
+        (["data.tokenizer=null"], "data.tokenizer is missing"),
+        (["loss.distillation_coeff=0.5"], "no teacher is named"),
+        (["loss.distillation_coeff=0.5", "loss.teacher=missing/teacher"], "loss.teacher 'missing/teacher'"),
+        (["system.zero_stage=2"], "system.zero_stage is 2"),
+        (["system.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
+        (["system.num_devices=8"], "system.num_devices is 8"),
+        (["model.srte_encoding=learned", "model.max_position_embeddings=8"], "training.max_seq_length 24 is longer"),
+        (["--resume", "missing/run"], "missing/run"),
+    ],
+)
+def test_mistakes_are_one_sentence(train: Train, tmp_path: Path, arguments: list[str], said: str) -> None:
+    code, _, errors = train(*arguments)
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    assert said in line
+    assert not (tmp_path / "run").exists()  # told before any work is done
+
+
+def test_several_processes_are_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = train()
+    assert code == 2 and "2 processes were launched" in errors
+
+
+def test_dry_run_counts_and_trains_nothing(train: Train, tmp_path: Path) -> None:
+    code, shown, _ = train("--dry-run", "system.zero_stage=2", "system.num_devices=4")
+    assert code == 0
+    for wanted in ("Mamba branches", "attention branches", "gates", "optimizer state", "activations", "4 in all"):
+        assert wanted in shown
+    assert f"{2 * 2 * 24 * 4} tokens per optimizer step on 4 device(s)" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(config: Path, train: Train, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a full disk: writing fails in the middle of a file alike."""
+    assert train("training.max_steps=3")[0] == 0
+    run = tmp_path / "run"
+    before = load_file(run / "latest" / "model.safetensors")
+    limit = (run / "latest" / "model.safetensors").stat().st_size // 2
+
+    def limit_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "fusiontree", "train", "--config", str(config), "--resume", "auto"],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit_files,
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: checkpoint ") and "step_00000006 could not be saved" in last
+    assert "step_00000003 is whole" in last and "--resume auto" in last
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000003"]
+    assert (run / "latest").resolve().name == "step_00000003"
+    after = load_file(run / "latest" / "model.safetensors")
+    assert all((after[name] == tensor).all() for name, tensor in before.items())
+    assert train("--resume", "auto")[0] == 0  # with room again, it goes on
+    assert metrics(run)[-1]["step"] == 6
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(train: Train, tmp_path: Path) -> None:
+    assert train("training.max_steps=3")[0] == 0
+    weights = tmp_path / "run" / "latest" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["layers.0.fusion_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    code, _, errors = train("--resume", "auto", "training.eval_interval=0")
+    assert code == 2
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: step 4 is not finite (lm nan") and "training.learning_rate" in last
+
+
+def test_without_evaluation_data_it_trains_and_says_so(train: Train, tmp_path: Path) -> None:
+    code, _, errors = train("data.eval_paths=[]", "training.max_steps=2")
+    assert code == 0 and "no evaluation" in errors
+    assert all("eval_loss" not in row for row in metrics(tmp_path / "run"))
+
+
+def test_a_teacher_is_distilled_from(train: Train, tmp_path: Path) -> None:
+    assert train("training.max_steps=2", f"output_dir={tmp_path / 'teacher'}")[0] == 0
+    teacher = f"loss.teacher={tmp_path / 'teacher' / 'latest'}"
+    assert train(teacher, "loss.distillation_coeff=0.5", "seed=3", "training.max_steps=3")[0] == 0
+    rows = [row for row in metrics(tmp_path / "run") if "lm_loss" in row]
+    assert all(row["distillation_loss"] > 0 for row in rows)
+    assert rows[0]["loss"] == pytest.approx(
+        rows[0]["lm_loss"]
+        + 0.05 * rows[0]["load_balance_loss"]
+        + 3e-4 * rows[0]["entropy_loss"]
+        + 0.5 * rows[0]["distillation_loss"]
+    )

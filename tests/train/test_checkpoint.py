@@ -1,0 +1,161 @@
+"""Checkpoints are whole or absent, hold only data, and give back everything."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fusiontree
+from fusiontree.errors import InputError
+from fusiontree.train.checkpoint import check_files, load_model, load_state, newest_checkpoint, restore_rng, rng_state
+from fusiontree.train.engine import TrainingEngine
+from fusiontree.train.settings import RunSettings
+
+
+def engine(sections: dict[str, Any], resume: str | None = None) -> TrainingEngine:
+    return TrainingEngine(RunSettings.parse(sections), resume=resume)
+
+
+@pytest.fixture(scope="session")
+def trained(run_settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("trained")
+    training = {"max_steps": 2, "save_interval": 1, "eval_interval": 0}
+    sections = run_settings(training=training, output_dir=str(directory / "run"))
+    fusiontree.train(sections)
+    return sections
+
+
+@pytest.fixture
+def run(trained: dict[str, Any], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+    """A copy of a run of two steps, to damage, and its settings."""
+    directory = tmp_path / "run"
+    shutil.copytree(trained["output_dir"], directory, symlinks=True)
+    return directory, copy.deepcopy(trained) | {"output_dir": str(directory)}
+
+
+def test_a_checkpoint_is_a_model_for_transformers_too(run) -> None:
+    path = newest_checkpoint(run[0])
+    assert path.name == "step_00000002"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    ids = tokenizer("the quick brown", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    assert (path / "generation_config.json").is_file()
+
+
+def test_a_checkpoint_holds_data_alone(run) -> None:
+    suffixes = {file.suffix for file in newest_checkpoint(run[0]).rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".txt", ".jinja"}
+
+
+def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path: Path) -> None:
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        training={"save_interval": 1, "save_total_limit": 2, "max_steps": 4, "eval_interval": 0},
+    )
+    fusiontree.train(sections)
+    directory = Path(sections["output_dir"])
+    assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == ["step_00000003", "step_00000004"]
+    assert (directory / "latest").resolve().name == "step_00000004"
+
+
+def test_the_random_states_come_back() -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
+
+    draw()  # leaves Python and numpy with a second Gaussian in hand
+    tensors, python = rng_state()
+    python = json.loads(json.dumps(python))
+    first = draw()
+    draw()
+    restore_rng(tensors, python)
+    assert draw() == first
+
+
+def test_resuming_restores_the_optimizer(run) -> None:
+    directory, sections = run
+    before = engine(run[1], resume="auto")
+    for group in before.optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state = before.optimizer.state[parameter]
+            assert state["step"].item() == 2, name
+            assert state["exp_avg"].shape == parameter.shape
+    saved = load_state(directory / "checkpoints" / "step_00000002").tensors
+    parameter = before.optimizer.param_groups[0]["params"][0]
+    name = before.optimizer.param_groups[0]["names"][0]
+    torch.testing.assert_close(before.optimizer.state[parameter]["exp_avg_sq"], saved[f"optimizer.{name}.exp_avg_sq"])
+
+
+FILES = ["model.safetensors", "training_state/tensors.safetensors", "training_state/state.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "training_state/files.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_one_clear_error(run, name: str, damage: str) -> None:
+    directory, sections = run
+    file = newest_checkpoint(directory) / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = (directory / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match=f"step_00000002.*{damage}|step_00000002.*not a whole") as caught:
+        engine(sections, resume="auto")
+    assert Path(name).name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (directory / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 64}, "model.hidden_size 32"),
+        ({"num_layers": 3}, "model.num_layers 2"),
+        ({"mamba_version": 1}, "model.mamba_version 2"),
+        ({"vocab_size": 512}, "model.vocab_size 320"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_one_clear_error(run, change: dict[str, Any], said: str) -> None:
+    directory, sections = run
+    sections["model"] |= change
+    with pytest.raises(InputError, match=said):
+        engine(sections, resume="auto")
+
+
+def test_a_weights_file_without_a_tensor_is_refused(run) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = newest_checkpoint(run[0])
+    tensors = load_file(path / "model.safetensors")
+    tensors.pop("layers.0.fusion_proj.weight")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"missing keys: layers\.0\.fusion_proj\.weight"):
+        load_model(path)
+
+
+def test_a_copied_checkpoint_is_checked_by_its_sizes(run, tmp_path: Path) -> None:
+    shutil.copytree(newest_checkpoint(run[0]), tmp_path / "step_00000002")
+    check_files(tmp_path / "step_00000002")
+    with (tmp_path / "step_00000002" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(InputError, match=r"tokenizer\.json has \d+ bytes instead of"):
+        check_files(tmp_path / "step_00000002")
+
+
+def test_another_corpus_or_tokenizer_does_not_resume(run, tmp_path: Path) -> None:
+    directory, sections = run
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "seven silver birds sing about the rivers and the cities"}\n' * 50)
+    sections["data"]["train_paths"] = str(other)
+    with pytest.raises(InputError, match="place in the data does not fit"):
+        engine(sections, resume="auto")

@@ -1,0 +1,145 @@
+"""A run that is stopped and killed at random steps ends exactly as one that never was (law 10)."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import fusiontree
+
+CLOCK = ("tokens_per_second", "elapsed")
+
+
+def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    path = run / name
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"lm_loss"') if path.exists() else 0
+
+
+def stop(sections: dict[str, Any], run: Path, number: signal.Signals, at_step: int) -> tuple[int, str]:
+    """Train in a process of its own, signal it once it has logged `at_step`; its exit code and standard error."""
+    config = run.parent / f"{run.name}.yaml"
+    config.write_text(yaml.safe_dump(sections))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusiontree", "train", "--config", str(config), "--resume", "auto"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while steps_logged(run) < at_step and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def final(run: Path) -> dict[str, torch.Tensor]:
+    path = (run / "latest").resolve()
+    return load_file(path / "model.safetensors") | load_file(path / "training_state" / "tensors.safetensors")
+
+
+def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> None:
+    steps = 40
+    changes = {
+        # Everything that draws or accumulates is on: dropout, branch dropout, shuffling, rows over several steps.
+        "model": {"dropout": 0.1, "drop_branch_prob": 0.3},
+        "training": {"max_steps": steps, "log_interval": 1, "eval_interval": 13, "save_interval": 5},
+        "loss": {"gate_margin": 0.0, "load_balance_coeff": 0.3},
+        "gate_monitor": {"interval": 3, "plan_min_steps": 0},
+        "logging": {"progress": "plain"},
+    }
+    straight = run_settings(**changes, output_dir=str(tmp_path / "straight"))
+    fusiontree.train(straight)
+    stopped = run_settings(**changes, output_dir=str(tmp_path / "stopped"))
+    run = Path(stopped["output_dir"])
+
+    draw = random.Random(time.time_ns())
+    first, second = draw.randint(1, 12), draw.randint(18, 30)
+    print(f"SIGINT after step {first}, SIGKILL after step {second}")
+    code, errors = stop(stopped, run, signal.SIGINT, first)
+    assert code == 130, errors
+    assert "go on with: fusiontree train --config" in errors and "SIGINT: stopped after step" in errors
+    interrupted_at = int((run / "latest").resolve().name.removeprefix("step_"))
+    assert first <= interrupted_at < steps
+    assert len([row for row in rows(run, "metrics.jsonl") if "lm_loss" in row]) == interrupted_at
+    code, errors = stop(stopped, run, signal.SIGKILL, second)
+    assert code == -signal.SIGKILL, errors
+    result = fusiontree.train(stopped, resume="auto")
+
+    assert result.step == steps
+    for name in ("metrics.jsonl", "gates.jsonl"):
+        assert rows(run, name) == rows(tmp_path / "straight", name)
+    expected, found = final(tmp_path / "straight"), final(run)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    plans = [json.loads((directory / "prune_plan.json").read_text()) for directory in (tmp_path / "straight", run)]
+    assert plans[0]["layers"] == plans[1]["layers"]
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_row_of_metrics_may_span_a_stop(run_settings, tmp_path: Path, precision: str) -> None:
+    """Three stops by `max_steps`, none of them where a row or an evaluation ends; same schedule throughout."""
+    training = {"log_interval": 4, "eval_interval": 5, "save_interval": 0, "warmup_steps": 100}
+    training["mixed_precision"] = precision
+    directories = tmp_path / "straight", tmp_path / "stopped"
+    for directory, ends in zip(directories, ([9], [2, 3, 7, 9]), strict=True):
+        for max_steps in ends:
+            # The learning rate is still warming up, so that max_steps does not bend it; the last step logs anyway.
+            settings = run_settings(training=training | {"max_steps": 9}, output_dir=str(directory))
+            engine = fusiontree.train.engine.TrainingEngine(
+                fusiontree.train.settings.RunSettings.parse(settings), resume="auto"
+            )
+            halt_after(engine, max_steps)
+            engine.run()
+    assert rows(directories[1], "metrics.jsonl") == rows(directories[0], "metrics.jsonl")
+    expected, found = (final(directory) for directory in directories)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def halt_after(engine: Any, step: int) -> None:
+    """Deliver SIGTERM to this process as soon as the engine has shown `step`."""
+    show = engine.meter.add
+
+    def add(*arguments: Any) -> None:
+        show(*arguments)
+        if engine.step >= step < engine.settings.training.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    engine.meter.add = add
+
+
+def test_resuming_from_an_older_checkpoint_drops_what_came_after(run_settings, tmp_path: Path) -> None:
+    sections = run_settings(training={"max_steps": 6, "save_interval": 2}, output_dir=str(tmp_path / "run"))
+    fusiontree.train(sections)
+    run = tmp_path / "run"
+    before = rows(run, "metrics.jsonl"), rows(run, "gates.jsonl"), final(run)
+    fusiontree.train(sections, resume=str(run / "checkpoints" / "step_00000002"))
+    assert (rows(run, "metrics.jsonl"), rows(run, "gates.jsonl")) == before[:2]
+    assert all(torch.equal(tensor, final(run)[name]) for name, tensor in before[2].items())
+
+
+def test_a_run_can_start_from_another_runs_checkpoint(run_settings, tmp_path: Path) -> None:
+    sections = run_settings(training={"max_steps": 3, "eval_interval": 0}, output_dir=str(tmp_path / "first"))
+    fusiontree.train(sections)
+    child = run_settings(training={"max_steps": 5, "eval_interval": 0}, output_dir=str(tmp_path / "second"))
+    assert fusiontree.train(child, resume=str(tmp_path / "first")).step == 5
+    assert [row["step"] for row in rows(tmp_path / "second", "metrics.jsonl")] == [4, 5]
+    manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
+    assert manifest["parent_run"].endswith("step_00000003")
