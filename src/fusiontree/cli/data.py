@@ -85,11 +85,10 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
     console = Console(soft_wrap=True)
     console.print(table)
     _print_skipped(console, total)
-    if total.skipped or not total.documents:
-        of = f"{total.documents + total.total_skipped} records"
-        raise InputError(
-            f"{total.total_skipped} of {of} cannot be used" if total.skipped else "there is no record at all"
-        )
+    if total.skipped:
+        raise InputError(f"{total.total_skipped} of {total.documents + total.total_skipped} records cannot be used")
+    if not total.documents:
+        raise InputError("there is no record at all")
     print(f"all {total.documents} records can be used")
 
 
@@ -143,9 +142,10 @@ def _print_inspection(console: Console, inspection: Inspection) -> None:
     _print_skipped(console, inspection.report)
     if not lengths:
         return
+    characters, text_bytes = inspection.characters / inspection.tokens, inspection.text_bytes / inspection.tokens
     console.print(
-        f"tokens: {inspection.tokens} in {len(lengths)} documents, about {inspection.estimated_tokens} in all; a token is "
-        f"{inspection.characters / inspection.tokens:.2f} characters, {inspection.text_bytes / inspection.tokens:.2f} bytes"
+        f"tokens: {inspection.tokens} in {len(lengths)} documents, about {inspection.estimated_tokens} in all; "
+        f"a token is {characters:.2f} characters, {text_bytes:.2f} bytes"
     )
     console.print(
         f"tokens of a document: {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}, "

@@ -19,6 +19,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -122,7 +123,8 @@ def _build(path: str, index_path: str, file: BinaryIO) -> LineIndex:
             "set data.cache_dir to another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return LineIndex(path, index_path, before.st_size, before.st_mtime_ns, lines, digest.digest())
 
 

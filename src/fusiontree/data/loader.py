@@ -119,6 +119,7 @@ class Loader:
                 )
         self._place = Place(*state["place"])
         self._report = DataReport.from_state(state["report"])
+        self._announced.update(self._report.skipped)
         self._goes_on = True
 
     def __iter__(self) -> Iterator[Batch]:
