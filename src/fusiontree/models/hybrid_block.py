@@ -97,6 +97,8 @@ class HybridBlock(nn.Module):
         self.gate = GateLowRank(hidden, config.gate_rank)
         self.fusion_proj = nn.Linear(hidden, hidden)
         self.small_mlp = SmallMLP(hidden)
+        for linear in (self.fusion_proj, self.small_mlp.out_proj):
+            linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False

@@ -27,7 +27,8 @@ def initialize(module: nn.Module, config: HybridLanguageModelConfig) -> None:
     """Initialise the parameters that `module` itself owns (transformers calls this for every submodule, children
     first, and leaves tensors that were loaded alone)."""
     if isinstance(module, nn.Linear):
-        init.normal_(module.weight, std=STD)
+        depth = 2 * config.num_layers if getattr(module, "writes_residual", False) else 1
+        init.normal_(module.weight, std=STD / math.sqrt(depth))
         if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
@@ -38,8 +39,6 @@ def initialize(module: nn.Module, config: HybridLanguageModelConfig) -> None:
     elif isinstance(module, MambaBlock):
         _initialize_mamba(module)
     elif isinstance(module, HybridBlock):
-        for linear in (module.fusion_proj, module.small_mlp.out_proj):
-            init.normal_(linear.weight, std=STD / math.sqrt(2 * config.num_layers))
         for buffer in module.buffers(recurse=False):
             init.zeros_(buffer)
 

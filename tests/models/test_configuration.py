@@ -1,0 +1,70 @@
+"""The configuration: defaults, names that transformers reads, and one clear sentence for every bad value."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import tiny_config
+from transformers import AutoConfig
+
+from fusiontree import HybridLanguageModelConfig
+from fusiontree.errors import InputError
+
+
+def test_defaults_are_the_published_recipe():
+    config = HybridLanguageModelConfig()
+    assert (config.hidden_size, config.num_layers, config.num_heads, config.global_heads) == (1536, 18, 12, 2)
+    assert (config.window_size, config.gate_rank, config.max_position_embeddings) == (256, 96, 8192)
+    assert config.num_kv_heads == 12
+    assert config.mamba_state_size == 64
+    assert HybridLanguageModelConfig(mamba_version=1).mamba_state_size == 16
+
+
+def test_names_that_transformers_and_peft_read():
+    config = tiny_config(num_kv_heads=2)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (2, 4, 2)
+    by_alias = HybridLanguageModelConfig(num_hidden_layers=3, num_attention_heads=6)
+    assert (by_alias.num_layers, by_alias.num_heads) == (3, 6)
+
+
+def test_round_trip(tmp_path):
+    config = tiny_config(layer_branches=["both", "mamba"], mamba_version=1, dropout=0.1)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, HybridLanguageModelConfig)
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+
+
+def test_pyramidal_windows():
+    config = tiny_config(attention_type="pyramidal", num_layers=6, window_size=4)
+    assert [config.layer_window(layer) for layer in range(6)] == [4, 4, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"windows_size": 4}, "`windows_size` is not a field.*did you mean `window_size`"),
+        ({"hiden_size": 4}, "did you mean `hidden_size`"),
+        ({"num_heads": 5}, "`hidden_size` 32 is not a multiple of `num_heads` 5"),
+        ({"num_heads": 32}, "must be even"),
+        ({"num_kv_heads": 3}, "`num_heads` 4 is not a multiple of `num_kv_heads` 3"),
+        ({"window_size": 0}, "`window_size` must be a whole number of at least 1, got 0"),
+        ({"global_heads": 5}, "`global_heads` must lie between 0 and `num_heads` 4, got 5"),
+        ({"num_kv_heads": 2, "global_heads": 1}, "must be a multiple of the 2 query heads that share"),
+        ({"mamba_version": 3}, "`mamba_version` must be one of 1, 2, got 3"),
+        ({"mamba_head_dim": 12}, "is not a multiple of `mamba_head_dim` 12"),
+        ({"srte_encoding": "none"}, "`srte_encoding` must be one of sincos, learned"),
+        ({"attention_type": "full"}, "`attention_type` must be one of local_global, pyramidal"),
+        ({"layer_branches": ["both"]}, "names 1 layers, but `num_layers` is 2"),
+        ({"layer_branches": ["both", "none"]}, r"`layer_branches\[1\]` must be one of both, mamba, attention"),
+        ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
+        ({"hidden_size": "32"}, "`hidden_size` must be a whole number"),
+        ({"num_layers": True}, "`num_layers` must be a whole number"),
+        ({"conv_kernel": 1}, "`conv_kernel` must be at least 2"),
+        ({"norm_eps": 0}, "`norm_eps` must be a positive number"),
+    ],
+    ids=str,
+)
+def test_bad_values(overrides, sentence):
+    with pytest.raises(InputError, match=sentence) as caught:
+        tiny_config(**overrides)
+    assert "\n" not in str(caught.value)

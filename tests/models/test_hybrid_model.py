@@ -1,0 +1,270 @@
+"""The model as a transformers model: loading, saving, dtypes, generation, embeddings, outputs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, token_ids
+from transformers import AutoModelForCausalLM
+
+from fusiontree import HybridCache, HybridLanguageModel
+from fusiontree.errors import InputError
+
+FLOAT32 = ("A_log", "D", "dt_bias")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied, drop_branch_prob=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, HybridLanguageModel)
+    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) is tied
+    ids = token_ids(2, 70)  # longer than anything the tables have seen
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "fusiontree"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_narrow_dtypes_keep_decays_in_float32(tmp_path, version):
+    model = tiny_model(mamba_version=version)
+    exact = {n: p.clone() for n, p in model.named_parameters() if n.endswith(FLOAT32)}
+    model.save_pretrained(tmp_path)
+    casts = {
+        "from_pretrained": HybridLanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        ".to": copy.deepcopy(model).to(torch.bfloat16),
+        ".bfloat16": copy.deepcopy(model).bfloat16(),
+        ".half": copy.deepcopy(model).half(),
+    }
+    for how, cast in casts.items():
+        for name, parameter in cast.named_parameters():
+            if name.endswith(FLOAT32):
+                assert torch.equal(parameter, exact[name]), (how, name)
+            else:
+                assert parameter.dtype in (torch.bfloat16, torch.float16), (how, name)
+    logits = casts["from_pretrained"](token_ids(1, 9)).logits
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+    assert model.double()(token_ids(1, 9)).logits.dtype == torch.float64
+
+
+def test_autocast_computes_in_bfloat16_and_stays_close():
+    model, ids = tiny_model(), token_ids(2, 21)
+    exact = model(ids).logits
+    seen = []
+    handle = model.layers[0].mamba.in_proj.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids)
+        piece = model(ids[:, :9])
+        rest = model(ids[:, 9:], past_key_values=piece.past_key_values).logits
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert (out.logits.float() - exact).abs().max() < 0.02
+    assert (rest.float() - exact[:, 9:]).abs().max() < 0.02
+
+
+def test_initialisation():
+    model = tiny_model(hidden_size=64, mamba_expand=2, num_layers=4)
+    for block in model.layers:
+        dt = torch.nn.functional.softplus(block.mamba.dt_bias)
+        assert dt.min() >= 1e-3 * 0.999
+        assert dt.max() <= 1e-1 * 1.001
+        decay = block.mamba.A_log.exp()
+        assert decay.min() >= 1
+        assert decay.max() <= 16
+        assert torch.equal(block.mamba.D, torch.ones_like(block.mamba.D))
+        ratio = block.fusion_proj.weight.std() / block.gate.up.weight.std()
+        assert 0.8 < ratio * 8**0.5 < 1.2  # residual outputs shrink with sqrt(2 L)
+    version1 = tiny_model(mamba_version=1).layers[0].mamba.A_log.exp()
+    torch.testing.assert_close(version1[3], torch.arange(1.0, 9.0))
+
+
+def test_missing_weights_are_initialised_like_new(tmp_path):
+    """A checkpoint without the time steps gets fresh ones in the papers' range, not zeros."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.endswith("dt_bias")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = HybridLanguageModel.from_pretrained(tmp_path)
+    dt = torch.nn.functional.softplus(loaded.layers[0].mamba.dt_bias)
+    assert 1e-3 * 0.999 <= dt.min() <= dt.max() <= 1e-1 * 1.001
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"do_sample": True, "top_k": 5}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "sampling", "beams"],
+)
+def test_generate_equals_no_cache(options, embeds):
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(10)
+    ids = token_ids(2, 7)
+    inputs = {"inputs_embeds": model.embed_tokens(ids).detach()} if embeds else {"inputs": ids}
+    outputs = []
+    for use_cache in (True, False):
+        if embeds and not use_cache:
+            inputs = {"inputs": ids}
+        torch.manual_seed(0)
+        out = model.generate(**inputs, max_new_tokens=9, min_new_tokens=9, use_cache=use_cache, **options)
+        outputs.append(out[:, -9:])
+    assert torch.equal(*outputs)
+
+
+def test_generate_returns_its_state_and_goes_on():
+    model, ids = tiny_model(), token_ids(1, 8)
+    whole = model.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False)
+    first = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(first.past_key_values, HybridCache)
+    rest = model.generate(
+        first.sequences, past_key_values=first.past_key_values, max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
+    assert torch.equal(rest, whole)
+
+
+def test_chunked_prefill_equals_whole():
+    model, ids = tiny_model(), token_ids(2, 23)
+    want = model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False, prefill_chunk_size=7), want)
+
+
+def test_other_cache_implementations_are_refused():
+    with pytest.raises(InputError, match="static"):
+        tiny_model().generate(token_ids(1, 4), cache_implementation="static", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resize_token_embeddings(tied):
+    model, ids = tiny_model(tie_word_embeddings=tied), token_ids(1, 6)
+    with torch.no_grad():
+        before = model(ids).logits
+    model.resize_token_embeddings(80)
+    after = model(ids).logits
+    assert after.shape[-1] == 80 == model.config.vocab_size
+    torch.testing.assert_close(after[..., :61], before)
+    model(ids, labels=ids).loss.backward()
+
+
+def test_outputs():
+    model, ids = tiny_model(), token_ids(2, 11)
+    out = model(ids, output_hidden_states=True, output_gates=True)
+    assert len(out.hidden_states) == 3
+    assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
+    assert out.gate_stats.mean.shape == (2, 2)
+    details = out.gate_stats.details
+    assert details.histogram.sum(1).tolist() == [2 * 11 * 32.0] * 2
+    torch.testing.assert_close(details.channel_sum.sum(1) / (22 * 32), out.gate_stats.mean.mean(1))
+    with_labels = model(ids, labels=ids)
+    assert with_labels.logits is None
+    assert with_labels.past_key_values is None
+    assert model(ids, labels=ids, logits_to_keep=2).logits.shape == (2, 2, 61)
+    as_tuple = model(ids, labels=ids, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], with_labels.loss)
+    model.config.return_logits_with_loss = True
+    assert model(ids, labels=ids).logits.shape == (2, 11, 61)
+
+
+def test_loss_is_the_mean_over_counted_labels():
+    model, ids = tiny_model(), token_ids(2, 11)
+    labels = ids.clone()
+    labels[0, 4:7] = -100
+    logits = model(ids).logits[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(model(ids, labels=labels).loss, want)
+    nothing = model(ids, labels=torch.full_like(ids, -100)).loss
+    assert nothing == 0
+    nothing.backward()
+
+
+def test_refusals():
+    model, ids = tiny_model(), token_ids(2, 5)
+    with pytest.raises(TypeError, match="attention_masks"):
+        model(ids, attention_masks=torch.ones_like(ids))
+    with pytest.raises(InputError, match="either `input_ids` or `inputs_embeds`"):
+        model()
+    with pytest.raises(InputError, match="at least one token"):
+        model(ids[:, :0])
+    with pytest.raises(InputError, match=r"shape \[2, 4\], expected \[2, 5\]"):
+        model(ids, attention_mask=torch.ones(2, 4))
+    with pytest.raises(InputError, match=r"`position_ids` has shape"):
+        model(ids, position_ids=torch.zeros(2, 3, dtype=torch.long))
+    cache = model(ids).past_key_values
+    with pytest.raises(InputError, match=r"expected \[2, 7\]"):
+        model(ids[:, :2], attention_mask=torch.ones(2, 2), past_key_values=cache)
+    assert not any(p.kind == p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+
+
+def test_learned_encoding_has_an_end():
+    model = tiny_model(srte_encoding="learned")
+    model(token_ids(1, 64))
+    with pytest.raises(InputError, match="position 64 lies past the learned time encoding of 64 positions"):
+        model(token_ids(1, 65))
+    cache = model(token_ids(1, 64)).past_key_values
+    with pytest.raises(InputError, match="learned time encoding"):
+        model(token_ids(1, 1), past_key_values=cache)
+
+
+def test_branch_dropout_follows_its_key_and_uses_the_running_mean():
+    model, ids = tiny_model(drop_branch_prob=0.5, num_layers=6).train(), token_ids(2, 11)
+
+    def run(*key):
+        model.set_dropout_key(*key)
+        out = model(ids, labels=ids)
+        return out.gate_stats.active.tolist()
+
+    patterns = [run(0, step, 0) for step in range(12)]
+    assert patterns == [run(0, step, 0) for step in range(12)]
+    assert len({tuple(pattern) for pattern in patterns}) > 4
+    share = 1 - sum(map(sum, patterns)) / (12 * 6)
+    assert 0.3 < share < 0.7
+    assert run(0, 3, 1) != patterns[3] or run(1, 3, 0) != patterns[3]
+    assert model.layers[0].mamba_mean.abs().sum() > 0
+    model.eval()
+    assert model(ids).gate_stats.active.all()
+
+
+def test_push_to_hub_uploads_a_loadable_folder(tmp_path, monkeypatch):
+    """The inherited method; only huggingface_hub's two network calls are replaced."""
+    from huggingface_hub import HfApi, RepoUrl
+
+    def create_commit(self, repo_id, operations, **kwargs):
+        assert repo_id == "someone/tiny"
+        for operation in operations:
+            with operation.as_file() as file:
+                (tmp_path / operation.path_in_repo).write_bytes(file.read())
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"https://huggingface.co/{repo_id}")
+    )
+    model, ids = tiny_model(), token_ids(1, 9)
+    model.push_to_hub("someone/tiny")
+    assert torch.equal(HybridLanguageModel.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_local_attention_sees_its_window_alone():
+    """Without global heads and scans, what lies further back than the layers' windows reach changes nothing."""
+    model = tiny_model(global_heads=0, layer_branches=["attention", "attention"], window_size=4)
+    ids = token_ids(1, 30)
+    changed = ids.clone()
+    changed[0, 10] = (changed[0, 10] + 1 - 3) % 58 + 3
+    difference = (model(ids).logits - model(changed).logits).abs().amax(-1)[0]
+    reach = 10 + 2 * (4 - 1)
+    assert difference[reach] > 0
+    assert difference[reach + 1 :].max() == 0
+    assert tiny_config().layer_window(1) == 5
