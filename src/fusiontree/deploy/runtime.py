@@ -225,6 +225,11 @@ class InferenceRuntime:
 
     def _encode_prompts(self, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
         """Ids of each prompt, checked against what the model can read."""
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError as error:  # half a surrogate pair, or an argument that was not UTF-8
+                raise InputError(f"prompt {number} is not valid Unicode text at character {error.start + 1}") from error
         rows = [ids.tolist() for ids in self._encode(prompts)]
         config = self.model.config
         for number, row in enumerate(rows, start=1):
@@ -244,8 +249,8 @@ class InferenceRuntime:
             # The last new token is returned, not read.
             if len(row) + max_new_tokens - 1 > table:
                 raise InputError(
-                    f"{which} has {tokens} and {max_new_tokens} new ones are asked for, but the model's learned "
-                    f"time encoding (SRTE) ends after {table} positions: ask for at most {table - len(row) + 1} new ones"
+                    f"{which} has {tokens} and {max_new_tokens} new ones are asked for, but the model's learned time "
+                    f"encoding (SRTE) ends after {table} positions: ask for at most {table - len(row) + 1} new ones"
                 )
         return rows
 

@@ -1,0 +1,102 @@
+"""`fusiontree generate`: once in a process of its own, otherwise inside this one (importing torch takes seconds)."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusiontree import generate, load
+from fusiontree.cli import main
+from tiny_models import save_tiny_model
+
+SCRIPT = Path(sys.executable).with_name("fusiontree")
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"), corpus / "tokenizer")
+
+
+@pytest.fixture
+def give_stdin(monkeypatch: pytest.MonkeyPatch):
+    def give(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return give
+
+
+def test_prompt_file_and_standard_input_give_the_same_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], give_stdin
+) -> None:
+    (expected,) = generate(load(folder, device="cpu"), PROMPT, max_new_tokens=16)
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
+    give_stdin(PROMPT.encode() + b"\r\n")
+    capsys.readouterr()
+    options = ["generate", str(folder), "--greedy", "--max-new-tokens", "16", "--device", "cpu"]
+    for source in (["--prompt", PROMPT], ["--file", str(tmp_path / "prompt.txt")], []):
+        assert main([*options, *source]) == 0
+        assert capsys.readouterr() == (expected + "\n", "")
+
+
+def test_draws_are_those_of_the_python_interface(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"max_new_tokens": 16, "temperature": 1.5, "top_k": 50, "top_p": 0.9, "seed": 4}
+    (expected,) = generate(load(folder, device="cpu"), PROMPT, **options)
+    flags = [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--prompt", PROMPT, *flags, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_text_comes_as_it_is_made(folder: Path) -> None:
+    command = [SCRIPT, "generate", folder, "-p", PROMPT, "-n", "100000", "--greedy", "--device", "cpu"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1)  # arrives although the rest takes minutes
+        process.stdout.close()  # as `| head -c 1` does: the command ends at its next write
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "sentence"),
+    [
+        (["nowhere", "-p", "a"], b"", "model folder nowhere does not exist"),
+        (["MODEL", "-p", ""], b"", "the prompt is empty: give at least one character"),
+        (["MODEL"], b"", "the prompt is empty: give at least one character"),
+        (["MODEL", "-p", "a", "-f", "b"], b"", "--prompt and --file were both given; choose one"),
+        (["MODEL", "-f", "missing.txt"], b"", "prompt file missing.txt does not exist"),
+        (["MODEL", "-f", "/"], b"", "prompt file / cannot be read: "),
+        (["MODEL"], b"\xff\xfe", "standard input is not UTF-8 text (byte 0)"),
+        (["MODEL", "-p", "a\udcff"], b"", "prompt 1 is not valid Unicode text at character 2"),
+        (["MODEL", "-p", "a", "--dtype", "int3"], b"", "--dtype must be one of float32, bfloat16, float16, got 'int3'"),
+        (["MODEL", "-p", "a", "--device", "abacus"], b"", "device 'abacus' cannot be used here"),
+        (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be at least 0"),
+        (["MODEL", "-p", "a", "-n", "0"], b"", "max_new_tokens must be at least 1, got 0"),
+        (["MODEL", "-p", "a", "-n", "many"], b"", "Invalid value for '--max-new-tokens'"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: Path, arguments: list[str], stdin: bytes, sentence: str, capsys: pytest.CaptureFixture[str], give_stdin
+) -> None:
+    give_stdin(stdin)
+    capsys.readouterr()
+    assert main(["generate", *(str(folder) if word == "MODEL" else word for word in arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: {sentence}")
+    assert shown.err.count("\n") == 1
+
+
+def test_a_prompt_longer_than_a_learned_table(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny_model(tmp_path, corpus / "tokenizer", srte_encoding="learned")
+    assert main(["generate", str(folder), "-p", "\n" * 100]) == 2
+    sentence = "error: the prompt has 100 tokens, but the model's learned time encoding (SRTE) ends after 96 positions"
+    assert sentence in capsys.readouterr().err
