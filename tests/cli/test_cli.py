@@ -100,6 +100,13 @@ def test_a_wrong_command_line_is_one_sentence(arguments: list[str], says: str) -
     assert says in shown.stderr
 
 
+def test_a_command_without_its_sub_command_shows_its_help() -> None:
+    shown = run("data")
+    assert shown.returncode == 2
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("Usage: fusiontree data [OPTIONS] COMMAND [ARGS]...\n")
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [

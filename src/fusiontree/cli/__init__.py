@@ -131,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence = _sentence(error)
         if sentence is None or show_traceback:
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        # A command with sub-commands that was given none answers with its help, which is no sentence.
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        print(error if is_help else f"error: {sentence}", file=sys.stderr)
         return BAD_INPUT
 
 
