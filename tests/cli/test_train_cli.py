@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import resource
 import signal
 import subprocess
@@ -77,10 +79,7 @@ def test_a_run_leaves_its_directory(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_a_live_line(config: Path, tmp_path: Path) -> None:
-    """`script` gives the process a terminal; the display is redrawn there."""
-    pty = pytest.importorskip("pty")
-    import os
-
+    """A pseudo-terminal stands in for one; the display is redrawn there."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "fusiontree", "train", "--config", str(config), "training.eval_interval=0"],

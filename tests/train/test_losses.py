@@ -171,7 +171,7 @@ def test_other_architectures_can_teach(corpus, tmp_path) -> None:
     torch.testing.assert_close(teacher.hidden_states(batch)[:1, 5:], teacher.hidden_states(alone), atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="another vocabulary"):
         load_teacher(str(tmp_path / "teacher"), tokenizer, 384, torch.device("cpu"))
-    with pytest.raises(InputError, match=r"loss\.teacher .*no-such"):
+    with pytest.raises(InputError, match=r"loss\.teacher: there is no folder .*no-such"):
         load_teacher(str(tmp_path / "no-such"), tokenizer, 320, torch.device("cpu"))
 
 

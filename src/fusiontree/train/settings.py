@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fusiontree.config import Settings, apply_overrides, load_yaml
 from fusiontree.data.settings import DataSettings
@@ -34,6 +34,11 @@ class TrainingSettings(Settings):
     save_interval: int = Field(500, ge=0, description="also at the end; 0 = at the end alone")
     save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null = all")
     log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _yaml_reads_no_as_false(cls, value: Any) -> Any:
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> TrainingSettings:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 
 if TYPE_CHECKING:
     from fusiontree.data.batch import Batch
+
+_HUB_TIMEOUT_S = 10.0
 
 
 class Teacher:
@@ -63,14 +67,17 @@ def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.devic
     Raises:
         InputError: it cannot be loaded, or its vocabulary differs.
     """
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise InputError(f"loss.teacher: there is no folder {name}")
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        local = _is_at_hand(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=local)
+    except Exception as error:  # of the file system, the network, the hub, safetensors, a configuration
         first = str(error).strip().splitlines()[0]
         raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first}") from error
     rows = model.get_output_embeddings().weight.shape[0]
     try:
-        teachers_ids = AutoTokenizer.from_pretrained(name).get_vocab()
+        teachers_ids = AutoTokenizer.from_pretrained(name, local_files_only=local).get_vocab()
     except (OSError, ValueError, KeyError):
         teachers_ids = None  # a folder without a tokenizer: the sizes are all there is to compare
     ids = tokenizer.get_vocab()
@@ -80,3 +87,18 @@ def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.devic
             f"({len(ids)} tokens): distillation compares token by token, so both must share one tokenizer"
         )
     return Teacher(model.to(device), vocabulary=min(rows, len(ids)), name=name)
+
+
+def _is_at_hand(name: str) -> bool:
+    """Whether a folder or the hub's local cache has the model; else the hub must know it, which is asked once.
+
+    Loading would retry an unreachable hub for the better part of a minute.
+    """
+    try:
+        AutoConfig.from_pretrained(name, local_files_only=True)
+        return True
+    except (OSError, ValueError):
+        if Path(name).exists():
+            raise
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
+        return False
