@@ -34,7 +34,7 @@ _ft_setup() {
         extras="$_FT_EXTRAS"
     fi
     [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" || return 1
-    (cd "$root" && .venv/bin/python -m pip install --disable-pip-version-check \
+    (cd "$root" && .venv/bin/python -m pip install --no-compile --disable-pip-version-check \
         --constraint constraints.txt --editable ".[$extras]") || return 1
     # What the Makefile waits for: it need not install again.
     touch "$root/.venv/.ready"
