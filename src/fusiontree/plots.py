@@ -100,7 +100,7 @@ def plot_gates(records: Sequence[GateStatistics], directory: Path) -> list[Path]
     by_step_RL = np.array([[layer.mean for layer in record.layers] for record in records], dtype=float)
     figure = Figure(figsize=(9, 0.3 * by_step_RL.shape[1] + 2), layout="constrained")
     axes = figure.add_subplot()
-    _heat_map(axes, by_step_RL.T, "optimizer step", "mean gate (1 = Mamba, 0 = attention)")
+    _heat_map(figure, axes, by_step_RL.T, "optimizer step", "mean gate (1 = Mamba, 0 = attention)")
     shown = np.unique(np.linspace(0, len(records) - 1, min(len(records), 10)).round().astype(int))
     axes.set_xticks(shown, [str(records[i].step) for i in shown])
     by_step = _save(figure, directory / GATES_BY_STEP)
@@ -110,15 +110,15 @@ def plot_gates(records: Sequence[GateStatistics], directory: Path) -> list[Path]
     by_channel_LH = np.array([layer.channel_mean or [np.nan] * width for layer in last.layers], dtype=float)
     figure = Figure(figsize=(12, 0.3 * by_channel_LH.shape[0] + 2), layout="constrained")
     axes = figure.add_subplot()
-    _heat_map(axes, by_channel_LH, "channel", f"mean gate at step {last.step} (1 = Mamba, 0 = attention)")
+    _heat_map(figure, axes, by_channel_LH, "channel", f"mean gate at step {last.step} (1 = Mamba, 0 = attention)")
     return [by_step, _save(figure, directory / GATES_BY_CHANNEL)]
 
 
-def _heat_map(axes: Axes, values_Lx: np.ndarray, x_label: str, title: str) -> None:
+def _heat_map(figure: Figure, axes: Axes, values_Lx: np.ndarray, x_label: str, title: str) -> None:
     # Fixed ends and a neutral middle: colours mean the same in every picture, and grey marks layers without a gate.
     colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
     image = axes.imshow(values_Lx, aspect="auto", vmin=0, vmax=1, cmap=colours, interpolation="nearest")
-    axes.get_figure(root=True).colorbar(image, ax=axes)
+    figure.colorbar(image, ax=axes)
     axes.set(xlabel=x_label, ylabel="layer", title=title, yticks=range(values_Lx.shape[0]))
 
 

@@ -34,7 +34,7 @@ def details(gates: list[torch.Tensor | None]) -> GateDetails:
 
 
 def monitor(**settings: object) -> GateMonitor:
-    return GateMonitor(GateMonitorSettings(**settings), ["both", "both", "mamba"])
+    return GateMonitor(GateMonitorSettings(**settings), 3, ["both", "both", "mamba"])
 
 
 def test_a_record_describes_the_gates_of_all_micro_batches() -> None:

@@ -108,7 +108,7 @@ class TrainingEngine:
         if settings.loss.teacher is not None:
             teacher = load_teacher(settings.loss.teacher, tokenizer, config.vocab_size, self.accelerator.device)
         self.loss = HybridModelLoss(settings.loss, teacher)
-        self.monitor = GateMonitor(settings.gate_monitor, [config.branch(i) for i in range(config.num_layers)])
+        self.monitor = GateMonitor(settings.gate_monitor, config.num_layers, config.layer_branches)
         self.meter = StepMeter(settings.loss)
         self.step = 0
         self.evaluated_step: int | None = None

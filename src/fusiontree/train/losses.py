@@ -126,6 +126,7 @@ class HybridModelLoss:
             head_weight: [V, H] the student's output embedding; only read when distilling.
         """
         stats, s = output.gate_stats, self.settings
+        assert output.loss is not None and stats is not None
         counted = count_labels(batch.labels, batch.position_ids)
         lm = output.loss * (counted / totals.labels)
         load_balance = load_balance_sum(stats, s.gate_target, s.gate_margin) / totals.rows
@@ -133,7 +134,7 @@ class HybridModelLoss:
         total = lm + s.load_balance_coeff * load_balance + s.entropy_reg_coeff * entropy
         distillation = torch.zeros_like(lm)
         if self.teacher is not None:
-            assert head_weight is not None
+            assert head_weight is not None and output.hidden_states is not None
             hidden_BTH = output.hidden_states[-1]
             distillation = self._divergence_sum(hidden_BTH, head_weight, batch) / totals.labels
             total = total + s.distillation_coeff * distillation

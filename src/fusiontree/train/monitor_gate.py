@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,12 +25,13 @@ class GateMonitor:
 
     Args:
         settings: intervals and thresholds.
-        branches: per layer, which branches it has.
+        num_layers: L.
+        layer_branches: per layer "both", "mamba" or "attention"; None = "both" everywhere.
     """
 
-    def __init__(self, settings: GateMonitorSettings, branches: list[BranchKind]):
+    def __init__(self, settings: GateMonitorSettings, num_layers: int, layer_branches: list[str] | None = None):
         self.settings = settings
-        self.branches = branches
+        self.branches = cast("list[BranchKind]", layer_branches or ["both"] * num_layers)
         self.last: GateStatistics | None = None
         self._sums: GateDetails | None = None
         self._means: list[list[float | None]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +127,7 @@ class RunSettings(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="of initialisation, data order, dropout and branch dropout")
 
 
-def load_run_settings(config_path: str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+def load_run_settings(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunSettings:
     """Read a run's YAML file and its `key=value` overrides.
 
     Raises:
@@ -137,7 +138,9 @@ def load_run_settings(config_path: str | Path, overrides: Sequence[str] = ()) ->
     return RunSettings.parse(mapping, where="")
 
 
-def as_run_settings(config: RunSettings | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> RunSettings:
+def as_run_settings(
+    config: RunSettings | Mapping[str, Any] | str | os.PathLike[str], overrides: Sequence[str] = ()
+) -> RunSettings:
     """`RunSettings` from any of: itself, a mapping of sections, the path of a YAML file.
 
     Raises:

@@ -36,7 +36,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-        self._base: Callable[..., Any] = model.backbone if isinstance(model, HybridLanguageModel) else model.base_model
+        base: Any = model.backbone if isinstance(model, HybridLanguageModel) else model.base_model
+        self._base: Callable[..., Any] = base
         self._check_head(name)
 
     @torch.no_grad()
@@ -46,7 +47,7 @@ class Teacher:
 
     @torch.no_grad()
     def _check_head(self, name: str) -> None:
-        probe = torch.arange(min(8, self.vocabulary), device=self.head.weight.device)[None]
+        probe = torch.arange(min(8, self.vocabulary), device=next(self.model.parameters()).device)[None]
         whole = self.model(input_ids=probe, use_cache=False).logits
         split = self.head(self._base(input_ids=probe, use_cache=False).last_hidden_state)
         if not torch.allclose(whole.float(), split.float(), atol=1e-3, rtol=1e-3):
