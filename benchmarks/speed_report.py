@@ -97,15 +97,14 @@ def save(directory: Path, record: dict) -> str:
         path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         parts = ["# Speed and memory\n"]
         for entry in kept:
-            settings = entry["settings"]
+            settings, loads = entry["settings"], [m["load_before"] for m in entry["measurements"]]
             parts.append(f"## {settings['size']} parameters, {settings['dtype']}, {settings['threads']} thread(s)\n")
             parts.append(table(entry["summary"]))
             parts.append(
                 f"{entry['cpu']}; medians of {entry['rounds']} rounds; torch {entry['versions']['torch']}, "
-                f"transformers {entry['versions']['transformers']}; commit {entry['commit']}, code revision {entry['revision']}; "
-                f"{entry['date']}; `{entry['command']}`. Load average before the measurements: "
-                f"{min(m['load_before'] for m in entry['measurements'])} to "
-                f"{max(m['load_before'] for m in entry['measurements'])}.\n"
+                f"transformers {entry['versions']['transformers']}; commit {entry['commit']}, "
+                f"code revision {entry['revision']}; {entry['date']}; `{entry['command']}`. "
+                f"Load average before the measurements: {min(loads)} to {max(loads)}.\n"
             )
         path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
     return table(record["summary"])

@@ -1,0 +1,167 @@
+"""The benchmark scripts, run as a user runs them, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+TINY = ("--size", "tiny", "--threads", "1", "--dtype", "float32")
+
+
+def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts import each other from their own directory."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    documents = [f"Document {i}: " + " ".join(f"{n} times {i} is {n * i}." for n in range(40)) for i in range(12)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def test_quality_records_each_run_once_and_reports_them(
+    corpus: Path, tmp_path: Path, benchmark_modules: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ("--results", str(tmp_path), "--corpus", "numbers")
+    settings = (*TINY, *where, "--train", str(corpus), "--valid", str(corpus), "--cache", str(tmp_path / "cache"))
+    settings += ("--steps", "2", "--warmup", "1", "--length", "64", "--learning-rates", "2e-3")
+    first = run_script("quality.py", *settings, "--models", "fusiontree", "llama")
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "quality_numbers.jsonl"
+    ours, llama = (json.loads(line) for line in path.read_text().splitlines())
+    assert (ours["run"]["model"], llama["run"]["model"]) == ("fusiontree", "llama")
+    assert ours["run"]["data"] == llama["run"]["data"]
+    assert abs(ours["parameters"] / llama["parameters"] - 1) < 0.1
+    for record in (ours, llama):
+        # Untrained is uniform over 300 tokens; two steps move it a little.
+        assert abs(record["val_loss"] - math.log(300)) < 0.7
+        assert record["train_tokens_per_second"] > 0
+        assert str(tmp_path) not in json.dumps(record)
+
+    import quality
+
+    quality.main([*settings, "--models", "llama"])
+    assert "recorded already" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 2
+
+    quality.main([*where, "--report"])
+    assert f"| Llama | 0 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
+
+    path.write_text(json.dumps(ours | {"revision": "0" * 12}) + "\n")
+    with pytest.raises(SystemExit, match="revision 000000000000"):
+        quality.main([*settings, "--models", "fusiontree"])
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, benchmark_modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import candidates
+    import numpy as np
+    import packed_text
+    import training_run
+
+    monkeypatch.setattr(training_run, "EVAL_EVERY", 1)
+    rows = packed_text.pack(np.random.default_rng(0).integers(1, 300, 40 * 16), 16)
+    recipe = training_run.Recipe(
+        learning_rate=2e-3, steps=3, warmup=1, batch_size=4, micro_batch=2, seed=0, dtype="float32"
+    )
+    size = candidates.SIZES["tiny"]
+    whole = training_run.train(candidates.build("llama", size, seed=0), recipe, rows, rows, tmp_path / "whole.pt")
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_after(steps: int) -> candidates.Candidate:
+        candidate = candidates.build("llama", size, seed=0)
+        pieces = iter(range(2 * steps))
+
+        def training_loss(*arguments: object) -> torch.Tensor:
+            if next(pieces, None) is None:
+                raise Interrupted
+            return candidate.training_loss(*arguments)
+
+        return candidates.Candidate(candidate.title, candidate.model, candidate.logits, training_loss)
+
+    unfinished = tmp_path / "half.pt"
+    with pytest.raises(Interrupted):
+        training_run.train(stop_after(2), recipe, rows, rows, unfinished)
+    resumed = training_run.train(candidates.build("llama", size, seed=1), recipe, rows, rows, unfinished)
+    assert (resumed["val_curve"], resumed["val_loss"]) == (whole["val_curve"], whole["val_loss"])
+    assert not unfinished.exists()
+
+
+def test_speed_records_rates_ratios_and_memory(tmp_path: Path) -> None:
+    settings = (*TINY, "--shapes", "32x2", "--rounds", "1", "--steps", "1", "--results", tmp_path)
+    finished = run_script("speed.py", *settings, "--models", "fusiontree", "llama")
+    assert finished.returncode == 0, finished.stderr
+    (path,) = tmp_path.glob("speed_*.json")
+    (record,) = json.loads(path.read_text())
+    ours, llama = record["summary"]
+    assert (ours["model"], llama["model"]) == ("fusiontree", "llama")
+    ratio = ours["tokens_per_second"]["train"] / llama["tokens_per_second"]["train"]
+    assert ours["ratios"]["train_to_llama"] == pytest.approx(ratio, rel=0.01)
+    # Parameters, gradients and two moments in float32 at the least.
+    assert ours["peak_bytes"] > 4 * 4 * ours["parameters"]
+    assert "FusionTree" in path.with_suffix(".md").read_text()
+    assert str(tmp_path) not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon-h1", "mamba-2", "bamba"])
+def test_a_peer_has_the_parameters_asked_for_and_the_papers_time_steps(benchmark_modules: None, name: str) -> None:
+    import peers
+
+    size = peers.PeerSize(vocab_size=512, hidden_size=128, num_layers=4, parameters=1_300_000)
+    model = peers.build_peer(name, size, seed=0, tolerance=0.06)
+    assert abs(peers.count_parameters(model) / size.parameters - 1) < 0.06
+    steps = [torch.nn.functional.softplus(p) for n, p in model.named_parameters() if n.endswith("dt_bias")]
+    assert bool(steps) == (name != "llama")
+    assert all(((step > 0.99e-3) & (step < 1.01e-1)).all() for step in steps)
+
+
+@pytest.mark.parametrize("name", ["fusiontree", "llama"])
+def test_documents_of_a_row_do_not_see_each_other(benchmark_modules: None, name: str) -> None:
+    import candidates
+    import numpy as np
+    import packed_text
+
+    torch.manual_seed(0)
+    stream = np.arange(1, 33)
+    stream[11] = packed_text.END_ID
+    rows = packed_text.pack(stream, 32)
+    candidate = candidates.build(name, candidates.SIZES["tiny"], seed=0)
+    candidate.model.eval()
+    with torch.no_grad():
+        before = candidate.logits(rows)
+        rows.input_ids[0, 3] = 99
+        after = candidate.logits(rows)
+    assert (before[0, 3:11] != after[0, 3:11]).any()
+    torch.testing.assert_close(after[0, 12:], before[0, 12:], atol=1e-5, rtol=0)
+
+
+def test_packing_counts_every_token_but_the_first_of_rows_and_documents(benchmark_modules: None) -> None:
+    import numpy as np
+    import packed_text
+
+    rows = packed_text.pack(np.array([5, 6, packed_text.END_ID, 7, 8, 9, packed_text.END_ID]), 4)
+    assert rows.input_ids.tolist() == [[5, 6, 0, 7], [8, 9, 0, 0]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+    assert rows.labels.tolist() == [[-100, 6, 0, -100], [-100, 9, 0, -100]]
