@@ -115,9 +115,12 @@ def plot_gates(records: Sequence[GateStatistics], directory: Path) -> list[Path]
 
 
 def _heat_map(figure: Figure, axes: Axes, values_Lx: np.ndarray, x_label: str, title: str) -> None:
-    # Fixed ends and a neutral middle: colours mean the same in every picture, and grey marks layers without a gate.
+    # One half is always the neutral colour, red always leans to Mamba. The ends follow the data, since gates that are
+    # held around one half would all look alike on a scale from 0 to 1. Grey marks layers without a working gate.
+    deviation = np.nanmax(np.abs(values_Lx - 0.5), initial=0.01)
+    ends = {"vmin": 0.5 - deviation, "vmax": 0.5 + deviation}
     colours = colormaps["RdBu_r"].with_extremes(bad="0.8")
-    image = axes.imshow(values_Lx, aspect="auto", vmin=0, vmax=1, cmap=colours, interpolation="nearest")
+    image = axes.imshow(values_Lx, aspect="auto", cmap=colours, interpolation="nearest", **ends)
     figure.colorbar(image, ax=axes)
     axes.set(xlabel=x_label, ylabel="layer", title=title, yticks=range(values_Lx.shape[0]))
 
