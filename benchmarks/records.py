@@ -84,23 +84,33 @@ def git_commit() -> str:
 def code_revision(*parts: str) -> str:
     """12 hexadecimal digits over the Python code below `src/fusiontree/<part>` for each of `parts`.
 
-    Comments, docstrings and layout do not enter, so only edits that could change a number change the revision.
+    Comments, docstrings, layout, assertions and the annotations of functions do not enter, so only edits that could
+    change a number change the revision.
     """
     digest = hashlib.sha256()
     for part in parts:
         root = REPOSITORY / "src" / "fusiontree" / part
         for path in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            tree = _Essence().visit(ast.parse(path.read_text(encoding="utf-8")))
             digest.update(path.relative_to(REPOSITORY).as_posix().encode())
-            digest.update(ast.dump(_without_docstrings(ast.parse(path.read_text(encoding="utf-8")))).encode())
+            digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:12]
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
-    def is_text(node: ast.AST) -> bool:
-        return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+class _Essence(ast.NodeTransformer):
+    """Leaves what runs."""
 
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [item for item in body if not is_text(item)]
-    return tree
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        return None
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
