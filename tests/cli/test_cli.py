@@ -116,7 +116,7 @@ def test_a_command_without_its_sub_command_shows_its_help() -> None:
         ),
         ("import errno\nraise OSError(errno.ENOSPC, 'No space left on device', 'runs/a')", "runs/a: the disk is full"),
         ("open('/dev/full', 'w', buffering=1).write('x\\n')", "the disk is full"),
-        ("import errno\nraise PermissionError(errno.EACCES, 'Permission denied', '/a')", "/a: there is no permission"),
+        ("import errno\nraise PermissionError(errno.EACCES, 'Permission denied', '/a')", "/a: permission denied"),
         ("import errno\nraise OSError(errno.EROFS, 'Read-only file system', '/a')", "/a: the file system is read-only"),
     ],
 )

@@ -30,6 +30,15 @@ INTERRUPTED = 130
 # all errors that are the caller's in both.
 _COMMAND_LINE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 
+_MENDABLE = {
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "the file would be larger than this system allows; choose another place",
+    errno.EACCES: "permission denied; change who may use it or choose another path",
+    errno.EPERM: "permission denied; change who may use it or choose another path",
+    errno.EROFS: "the file system is read-only; choose another place",
+}
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -150,14 +159,7 @@ def _sentence(error: Exception) -> str | None:
             return text.splitlines()[-1].partition(": ")[2]
         return text
     if isinstance(error, OSError):
-        problem = {
-            errno.ENOSPC: "the disk is full",
-            errno.EDQUOT: "the disk quota is used up",
-            errno.EFBIG: "the file would be larger than this system allows",
-            errno.EACCES: "there is no permission to open or write it",
-            errno.EPERM: "there is no permission to open or write it",
-            errno.EROFS: "the file system is read-only",
-        }.get(error.errno or 0)
+        problem = _MENDABLE.get(error.errno or 0)
         if problem:
-            return f"{error.filename or 'a file of this command'}: {problem}; make room there or choose another place"
+            return f"{error.filename or 'a file of this command'}: {problem}"
     return None
