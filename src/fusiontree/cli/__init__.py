@@ -157,7 +157,7 @@ def _sentence(error: Exception) -> str | None:
         if "Traceback (most recent call last)" in text:
             # torch repeats a data worker's error with the worker's traceback as its text: the sentence stands last.
             return text.splitlines()[-1].partition(": ")[2]
-        return text
+        return " ".join(text.splitlines())
     if isinstance(error, OSError):
         problem = _MENDABLE.get(error.errno or 0)
         if problem:
