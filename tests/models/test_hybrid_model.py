@@ -203,6 +203,8 @@ def test_refusals():
         model(ids, attention_mask=torch.ones(2, 4))
     with pytest.raises(InputError, match=r"`position_ids` has shape"):
         model(ids, position_ids=torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(InputError, match="zeros between real tokens"):
+        model(ids, attention_mask=torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]]))
     cache = model(ids).past_key_values
     with pytest.raises(InputError, match=r"expected \[2, 7\]"):
         model(ids[:, :2], attention_mask=torch.ones(2, 2), past_key_values=cache)

@@ -76,7 +76,10 @@ def _piece_mask(attention_mask: torch.Tensor | None, past: int, shape: tuple[int
             f"`attention_mask` has shape {list(attention_mask.shape)}, expected {list(expected)}: one column for each "
             f"of the {past} cached and {shape[1]} new tokens"
         )
-    return attention_mask[:, past:].bool()
+    mask = attention_mask[:, past:].bool()
+    if shape[1] > 2 and ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any():
+        raise InputError("`attention_mask` has zeros between real tokens; padding may stand at a row's ends alone")
+    return mask
 
 
 def build_layout(
