@@ -12,7 +12,7 @@ import hashlib
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -100,9 +100,10 @@ class Corpus:
         # Another process opens the files for itself.
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def __del__(self) -> None:
+    def __del__(self, _close: Callable[[int], None] = os.close) -> None:
+        # Bound above because modules are gone when the interpreter ends.
         for descriptor, _ in self.__dict__.get("_open", {}).values():
-            os.close(descriptor)
+            _close(descriptor)
 
     @property
     def num_bytes(self) -> int:

@@ -69,7 +69,8 @@ def index_lines(path: str, cache_dir: str | None = None) -> LineIndex:
         InputError: the file cannot be read, changes while it is read, or the given `cache_dir` cannot be written.
     """
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32] + ".lines"
-    index_path = os.path.join(cache_dir if cache_dir is not None else _default_cache_dir(), name)
+    folder = os.path.expanduser(cache_dir) if cache_dir is not None else _default_cache_dir()
+    index_path = os.path.join(folder, name)
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
