@@ -1,6 +1,8 @@
 """Short causal depthwise convolution whose taps stop at document boundaries.
 
-Shapes: B batch, T tokens, c channels, K taps.
+The `torch` backend convolves as if there were no boundaries, then computes the few tokens just behind one again.
+
+Shapes: B batch, T tokens, c channels, K taps, n tokens with a boundary within their taps.
 """
 
 from __future__ import annotations
@@ -8,10 +10,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.reference import state_dtype
+
+# A product of dy and window this large stays in the processor's cache until it is summed.
+CPU_BLOCK_ELEMENTS = 2**17
 
 
 def causal_conv1d(
@@ -73,19 +79,27 @@ def causal_conv1d(
 
 
 def _conv_torch(x, weight, bias, *, reset, initial_state, return_final_state, activation):
-    window_BLC = _window(x, reset, initial_state, weight.shape[1])
     with torch.autocast(device_type=x.device.type, enabled=False):
-        y = _conv(window_BLC, weight, bias, reset, x.shape[1])
+        if x.shape[1] == 1:
+            y, state = _one_token(x, weight, bias, reset, initial_state, activation)
+        else:
+            y, state = _CausalConv.apply(x, weight, bias, reset, initial_state, activation)
+    return (y, state) if return_final_state else y
+
+
+def _one_token(x, weight, bias, reset, initial_state, activation) -> tuple[Tensor, Tensor]:
+    """Decoding, in as few operations as it takes."""
+    window_BKC = _window(x, reset, initial_state, weight.shape[1])
+    y_BC = (window_BKC * weight.to(window_BKC.dtype).t()).sum(1)
+    if bias is not None:
+        y_BC = y_BC + bias.to(y_BC.dtype)
     if activation == "silu":
-        y = F.silu(y)
-    y = y.to(x.dtype)
-    if not return_final_state:
-        return y
-    return y, _final_state(window_BLC, reset, weight.shape[1])
+        y_BC = F.silu(y_BC)
+    return y_BC[:, None].to(x.dtype), window_BKC[:, 1:]
 
 
 def _window(x: Tensor, reset: Tensor | None, initial_state: Tensor | None, taps: int) -> Tensor:
-    """The K-1 inputs before x, then x: [B,K-1+T,c]."""
+    """The K-1 inputs before x, then x, in the computing dtype: [B,K-1+T,c]."""
     dtype = state_dtype(x)
     if initial_state is None:
         before = x.new_zeros(x.shape[0], taps - 1, x.shape[2], dtype=dtype)
@@ -96,33 +110,111 @@ def _window(x: Tensor, reset: Tensor | None, initial_state: Tensor | None, taps:
     return torch.cat([before, x.to(dtype)], dim=1)
 
 
-def _conv(window_BLC: Tensor, weight: Tensor, bias: Tensor | None, reset: Tensor | None, length: int) -> Tensor:
-    taps = weight.shape[1]
-    weight_KC = weight.to(window_BLC.dtype).t()
-    y = window_BLC[:, taps - 1 :] * weight_KC[taps - 1]
-    for back in range(1, taps):
-        tap = window_BLC[:, taps - 1 - back : taps - 1 - back + length]
-        if reset is not None:
-            tap = tap.masked_fill(_crosses_reset(reset, back)[..., None], 0.0)
-        y = y + tap * weight_KC[taps - 1 - back]
-    return y if bias is None else y + bias.to(y.dtype)
+class _CausalConv(torch.autograd.Function):
+    """(x, weight, bias) -> y, final state. Backward recomputes what comes before the activation."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, reset, initial_state, activation):
+        ctx.save_for_backward(x, weight, bias, reset, initial_state)
+        ctx.activation = activation
+        conv = _Conv(x, weight, bias, reset, initial_state)
+        y = conv.outputs()
+        if activation == "silu":
+            y = F.silu(y, inplace=True)
+        return y.to(x.dtype), conv.final_state()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        x, weight, bias, reset, initial_state = ctx.saved_tensors
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            conv = _Conv(x, weight, bias, reset, initial_state)
+            dy = dy.to(conv.window.dtype)
+            if ctx.activation == "silu":
+                dy = torch.ops.aten.silu_backward(dy, conv.outputs())
+            dwindow, dweight, dbias = conv.gradients(dy, dstate)
+        taps = weight.shape[1]
+        return (
+            dwindow[:, taps - 1 :].to(x.dtype),
+            dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None,
+            None if initial_state is None else dwindow[:, : taps - 1].to(initial_state.dtype),
+            None,
+        )
 
 
-def _crosses_reset(reset: Tensor, back: int) -> Tensor:
-    """[B,T] bool: whether one of the `back` latest tokens, the current one included, starts anew."""
-    crosses = reset.clone()
-    for shift in range(1, min(back, reset.shape[1])):
-        crosses[:, shift:] |= reset[:, :-shift]
-    return crosses
+class _Conv:
+    """The convolution before its activation: token t reads the window's entries t ... t+K-1."""
+
+    def __init__(self, x, weight, bias, reset, initial_state):
+        self.taps, self.length = weight.shape[1], x.shape[1]
+        self.reset = reset
+        self.window = _window(x, reset, initial_state, self.taps)  # [B,K-1+T,c]
+        self.weight = weight.to(self.window.dtype)
+        self.bias = None if bias is None else bias.to(self.window.dtype)
+        if reset is not None and self.taps > 1:
+            # Documents of the window's entries; what lies before x belongs to the first.
+            document = F.pad(reset.cumsum(1), (self.taps - 1, 0))
+            readable = document.unfold(1, self.taps, 1) == document[:, self.taps - 1 :, None]  # [B,T,K]
+            self.row, self.token = (~readable[..., 0]).nonzero(as_tuple=True)  # [n]: the oldest tap is another's
+            self.entry = self.token[:, None] + torch.arange(self.taps, device=x.device)  # [n,K]
+            self.readable = readable[self.row, self.token][..., None]  # [n,K,1]
+            self.kept = (document[:, self.length :] == document[:, -1:])[..., None]  # [B,K-1,1], of the final state
+
+    def outputs(self) -> Tensor:
+        """[B,T,c]."""
+        y = _depthwise(self.window, self.weight, self.bias, padding=0)
+        if self.reset is not None and self.taps > 1:
+            again = (self._windows_behind_resets() * self.weight.t()).sum(1)  # [n,c]
+            y[self.row, self.token] = again if self.bias is None else again + self.bias
+        return y
+
+    def _windows_behind_resets(self) -> Tensor:
+        """What the n tokens may read, zeros elsewhere: [n,K,c]."""
+        return self.window[self.row[:, None], self.entry].masked_fill(~self.readable, 0.0)
+
+    def final_state(self) -> Tensor:
+        """The last K-1 inputs of the last document: [B,K-1,c]."""
+        state = self.window[:, self.length :].clone()
+        return state if self.reset is None or self.taps == 1 else state.masked_fill_(~self.kept, 0.0)
+
+    def gradients(self, dy: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the window [B,K-1+T,c], the weight [c,K] and the bias [c]."""
+        dbias = dy.sum((0, 1))
+        if self.reset is not None and self.taps > 1:
+            dy_again = dy[self.row, self.token]  # [n,c]
+            dy = dy.index_put((self.row, self.token), dy.new_zeros(()))
+        dwindow = _depthwise(dy, self.weight.flip(1), None, padding=self.taps - 1)
+        dweight_KC = self._dense_weight_gradient(dy)
+        if self.reset is not None and self.taps > 1:
+            dweight_KC += (self._windows_behind_resets() * dy_again[:, None]).sum(0)
+            dread = (dy_again[:, None] * self.weight.t()).masked_fill_(~self.readable, 0.0)  # [n,K,c]
+            dwindow.index_put_((self.row[:, None].expand_as(self.entry), self.entry), dread, accumulate=True)
+            dstate = dstate.masked_fill(~self.kept, 0.0)
+        dwindow[:, self.length :] += dstate
+        return dwindow, dweight_KC.t(), dbias
+
+    def _dense_weight_gradient(self, dy: Tensor) -> Tensor:
+        """[K,c]: the sum over tokens of dy_t times the window's entry t + k."""
+        step = self.length if dy.device.type != "cpu" else max(1, CPU_BLOCK_ELEMENTS // dy[:, 0].numel())
+        dweight = dy.new_zeros(self.taps, dy.shape[2])
+        for start in range(0, self.length, step):
+            dy_block = dy[:, start : start + step]
+            for k in range(self.taps):
+                entries = self.window[:, start + k : start + k + dy_block.shape[1]]
+                dweight[k] += (dy_block * entries).sum((0, 1))
+        return dweight
 
 
-def _final_state(window_BLC: Tensor, reset: Tensor | None, taps: int) -> Tensor:
-    state = window_BLC[:, window_BLC.shape[1] - (taps - 1) :]
-    if reset is None or taps == 1:
-        return state.clone()
-    length = reset.shape[1]
-    segment = F.pad(reset.cumsum(1), (taps - 1, 0))  # inputs before x belong to segment 0
-    return state.masked_fill((segment[:, length:] != segment[:, -1:])[..., None], 0.0)
+def _depthwise(window: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int) -> Tensor:
+    """[B,S,c] and [c,K] -> [B,S+2 padding-K+1,c].
+
+    As a channels-last image of height 1, for which torch has a fast depthwise kernel where it has none for [B,c,T].
+    """
+    image = window.transpose(1, 2)[:, :, None]
+    y = F.conv2d(image, weight[:, None, None], bias, padding=(0, padding), groups=weight.shape[0])
+    return y[:, :, 0].transpose(1, 2)
 
 
 register("causal_conv1d", "torch", _conv_torch)

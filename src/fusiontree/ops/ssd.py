@@ -7,7 +7,9 @@ Within a chunk the scan is a masked matrix product, between chunks a short recur
   cumulative sums that is never positive; everything else is masked before the exp.
 - The backward pass recomputes decays and chunk states, so nothing of size T x chunk is kept.
 
-Shapes: B batch, T tokens, h heads, P head width, G groups, N state, n chunks of L tokens.
+The chunked mathematics, forward and backward, is in `ssd_chunks`.
+
+Shapes: B batch, T tokens, h heads, P head width, G groups, N state.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.ssd_chunks import Chunks, pieces
 
 
 def ssd_scan(
@@ -135,36 +138,33 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.chunk_size = chunk_size
         state = _first_state(x, B, reset, initial_state)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for start, stop, chunk in _pieces(x.shape[1], chunk_size):
-            piece = _Piece(x, dt, A, B, C, reset, start, stop, chunk)
-            state = piece.fill_states(state)
-            y_BnLHP = piece.outputs()
-            if D is not None:
-                y_BnLHP.addcmul_(piece.x, D.to(y_BnLHP.dtype)[:, None])
-            y[:, start:stop] = y_BnLHP.flatten(1, 2)
+        for start, stop, chunk in pieces(x.shape[1], chunk_size):
+            chunks = Chunks(x, dt, A, B, C, D, reset, start, stop, chunk)
+            state = chunks.fill_states(state)
+            y[:, start:stop] = chunks.outputs()
         return y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
         x, dt, A, B, C, D, reset, initial_state = ctx.saved_tensors
-        dtype = state_dtype(x)
-        D_or_zero = torch.zeros_like(A) if D is None else D
-        dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
-        dA, dD = (torch.zeros(A.shape, dtype=dtype, device=A.device) for _ in range(2))
         with torch.autocast(device_type=x.device.type, enabled=False):
-            pieces = [_Piece(x, dt, A, B, C, reset, *bounds) for bounds in _pieces(x.shape[1], ctx.chunk_size)]
             state = _first_state(x, B, reset, initial_state)
-            for piece in pieces:
-                state = piece.fill_states(state)
-            dstate = dstate.to(dtype)
-            for piece in reversed(pieces):
-                span = slice(piece.start, piece.stop)
-                (dx[:, span], ddt[:, span], dB[:, span], dC[:, span]), dA_piece, dD_piece, dstate = piece.gradients(
-                    dy, dstate, D_or_zero
-                )
-                dA += dA_piece
-                dD += dD_piece
+            dstate = dstate.to(state.dtype)
+            parts = [Chunks(x, dt, A, B, C, D, reset, *bounds) for bounds in pieces(x.shape[1], ctx.chunk_size)]
+            for part in parts:
+                state = part.fill_states(state)
+            dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+            dA = torch.zeros(A.shape, dtype=state.dtype, device=A.device)
+            dD = None if D is None else torch.zeros_like(dA)
+            while parts:
+                part = parts.pop()  # its states are freed before those of the next
+                grads, dstate = part.gradients(dy, dstate)
+                span = slice(part.start, part.stop)
+                dx[:, span], ddt[:, span], dB[:, span], dC[:, span] = grads.x, grads.dt, grads.B, grads.C
+                dA += grads.A
+                if dD is not None:
+                    dD += grads.D
         return (
             dx,
             ddt,
@@ -184,145 +184,6 @@ def _first_state(x: Tensor, B: Tensor, reset: Tensor | None, initial_state: Tens
     state = initial_state.to(state_dtype(x))
     # Dropped by a mask, not by a decay of zero: the state of a row that starts anew may hold anything.
     return state if reset is None else state.masked_fill(reset[:, 0, None, None, None], 0.0)
-
-
-def _pieces(length: int, chunk: int) -> list[tuple[int, int, int]]:
-    """(start, stop, chunk length) of the full chunks together and of the rest."""
-    whole = length // chunk * chunk
-    pieces = [(0, whole, chunk)] if whole else []
-    return pieces + ([(whole, length, length - whole)] if whole < length else [])
-
-
-class _Piece:
-    """n equal chunks of L tokens: their inputs in the computing dtype, and the decays between their tokens.
-
-    Matrix shapes: Q = the heads of a group side by side (h/G x P).
-    """
-
-    def __init__(self, x, dt, A, B, C, reset, start, stop, chunk):
-        self.start, self.stop = start, stop
-        batch, n = x.shape[0], (stop - start) // chunk
-        dtype = state_dtype(x)
-
-        def chunked(tensor: Tensor) -> Tensor:
-            return tensor[:, start:stop].to(dtype).reshape(batch, n, chunk, *tensor.shape[2:])
-
-        self.chunked = chunked
-        self.A = A.to(dtype)
-        self.x, self.dt = chunked(x), chunked(dt)  # [B,n,L,h,P], [B,n,L,h]
-        self.B, self.C = chunked(B).transpose(2, 3), chunked(C).transpose(2, 3)  # [B,n,G,L,N]
-        self.batch, self.n, self.chunk, self.heads, self.width = self.x.shape
-        self.groups, self.state_size = B.shape[2:]
-
-        cum_BnHL = (self.dt * self.A).transpose(2, 3).contiguous().cumsum(-1)
-        from_start_BnHL = cum_BnHL.exp()
-        to_end_BnHL = (cum_BnHL[..., -1:] - cum_BnHL).exp()
-        # bias: 0 where two tokens of the chunk interact, else -inf; added before the exp.
-        bias = torch.full((chunk, chunk), float("-inf"), dtype=dtype, device=x.device).triu_(1)
-        if reset is not None:
-            segment = reset[:, start:stop].reshape(batch, n, chunk).cumsum(-1)
-            same = segment[..., :, None] == segment[..., None, :]
-            bias = torch.where(same, bias, float("-inf"))[:, :, None]  # [B,n,1,L,L]
-            from_start_BnHL = from_start_BnHL * (segment == 0)[:, :, None]
-            to_end_BnHL = to_end_BnHL * (segment == segment[..., -1:])[:, :, None]
-        self.cum_BnHL, self.bias = cum_BnHL, bias
-        self.from_start = from_start_BnHL.transpose(2, 3)[..., None]  # [B,n,L,h,1], of the chunk's initial state
-        self.to_end = to_end_BnHL.transpose(2, 3)[..., None]  # [B,n,L,h,1], of a token until the chunk's last
-        self.through = from_start_BnHL[..., -1, None, None]  # [B,n,h,1,1], of the initial state over the chunk
-
-    def by_group(self, tensor_BnLHP: Tensor) -> Tensor:
-        """[B,n,L,h,P] -> [B,n,G,L,Q]."""
-        return tensor_BnLHP.reshape(self.batch, self.n, self.chunk, self.groups, -1).transpose(2, 3)
-
-    def by_head(self, tensor_BnGLQ: Tensor) -> Tensor:
-        """[B,n,G,L,Q] -> [B,n,L,h,P]."""
-        return tensor_BnGLQ.transpose(2, 3).reshape(self.x.shape)
-
-    def states_by_group(self, states_BnHPN: Tensor) -> Tensor:
-        """[B,n,h,P,N] -> [B,n,G,Q,N]."""
-        return states_BnHPN.reshape(self.batch, self.n, self.groups, -1, self.state_size)
-
-    def decays(self) -> Tensor:
-        """exp(sum of dt A over the tokens after s up to t) for s <= t of one segment, else 0: [B,n,h,L,L]."""
-        return (self.cum_BnHL[..., :, None] - self.cum_BnHL[..., None, :]).add_(self.bias).exp_()
-
-    def products(self) -> Tensor:
-        """C_t . B_s: [B,n,G,1,L,L], to be broadcast over the heads of a group."""
-        return torch.matmul(self.C, self.B.transpose(-1, -2))[:, :, :, None]
-
-    def per_group(self, tensor_BnHLL: Tensor) -> Tensor:
-        """[B,n,h,...] -> [B,n,G,h/G,...]."""
-        return tensor_BnHLL.unflatten(2, (self.groups, -1))
-
-    def fill_states(self, state: Tensor) -> Tensor:
-        """Compute the state before each chunk and after the last (states, [B,n+1,h,P,N]); return the last."""
-        weighted = self.by_group(self.x * (self.dt[..., None] * self.to_end))
-        added = torch.matmul(weighted.transpose(-1, -2), self.B)
-        added_BnHPN = added.view(self.batch, self.n, *state.shape[1:])
-        self.states = added_BnHPN.new_empty(self.batch, self.n + 1, *state.shape[1:])
-        self.states[:, 0] = state
-        for i in range(self.n):
-            state = torch.addcmul(added_BnHPN[:, i], state, self.through[:, i])
-            self.states[:, i + 1] = state
-        return state
-
-    def carried_outputs(self) -> Tensor:
-        """C_t applied to the state before the chunk, not yet decayed: [B,n,L,h,P]."""
-        return self.by_head(torch.matmul(self.C, self.states_by_group(self.states[:, :-1]).transpose(-1, -2)))
-
-    def outputs(self) -> Tensor:
-        """y without the skip term: [B,n,L,h,P]."""
-        mixing_BnHLL = self.per_group(self.decays()).mul_(self.products()).flatten(2, 3)
-        dtx_BnHLP = (self.x * self.dt[..., None]).transpose(2, 3)
-        return (self.carried_outputs() * self.from_start).add_(torch.matmul(mixing_BnHLL, dtx_BnHLP).transpose(2, 3))
-
-    def gradients(self, dy: Tensor, dstate: Tensor, D: Tensor):
-        """Gradients of (x, dt, B, C) [B,n*L,...], of A and D [h], and of the state before the piece.
-
-        dstate is the gradient of the state after the piece.
-        """
-        dy_BnLHP = self.chunked(dy)
-        dt = self.dt[..., None]
-
-        # Through the states: dstates[i] is the gradient of the state after chunk i.
-        dy_decayed = dy_BnLHP * self.from_start
-        dy_BnGLQ = self.by_group(dy_decayed)
-        dread_BnHPN = torch.matmul(dy_BnGLQ.transpose(-1, -2), self.C).view(self.batch, self.n, *dstate.shape[1:])
-        dstates = torch.empty_like(dread_BnHPN)
-        for i in reversed(range(self.n)):
-            dstates[:, i] = dstate
-            dstate = torch.addcmul(dread_BnHPN[:, i], dstate, self.through[:, i])
-        dstates_BnGQN = self.states_by_group(dstates)
-        dC_BnGLN = torch.matmul(dy_BnGLQ, self.states_by_group(self.states[:, :-1]))
-        dB_BnGLN = torch.matmul(self.by_group(self.x * (dt * self.to_end)), dstates_BnGQN)
-        ddtx = self.by_head(torch.matmul(self.B, dstates_BnGQN.transpose(-1, -2))) * self.to_end  # [B,n,L,h,P]
-
-        # Within the chunks: y = (decay o C B^T) (dt x).
-        decay, products = self.decays(), self.products()
-        dy_BnHLP = dy_BnLHP.transpose(2, 3).contiguous()
-        dtx_BnHLP = (self.x * dt).transpose(2, 3)
-        dproducts = torch.matmul(dy_BnHLP, dtx_BnHLP.transpose(-1, -2)).mul_(decay)  # [B,n,h,L,L], one per head
-        mixing = self.per_group(decay).mul_(products).flatten(2, 3)
-        ddtx += torch.matmul(mixing.transpose(-1, -2), dy_BnHLP).transpose(2, 3)
-        dproducts = self.per_group(dproducts)
-        dproducts_BnGLL = dproducts.sum(3)
-        dC_BnGLN += torch.matmul(dproducts_BnGLL, self.B)
-        dB_BnGLN += torch.matmul(dproducts_BnGLL.transpose(-1, -2), self.C)
-
-        # Through the decays. With S = sum over pairs of gradient x value, the cumulative sum at t gets what t reads
-        # (as t of the pair) less what is read of t (as s of the pair); the chunk's last also carries the state.
-        x_ddtx = (self.x * ddtx).sum(-1)  # [B,n,L,h]
-        dcum_BnLH = (dproducts.mul_(products)).sum(-1).flatten(2, 3).transpose(2, 3)
-        dcum_BnLH = dcum_BnLH + (dy_decayed * self.carried_outputs()).sum(-1) - self.dt * x_ddtx
-        dcum_BnLH[:, :, -1] += (dstates * self.states[:, 1:]).sum((-1, -2))
-        dlog_decay = dcum_BnLH.flip(2).cumsum(2).flip(2)
-        ddt = torch.addcmul(x_ddtx, dlog_decay, self.A)
-        dA = (dlog_decay * self.dt).sum((0, 1, 2))
-
-        dD = (dy_BnLHP * self.x).sum((0, 1, 2, 4))
-        dx = (ddtx * dt).addcmul_(dy_BnLHP, D.to(dt.dtype)[:, None])
-        per_token = (dx, ddt, dB_BnGLN.transpose(2, 3), dC_BnGLN.transpose(2, 3))
-        return tuple(grad.flatten(1, 2) for grad in per_token), dA, dD, dstate
 
 
 register("ssd_scan", "torch", _ssd_torch)
