@@ -168,7 +168,7 @@ def _start_worker(_: int) -> None:
 
 @contextmanager
 def _quiet_fork(num_workers: int) -> Iterator[None]:
-    """Without the variable that `_start_worker` sets, the tokenizers library warns in each worker as it forks."""
+    """Without the variable that `_start_worker` sets, tokenizers 0.22 warns in each worker as it forks."""
     name = "TOKENIZERS_PARALLELISM"
     if num_workers == 0 or name in os.environ:
         yield
