@@ -78,3 +78,11 @@ def test_the_shipped_recipe_is_the_original_one(tmp_path: Path) -> None:
     assert ours.training.max_steps == 5000
     tokens = ours.training.batch_size * 8 * ours.training.gradient_accumulation_steps * ours.training.max_seq_length
     assert tokens == 65_536
+
+
+@pytest.mark.parametrize("written", ["no", '"no"', "false"])
+def test_mixed_precision_can_be_switched_off_without_quotes(tmp_path: Path, written: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training:\n  mixed_precision: {written}\n")
+    assert load_run_settings(path).training.mixed_precision == "no"
+    assert load_run_settings(path, [f"training.mixed_precision={written}"]).training.mixed_precision == "no"

@@ -41,6 +41,11 @@ class TrainingSettings(Settings):
     def _yaml_reads_no_as_false(cls, value: Any) -> Any:
         return "no" if value is False else value
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _unquoted_no(cls, value: object) -> object:
+        return "no" if value is False else value  # what YAML makes of a bare `no`
+
     @model_validator(mode="after")
     def _betas_below_one(self) -> TrainingSettings:
         if not all(0 <= beta < 1 for beta in self.betas):
