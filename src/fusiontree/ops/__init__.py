@@ -1,7 +1,7 @@
 """Pure tensor functions behind the model, each with a naive `reference` and a fast `torch` backend."""
 
 from fusiontree.ops.attention import cached_attention, local_global_attention
-from fusiontree.ops.attention_layout import AttentionLayout, attention_layout
+from fusiontree.ops.attention_layout import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import BackendError, available_backends, resolve
 from fusiontree.ops.causal_conv1d import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
@@ -11,9 +11,11 @@ from fusiontree.ops.ssd import ssd_scan
 __all__ = [
     "AttentionLayout",
     "BackendError",
+    "CachedLayout",
     "attention_layout",
     "available_backends",
     "cached_attention",
+    "cached_layout",
     "causal_conv1d",
     "linear_cross_entropy",
     "local_global_attention",

@@ -5,13 +5,16 @@ Shapes: B batch, T queries, S cached keys, Hq query heads, Hkv key heads, D head
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fusiontree.ops import reference
-from fusiontree.ops.attention_layout import AttentionLayout, attention_layout, cached_blocks
+from fusiontree.ops.attention_layout import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.block_attention import Block, HeadSpan, block_attention
+from fusiontree.ops.block_attention import HeadSpan, attend_one_query, block_attention
+from fusiontree.ops.precision import autocast_dtype
 
 
 def local_global_attention(
@@ -81,9 +84,10 @@ def cached_attention(
     k: Tensor,
     v: Tensor,
     *,
-    query_index: Tensor,
-    key_index: Tensor,
+    query_index: Tensor | None = None,
+    key_index: Tensor | None = None,
     window_size: int | Tensor | None = None,
+    layout: CachedLayout | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of new queries over cached keys that say where they stand, in any order.
@@ -98,6 +102,8 @@ def cached_attention(
         key_index: [B,S] int64, likewise; -1 for a key that nobody sees.
         window_size: keys a query sees, itself included: one number, [B,T] int64 for a span of each query's own, or
             None for no bound.
+        layout: `cached_layout(query_index, key_index, window_size=window_size)`, to be built once and shared by the
+            layers of a model, in place of the three.
         backend: "auto", "torch" or "reference".
 
     Returns:
@@ -108,18 +114,29 @@ def cached_attention(
         BackendError: a named backend that is missing or cannot run this call.
     """
     _check_heads("cached_attention", q, k, v)
-    expected = {"query_index": (query_index, q.shape[:2]), "key_index": (key_index, k.shape[:2])}
-    if isinstance(window_size, Tensor):
-        expected["window_size"] = (window_size, q.shape[:2])
-    elif window_size is not None and window_size < 1:
-        raise ValueError(f"cached_attention: window_size must be at least 1, got {window_size}")
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"cached_attention: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if layout is None:
+        if query_index is None or key_index is None:
+            raise ValueError("cached_attention: needs query_index and key_index, or a layout")
+        expected = {"query_index": (query_index, q.shape[:2]), "key_index": (key_index, k.shape[:2])}
+        if isinstance(window_size, Tensor):
+            expected["window_size"] = (window_size, q.shape[:2])
+        elif window_size is not None and window_size < 1:
+            raise ValueError(f"cached_attention: window_size must be at least 1, got {window_size}")
+        for name, (tensor, shape) in expected.items():
+            if tensor.shape != shape:
+                raise ValueError(f"cached_attention: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        layout = cached_layout(query_index, key_index, window_size=window_size)
+    elif query_index is not None or key_index is not None or window_size is not None:
+        raise ValueError("cached_attention: give indices and window, or a layout, not both")
+    elif layout.shape != (q.shape[0], q.shape[1], k.shape[1]):
+        raise ValueError(
+            f"cached_attention: the layout is for [B,T,S] = {list(layout.shape)}, not "
+            f"{[q.shape[0], q.shape[1], k.shape[1]]}"
+        )
     run = resolve("cached_attention", backend, q, k, v)
     q, k, v = _autocast(q, k, v)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        return run(q, k, v, query_index=query_index, key_index=key_index, window_size=window_size)
+        return run(q, k, v, layout=layout)
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> int:
@@ -136,10 +153,7 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
+    return tuple(tensor.to(autocast_dtype(tensor)) for tensor in tensors)
 
 
 def _local_global_torch(q, k, v, *, window_size, num_global_heads, layout):
@@ -163,27 +177,34 @@ def _local_global_reference(q, k, v, *, window_size, num_global_heads, layout):
     )
 
 
-def _cached_torch(q, k, v, *, query_index, key_index, window_size):
+def _cached_torch(q, k, v, *, layout):
     if k.shape[1] == 0:
         return torch.zeros_like(q)
-    blocks = cached_blocks(query_index, key_index, window_size)
     # Invisible slots may hold NaN, which a mask does not stop. Where looking at the result is cheap, look at it and
     # blank the slots only if need be: blanking reads and writes the whole cache.
     if q.device.type == "cpu" and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
-        out = _cached_pass(q, k, v, blocks)
-        if out.isfinite().all():
+        out = _cached_pass(q, k, v, layout)
+        if math.isfinite(out.sum()):
             return out
-    unused = (key_index < 0)[:, :, None, None]
-    return _cached_pass(q, k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0), blocks)
+    unused = (layout.key_index < 0)[:, :, None, None]
+    return _cached_pass(q, k.masked_fill(unused, 0.0), v.masked_fill(unused, 0.0), layout)
 
 
-def _cached_pass(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
-    out = block_attention(q, k, v, [HeadSpan(slice(0, q.shape[2]), slice(0, k.shape[2]), blocks)])
-    sees_nothing = torch.cat([block.mask.sees_nothing for block in blocks], dim=1)
-    return out.masked_fill(sees_nothing[:, :, None, None], 0.0)
+def _cached_pass(q: Tensor, k: Tensor, v: Tensor, layout: CachedLayout) -> Tensor:
+    if q.shape[1] == 1 and not torch.is_grad_enabled():
+        out = attend_one_query(q, k, v, layout.blocks[0])
+    else:
+        out = block_attention(q, k, v, [HeadSpan(slice(0, q.shape[2]), slice(0, k.shape[2]), layout.blocks)])
+    return out.masked_fill(layout.sees_nothing()[:, :, None, None], 0.0)
+
+
+def _cached_reference(q, k, v, *, layout):
+    return reference.cached_attention(
+        q, k, v, query_index=layout.query_index, key_index=layout.key_index, window_size=layout.window_size
+    )
 
 
 register("local_global_attention", "torch", _local_global_torch)
 register("local_global_attention", "reference", _local_global_reference)
 register("cached_attention", "torch", _cached_torch)
-register("cached_attention", "reference", reference.cached_attention)
+register("cached_attention", "reference", _cached_reference)

@@ -5,6 +5,8 @@ Shapes: B batch, T queries, S keys, t and s the queries and keys of one block.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ class AttentionLayout:
             first_key = max(first_key, begin - window + 1)
         if self.starts is None and first_key == begin and (window is None or stop - begin <= window):
             return Block(begin, stop, begin, stop, causal=True)
-        return Block(begin, stop, first_key, stop, lambda dtype: self._mask(begin, stop, first_key, window, dtype))
+        return Block(begin, stop, first_key, stop, partial(self._mask, begin, stop, first_key, window))
 
     def _mask(self, begin: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
         # Without packed documents, blocks of one shape share one mask.
@@ -111,55 +113,72 @@ def additive_mask(visible_BTS: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible_BTS, float("-inf"))[:, None]
 
 
-class CachedMask:
-    """The mask of one block of cached attention, rebuilt when called.
+class CachedLayout:
+    """Which cached keys a piece of queries sees; build it with `cached_layout`.
 
-    Queries that see nothing are given every key, so that no kernel meets an empty row; `sees_nothing` [B,t], known
-    after the first call, says whose output to drop.
+    Attributes:
+        key_index: [B,S], as given.
+        blocks: runs of queries, each with the span of keys that some query of it, in some row, may see. Queries that
+            see nothing are given all of the span's keys, so that no kernel meets an empty row.
     """
 
     def __init__(self, query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None):
         self.query_index, self.key_index, self.window_size = query_index, key_index, window_size
-        self.sees_nothing: Tensor | None = None
-
-    def __call__(self, dtype: torch.dtype) -> Tensor:
-        queries, keys = self.query_index[:, :, None], self.key_index[:, None, :]
-        visible = (keys >= 0) & (keys <= queries)
-        if self.window_size is not None:
-            window = self.window_size
-            visible &= keys > queries - (window[:, :, None] if isinstance(window, Tensor) else window)
-        self.sees_nothing = ~visible.any(dim=-1)
-        return additive_mask(visible | self.sees_nothing[:, :, None], dtype)
-
-
-def cached_blocks(query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None) -> list[Block]:
-    """Blocks of queries, each with the span of keys that some query of it, in some row, may see."""
-    length, slots = query_index.shape[1], key_index.shape[1]
-    if length == 1:
-        return [Block(0, 1, 0, slots, CachedMask(query_index, key_index, window_size))]
-    begins = list(range(0, length, GLOBAL_QUERIES))
-    if window_size is None:
-        oldest = torch.zeros_like(query_index)
-    else:
-        oldest = (query_index - window_size + 1).clamp_(min=0)
-    blind = query_index < 0
-    oldest = oldest.masked_fill(blind, slots + int(1e15))
-    candidates = torch.stack(
-        [
-            (key_index >= oldest[:, begin : begin + GLOBAL_QUERIES].amin(1, keepdim=True))
-            & (key_index <= query_index[:, begin : begin + GLOBAL_QUERIES].amax(1, keepdim=True))
-            for begin in begins
+        self.shape = (query_index.shape[0], query_index.shape[1], key_index.shape[1])
+        self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._sees_nothing: dict[int, Tensor] = {}
+        self._kept_elements = 0
+        self.blocks = [
+            Block(begin, stop, first, last, partial(self._mask, begin, stop, first, last))
+            for begin, stop, first, last in self._spans()
         ]
-    ).any(dim=1)  # [blocks,S]
-    first = candidates.int().argmax(dim=1)
-    last = slots - candidates.flip(1).int().argmax(dim=1)
-    blocks = []
-    for begin, key_start, key_stop in zip(begins, first.tolist(), last.tolist(), strict=True):
-        stop = min(begin + GLOBAL_QUERIES, length)
-        mask = CachedMask(
-            query_index[:, begin:stop],
-            key_index[:, key_start:key_stop],
-            window_size[:, begin:stop] if isinstance(window_size, Tensor) else window_size,
-        )
-        blocks.append(Block(begin, stop, key_start, key_stop, mask))
-    return blocks
+
+    def sees_nothing(self) -> Tensor:
+        """[B,T] bool: queries without a visible key, whose output is to be dropped. Known once every mask was made."""
+        return torch.cat([self._sees_nothing[block.query_start] for block in self.blocks], dim=1)
+
+    def _spans(self) -> list[tuple[int, int, int, int]]:
+        _, length, slots = self.shape
+        if length == 1:
+            return [(0, 1, 0, slots)]
+        begins = range(0, length, GLOBAL_QUERIES)
+        oldest = torch.zeros_like(self.query_index)
+        if self.window_size is not None:
+            oldest = self.query_index - self.window_size + 1
+        # A query outside any document asks for no key: not before it, and nothing later than it.
+        oldest = oldest.clamp(min=0).masked_fill(self.query_index < 0, torch.iinfo(oldest.dtype).max)
+        wanted = []
+        for begin in begins:
+            queries = slice(begin, begin + GLOBAL_QUERIES)
+            not_before = self.key_index >= oldest[:, queries].amin(1, keepdim=True)
+            wanted.append((not_before & (self.key_index <= self.query_index[:, queries].amax(1, keepdim=True))).any(0))
+        wanted_bS = torch.stack(wanted)  # b blocks
+        first = wanted_bS.int().argmax(dim=1)
+        last = torch.where(wanted_bS.any(dim=1), slots - wanted_bS.flip(1).int().argmax(dim=1), 1)
+        stops = [min(begin + GLOBAL_QUERIES, length) for begin in begins]
+        return list(zip(begins, stops, first.tolist(), last.tolist(), strict=True))
+
+    def _mask(self, begin: int, stop: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        if (begin, dtype) in self._kept:
+            return self._kept[begin, dtype]
+        queries, keys = self.query_index[:, begin:stop, None], self.key_index[:, None, first:last]
+        visible = (keys >= 0) & (keys <= queries)
+        if isinstance(self.window_size, Tensor):
+            visible &= keys > queries - self.window_size[:, begin:stop, None]
+        elif self.window_size is not None:
+            visible &= keys > queries - self.window_size
+        nothing = ~visible.any(dim=-1)
+        self._sees_nothing[begin] = nothing
+        mask = additive_mask(visible | nothing[:, :, None], dtype)
+        if self._kept_elements + mask.numel() <= KEPT_MASK_ELEMENTS:
+            self._kept[begin, dtype] = mask
+            self._kept_elements += mask.numel()
+        return mask
+
+
+def cached_layout(query_index: Tensor, key_index: Tensor, *, window_size: int | Tensor | None = None) -> CachedLayout:
+    """What `cached_attention` works out from these three, for its `layout` argument: build it once for many layers.
+
+    Arguments as `cached_attention`; the tensors must not change while the layout is in use.
+    """
+    return CachedLayout(query_index, key_index, window_size)

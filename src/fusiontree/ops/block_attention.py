@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.precision import product_dtype, state_dtype
 
 _FORWARD_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -53,6 +53,18 @@ def block_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, spans: list[
     return _BlockAttention.apply(q_BTHD, k_BSHD, v_BSHD, spans)
 
 
+def attend_one_query(q_B1HD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Tensor:
+    """One query per row over all keys, without gradient: [B,1,H,D]. Reads each key once, whatever the group size."""
+    batch, _, heads, width = q_B1HD.shape
+    kv_heads = k_BSHD.shape[2]
+    # The heads that share a key head stand where a kernel expects tokens, so that nothing repeats the keys.
+    q_BKgD = q_B1HD.reshape(batch, kv_heads, heads // kv_heads, width)
+    assert block.mask is not None
+    mask = block.mask(q_B1HD.dtype)
+    out, _ = _forward(q_BKgD, k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2), mask, causal=False)
+    return out.reshape(batch, 1, heads, width)
+
+
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, spans):
@@ -60,7 +72,7 @@ class _BlockAttention(torch.autograd.Function):
         logsumexps = []
         for span, block in _all_blocks(spans):
             q_block, k_block, v_block = _views(q, k, v, span, block)
-            mask = block.mask(q.dtype) if block.mask else None
+            mask = block.mask(q_block.dtype) if block.mask else None
             out_block, logsumexp = _forward(q_block, k_block, v_block, mask, block.causal)
             out[:, block.query_start : block.query_stop, span.heads] = out_block.transpose(1, 2)
             logsumexps.append(logsumexp)
@@ -78,14 +90,15 @@ class _BlockAttention(torch.autograd.Function):
             q_block, k_block, v_block = _views(q, k, v, span, block)
             queries = slice(block.query_start, block.query_stop)
             keys = slice(block.key_start, block.key_stop)
+            dout_block, out_block = (t[:, queries, span.heads].transpose(1, 2).to(q_block.dtype) for t in (dout, out))
             dq_block, dk_block, dv_block = _backward(
-                dout[:, queries, span.heads].transpose(1, 2),
+                dout_block,
                 q_block,
                 k_block,
                 v_block,
-                out[:, queries, span.heads].transpose(1, 2),
+                out_block,
                 logsumexp,
-                block.mask(q.dtype) if block.mask else None,
+                block.mask(q_block.dtype) if block.mask else None,
                 block.causal,
             )
             dq[:, queries, span.heads] = dq_block.transpose(1, 2)
@@ -99,12 +112,12 @@ def _all_blocks(spans: list[HeadSpan]) -> list[tuple[HeadSpan, Block]]:
 
 
 def _views(q, k, v, span: HeadSpan, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's queries, keys and values as [B,heads,tokens,D]."""
-    keys = slice(block.key_start, block.key_stop)
+    """The block's queries, keys and values as [B,heads,tokens,D], in the dtype that the kernel is to work in."""
+    dtype, keys = product_dtype(q.dtype, q.device), slice(block.key_start, block.key_stop)
     return (
-        q[:, block.query_start : block.query_stop, span.heads].transpose(1, 2),
-        k[:, keys, span.kv_heads].transpose(1, 2),
-        v[:, keys, span.kv_heads].transpose(1, 2),
+        q[:, block.query_start : block.query_stop, span.heads].transpose(1, 2).to(dtype),
+        k[:, keys, span.kv_heads].transpose(1, 2).to(dtype),
+        v[:, keys, span.kv_heads].transpose(1, 2).to(dtype),
     )
 
 

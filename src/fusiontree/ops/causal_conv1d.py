@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.precision import state_dtype
 
 # A product of dy and window this large stays in the processor's cache until it is summed.
 CPU_BLOCK_ELEMENTS = 2**17

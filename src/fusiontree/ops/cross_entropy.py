@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.precision import autocast_dtype, product_dtype, state_dtype
 
 DEFAULT_CHUNK_SIZE = 1024
 
@@ -79,12 +79,8 @@ def _check_shapes(op: str, hidden: Tensor, weight: Tensor, labels: Tensor, chunk
         raise ValueError(f"{op}: chunk_size must be at least 1, got {chunk_size}")
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What the projections run in: autocast's dtype where autocast is on, else that of hidden."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+def _projection_dtype(hidden: Tensor) -> torch.dtype:
+    return product_dtype(autocast_dtype(hidden), hidden.device)
 
 
 def _counted(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -96,73 +92,78 @@ def _counted(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     return flat_hidden[places], flat_labels[places], places
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
-    """log softmax(hidden weight^T) in float32 (float64): [c,V]."""
-    return torch.log_softmax(hidden @ weight.t(), dim=-1, dtype=state_dtype(hidden))
+def _softmax(hidden_cH: Tensor, weight_VH: Tensor, target_c1: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(hidden weight^T) in float32 (float64) [c,V], and minus the logarithm of the target's share [c]."""
+    logits = hidden_cH @ weight_VH.t()
+    sums = state_dtype(logits)
+    largest, target = logits.amax(-1, keepdim=True).to(sums), logits.gather(1, target_c1).to(sums)
+    probabilities = torch.softmax(logits, dim=-1, dtype=sums)
+    # The largest probability is 1 / sum exp(logit - largest), and unlike the target's never underflows.
+    return probabilities, (largest - target - probabilities.amax(-1, keepdim=True).log()).squeeze(1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward pass, where each chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk_size, ignore_index, compute_dtype):
+    def forward(ctx, hidden, weight, labels, chunk_size, ignore_index, dtype, with_gradient):
         sums = state_dtype(hidden)
         counted, targets, places = _counted(hidden, labels, ignore_index)
-        projection = weight.to(compute_dtype)
-        count = max(len(targets), 1)
+        projection = weight.to(dtype)
         loss = torch.zeros((), dtype=sums, device=hidden.device)
-        dcounted = torch.empty_like(counted) if ctx.needs_input_grad[0] else None
-        dweight = torch.zeros(weight.shape, dtype=sums, device=weight.device) if ctx.needs_input_grad[1] else None
+        dcounted = torch.empty_like(counted) if with_gradient and ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight, dtype=sums) if with_gradient and ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), chunk_size):
-            chunk_cH = counted[start : start + chunk_size].to(compute_dtype)
+            chunk_cH = counted[start : start + chunk_size].to(dtype)
             target_c1 = targets[start : start + chunk_size, None]
-            logp_cV = _log_probabilities(chunk_cH, projection)
-            loss -= logp_cV.gather(1, target_c1).sum()
+            probabilities_cV, losses_c = _softmax(chunk_cH, projection, target_c1)
+            loss += losses_c.sum()
             if dcounted is None and dweight is None:
                 continue
-            dlogits_cV = logp_cV.exp_().scatter_add_(1, target_c1, torch.full_like(target_c1, -1.0, dtype=sums))
-            dlogits_cV = dlogits_cV.mul_(1.0 / count).to(compute_dtype)
+            probabilities_cV.scatter_add_(1, target_c1, probabilities_cV.new_full(target_c1.shape, -1.0))
+            dlogits_cV = probabilities_cV.to(dtype)  # of the sum of losses; the mean's factor follows in backward
             if dcounted is not None:
                 dcounted[start : start + chunk_size] = dlogits_cV @ projection
-            if dweight is not None:
+            if dweight is not None and dweight.dtype == dtype:
+                dweight.addmm_(dlogits_cV.t(), chunk_cH)
+            elif dweight is not None:
                 dweight += dlogits_cV.t() @ chunk_cH
-        ctx.shape = hidden.shape
-        ctx.save_for_backward(dcounted, dweight.to(weight.dtype) if dweight is not None else None, places)
-        return loss / count
+        ctx.shape, ctx.count = hidden.shape, max(len(targets), 1)
+        ctx.save_for_backward(dcounted, None if dweight is None else dweight.to(weight.dtype), places)
+        return loss / ctx.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
         dcounted, dweight, places = ctx.saved_tensors
-        dhidden = None
+        factor, dhidden = dloss / ctx.count, None
         if dcounted is not None:
-            dhidden = dcounted * dloss.to(dcounted.dtype)
+            dhidden = dcounted * factor.to(dcounted.dtype)
             if places is not None:
                 everywhere = dhidden.new_zeros(ctx.shape.numel() // ctx.shape[-1], ctx.shape[-1])
                 dhidden = everywhere.index_copy_(0, places, dhidden)
             dhidden = dhidden.view(ctx.shape)
-        return dhidden, None if dweight is None else dweight * dloss.to(dweight.dtype), None, None, None, None
+        if dweight is not None:
+            dweight = dweight * factor.to(dweight.dtype)
+        return dhidden, dweight, None, None, None, None, None
 
 
 def _linear_cross_entropy_torch(hidden, weight, labels, *, chunk_size, ignore_index):
-    compute_dtype = _compute_dtype(hidden)
+    dtype, with_gradient = _projection_dtype(hidden), torch.is_grad_enabled()
     with torch.autocast(device_type=hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, ignore_index, compute_dtype)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, ignore_index, dtype, with_gradient)
 
 
 def _token_cross_entropy_torch(hidden, weight, labels, *, chunk_size, ignore_index):
-    compute_dtype = _compute_dtype(hidden)
+    dtype = _projection_dtype(hidden)
     with torch.autocast(device_type=hidden.device.type, enabled=False):
         counted, targets, places = _counted(hidden, labels, ignore_index)
-        projection = weight.to(compute_dtype)
+        projection = weight.to(dtype)
         losses = torch.zeros(labels.numel(), dtype=state_dtype(hidden), device=hidden.device)
         for start in range(0, len(targets), chunk_size):
-            logp_cV = _log_probabilities(counted[start : start + chunk_size].to(compute_dtype), projection)
-            chunk_losses = -logp_cV.gather(1, targets[start : start + chunk_size, None]).squeeze(1)
-            if places is None:
-                losses[start : start + chunk_size] = chunk_losses
-            else:
-                losses[places[start : start + chunk_size]] = chunk_losses
+            span = slice(start, start + chunk_size)
+            _, losses_c = _softmax(counted[span].to(dtype), projection, targets[span, None])
+            losses[span if places is None else places[span]] = losses_c
     return losses.view(labels.shape)
 
 

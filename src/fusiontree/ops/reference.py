@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of states and sums: float64 for float64 inputs, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from fusiontree.ops.precision import state_dtype
 
 
 def ssd_scan(

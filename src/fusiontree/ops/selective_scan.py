@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.precision import state_dtype
 
 # Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
 CHUNK = 32

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.precision import state_dtype
 from fusiontree.ops.ssd_chunks import Chunks, pieces
 
 

@@ -5,8 +5,8 @@ For the tokens t, s of one chunk, S the state before it, and cum the running sum
     y_t = sum over s <= t of exp(cum_t - cum_s) (C_t . B_s) dt_s x_s  +  exp(cum_t) S C_t  +  D x_t
     S'  = exp(cum_L) S  +  sum over s of exp(cum_L - cum_s) dt_s x_s B_s^T
 
-with the terms dropped that cross a reset. Products with states run over all heads of a group at once; the [L,L] matrices
-are built for a slab of chunks and heads at a time, small enough to stay in the processor's cache.
+with the terms dropped that cross a reset. Products with states run over all heads of a group at once; the [L,L]
+matrices are built for a slab of chunks and heads at a time, small enough to stay in the processor's cache.
 
 Shapes: B batch, n chunks of L tokens, c = B n chunks of all rows, h heads, P head width, G groups, N state,
 Q = the heads of a group side by side (h/G x P), k heads of one slab.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusiontree.ops.reference import state_dtype
+from fusiontree.ops.precision import state_dtype
 
 # Elements of the [L,L] matrices built at once on CPU: 1 MiB of float32, the cache of one core. Other devices take all.
 CPU_SLAB_ELEMENTS = 2**18

@@ -1,0 +1,41 @@
+"""Which dtype a computation runs in."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of states and sums: float64 for float64 inputs, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with x runs in: autocast's dtype where autocast is on (never for float64), else x's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The fastest dtype at least as exact as `dtype` for matrix products.
+
+    A CPU without bfloat16 instructions emulates them several times slower than it multiplies float32; half precision
+    has no fast path on CPU at all.
+    """
+    if device.type != "cpu":
+        return dtype
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and not _cpu_multiplies_bfloat16()):
+        return torch.float32
+    return dtype
+
+
+@lru_cache(maxsize=1)
+def _cpu_multiplies_bfloat16() -> bool:
+    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return True  # not x86: there is no telling, so the dtype asked for
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
