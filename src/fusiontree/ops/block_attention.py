@@ -111,7 +111,7 @@ def _all_blocks(spans: list[HeadSpan]) -> list[tuple[HeadSpan, Block]]:
     return [(span, block) for span in spans for block in span.blocks]
 
 
-def _views(q, k, v, span: HeadSpan, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+def _views(q: Tensor, k: Tensor, v: Tensor, span: HeadSpan, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """The block's queries, keys and values as [B,heads,tokens,D], in the dtype that the kernel is to work in."""
     dtype, keys = product_dtype(q.dtype, q.device), slice(block.key_start, block.key_stop)
     return (
@@ -121,7 +121,7 @@ def _views(q, k, v, span: HeadSpan, block: Block) -> tuple[Tensor, Tensor, Tenso
     )
 
 
-def _forward(q, k, v, mask, causal) -> tuple[Tensor, Tensor | None]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
     """The block's output [B,H,t,D] and, where the backward kernel wants it, the log-sum-exp of its scores."""
     if q.device.type == "cpu":
         group = q.shape[1] // k.shape[1]
@@ -132,12 +132,22 @@ def _forward(q, k, v, mask, causal) -> tuple[Tensor, Tensor | None]:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped), None
 
 
-def _backward(dout, q, k, v, out, logsumexp, mask, causal) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     if logsumexp is None:
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-            again, _ = _forward(*inputs, mask, causal)
-        return torch.autograd.grad(again, inputs, dout)
+            q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+            again, _ = _forward(q, k, v, mask, causal)
+        dq, dk, dv = torch.autograd.grad(again, (q, k, v), dout)
+        return dq, dk, dv
     group = q.shape[1] // k.shape[1]
     if group > 1 and not _CPU_KERNEL_GROUPS_HEADS:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

@@ -87,7 +87,14 @@ def _conv_torch(x, weight, bias, *, reset, initial_state, return_final_state, ac
     return (y, state) if return_final_state else y
 
 
-def _one_token(x, weight, bias, reset, initial_state, activation) -> tuple[Tensor, Tensor]:
+def _one_token(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
     """Decoding, in as few operations as it takes."""
     window_BKC = _window(x, reset, initial_state, weight.shape[1])
     y_BC = (window_BKC * weight.to(window_BKC.dtype).t()).sum(1)

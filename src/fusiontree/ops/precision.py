@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,15 @@ from torch import Tensor
 def state_dtype(x: Tensor) -> torch.dtype:
     """The dtype of states and sums: float64 for float64 inputs, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def smallest_log_decay(dtype: torch.dtype) -> float:
+    """Where logarithms of decays are cut off: about -70 in float32, a factor of 4e-31.
+
+    Far below the rounding of any sum it could enter, and well above the denormal numbers, on which exp and matrix
+    products run many times slower.
+    """
+    return 0.8 * math.log(torch.finfo(dtype).tiny)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

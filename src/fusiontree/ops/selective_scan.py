@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.precision import state_dtype
+from fusiontree.ops.precision import smallest_log_decay, state_dtype
 
 # Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
 CHUNK = 32
@@ -105,7 +105,15 @@ def _selective_torch(u, delta, A, B, C, D=None, z=None, *, reset, initial_state,
     return (y, state) if return_final_state else y
 
 
-def _one_token(u, delta, A, B, C, reset, initial_state) -> tuple[Tensor, Tensor]:
+def _one_token(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Decoding: the recurrence itself, in as few operations as it takes."""
     dtype = state_dtype(u)
     u_Bd, delta_Bd, B_BN, C_BN = (tensor[:, 0].to(dtype) for tensor in (u, delta, B, C))
@@ -167,6 +175,7 @@ class _Chunks:
     def __init__(self, u, delta, A, B, C, reset):
         self.u, self.delta, self.B, self.C, self.reset = u, delta, B, C, reset
         self.dtype = state_dtype(u)
+        self.floor = smallest_log_decay(self.dtype)
         self.A_Nd = A.to(self.dtype).t().contiguous()
 
     def tokens(self, tensor: Tensor, start: int) -> Tensor:
@@ -176,7 +185,7 @@ class _Chunks:
     def states(self, start: int, before_BNd: Tensor) -> tuple[Tensor, Tensor]:
         """Decay of the state into each token, and the state after each token: [L,B,N,d] both."""
         delta_LBd, u_LBd = self.tokens(self.delta, start), self.tokens(self.u, start)
-        decay_LBNd = (delta_LBd[:, :, None] * self.A_Nd).exp_()
+        decay_LBNd = (delta_LBd[:, :, None] * self.A_Nd).clamp_(min=self.floor).exp_()
         if self.reset is not None:
             decay_LBNd.masked_fill_(self.tokens(self.reset, start).bool()[..., None, None], 0.0)
         states_LBNd = self.tokens(self.B, start)[..., None] * (delta_LBd * u_LBd)[:, :, None]
@@ -185,7 +194,9 @@ class _Chunks:
             state = token.addcmul_(decay, state)
         return decay_LBNd, states_LBNd
 
-    def gradients(self, start: int, before_BNd: Tensor, dy: Tensor, dstate_BNd: Tensor):
+    def gradients(
+        self, start: int, before_BNd: Tensor, dy: Tensor, dstate_BNd: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
         """Gradients of (u, delta, B, C) [L,B,...], of A [N,d], and of the state before the chunk [B,N,d].
 
         dstate_BNd is the gradient of the state after the chunk.

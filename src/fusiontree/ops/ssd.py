@@ -76,7 +76,17 @@ def ssd_scan(
     )
 
 
-def _check_shapes(x, dt, A, B, C, D, reset, initial_state, chunk_size) -> None:
+def _check_shapes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> None:
     batch, length, heads, width = x.shape
     groups, state = B.shape[-2:]
     expected = {
@@ -106,7 +116,16 @@ def _ssd_torch(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_sta
     return (y, state) if return_final_state else y
 
 
-def _one_token(x, dt, A, B, C, D, reset, initial_state) -> tuple[Tensor, Tensor]:
+def _one_token(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Decoding: the recurrence itself, in as few operations as it takes."""
     batch, _, heads, width = x.shape
     groups, state_size = B.shape[2:]
@@ -155,15 +174,14 @@ class _ChunkedScan(torch.autograd.Function):
             for part in parts:
                 state = part.fill_states(state)
             dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-            dA = torch.zeros(A.shape, dtype=state.dtype, device=A.device)
-            dD = None if D is None else torch.zeros_like(dA)
+            dA, dD = (torch.zeros(A.shape, dtype=state.dtype, device=A.device) for _ in range(2))
             while parts:
                 part = parts.pop()  # its states are freed before those of the next
                 grads, dstate = part.gradients(dy, dstate)
                 span = slice(part.start, part.stop)
                 dx[:, span], ddt[:, span], dB[:, span], dC[:, span] = grads.x, grads.dt, grads.B, grads.C
                 dA += grads.A
-                if dD is not None:
+                if grads.D is not None:
                     dD += grads.D
         return (
             dx,

@@ -14,14 +14,13 @@ Q = the heads of a group side by side (h/G x P), k heads of one slab.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusiontree.ops.precision import state_dtype
+from fusiontree.ops.precision import smallest_log_decay, state_dtype
 
 # Elements of the [L,L] matrices built at once on CPU: 1 MiB of float32, the cache of one core. Other devices take all.
 CPU_SLAB_ELEMENTS = 2**18
@@ -46,15 +45,6 @@ class _Slab(NamedTuple):
     heads: slice
 
 
-def smallest_log_decay(dtype: torch.dtype) -> float:
-    """Where logarithms of decays are cut off: about -70 in float32, a factor of 4e-31.
-
-    Far below the rounding of any sum it could enter, and well above the denormal numbers, on which exp and matrix
-    products run many times slower.
-    """
-    return 0.8 * math.log(torch.finfo(dtype).tiny)
-
-
 def pieces(length: int, chunk: int) -> list[tuple[int, int, int]]:
     """(start, stop, tokens per chunk) of the full chunks together, and of the rest."""
     whole = length // chunk * chunk
@@ -65,7 +55,19 @@ def pieces(length: int, chunk: int) -> list[tuple[int, int, int]]:
 class Chunks:
     """The tokens start ... stop of every row, in chunks of one length. Arguments as `ssd_scan`."""
 
-    def __init__(self, x, dt, A, B, C, D, reset, start: int, stop: int, chunk: int):
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        reset: Tensor | None,
+        start: int,
+        stop: int,
+        chunk: int,
+    ):
         self.start, self.stop, self.chunk = start, stop, chunk
         self.dtype = state_dtype(x)
         self.batch, self.n = x.shape[0], (stop - start) // chunk
@@ -216,8 +218,15 @@ class Chunks:
         if self.D is not None:
             dx_cLHP.addcmul_(dy_cLHP, self.D[:, None])
             dD = (dy_cLHP * self.x_cLHP).sum((0, 1, 3))
-        per_token = (dx_cLHP, ddt_cLH, dB_cGLN.transpose(1, 2), dC_cGLN.transpose(1, 2))
-        return Gradients(*(self._in_rows(grad) for grad in per_token), dA, dD), dfirst_BHPN
+        grads = Gradients(
+            self._in_rows(dx_cLHP),
+            self._in_rows(ddt_cLH),
+            self._in_rows(dB_cGLN.transpose(1, 2)),
+            self._in_rows(dC_cGLN.transpose(1, 2)),
+            dA,
+            dD,
+        )
+        return grads, dfirst_BHPN
 
 
 def _heads(tensor_cLHP: Tensor, slab: _Slab) -> Tensor:
