@@ -47,7 +47,7 @@ def load(
     folder = find_model(path)
     config = _read_config(folder)
     _check_weights(folder, config)
-    device = _resolve_device(device)
+    device = resolve_device(device)
     try:
         with _no_progress_bar():
             model, info = HybridLanguageModel.from_pretrained(
@@ -160,7 +160,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None means CUDA where there is a device, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -23,7 +23,8 @@ def plot_perplexity_by_position(report: EvalReport, path: Path) -> Path:
     # Each range ends at twice its start: drawn equally wide, all but the first lie as on a logarithmic axis.
     axes.stairs(values, baseline=None, linewidth=2, color="tab:blue")
     for index, value in enumerate(values):
-        axes.annotate(f"{value:.3g}", (index + 0.5, value), (0, 4), textcoords="offset points", ha="center")
+        text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        axes.annotate(text, (index + 0.5, value), (0, 4), textcoords="offset points", ha="center")
     axes.axhline(report.perplexity, color="tab:gray", linestyle="--", label=f"all tokens: {report.perplexity:.2f}")
     axes.set_xticks(range(len(ranges) + 1), [str(ranges[0].start), *(str(bucket.end) for bucket in ranges)])
     axes.set_yscale("log")

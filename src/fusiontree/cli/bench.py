@@ -1,0 +1,191 @@
+"""`fusiontree bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fusiontree.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusiontree.eval.bench_ops import OpTiming
+    from fusiontree.eval.eval_system import BenchReport, BenchSettings
+    from fusiontree.models import HybridLanguageModel
+
+# The vocabulary of a configuration that names neither its size nor a tokenizer that is there.
+_VOCABULARY = 4096
+
+
+def bench(
+    what: list[str] = typer.Argument(
+        None,
+        metavar="[MODEL | ops] [KEY=VALUE]...",
+        help="Model folder or run directory; `ops` for the backends alone.",
+    ),
+    config: Path = typer.Option(None, "--config", help="YAML file of a run: its model, freshly initialised."),
+    peers: str = typer.Option(
+        "", "--peers", help="Also measure llama, falcon_h1 (with a comma between) of equal size."
+    ),
+    context: int = typer.Option(1024, "--context", help="Tokens of the prompt."),
+    new_tokens: int = typer.Option(64, "--new-tokens", help="Tokens decoded after it."),
+    batch: int = typer.Option(1, "--batch", help="Sequences read and decoded at a time."),
+    train_batch: int = typer.Option(4, "--train-batch", help="Rows of a training step; 0 = do not train."),
+    train_length: int = typer.Option(1024, "--train-length", help="Tokens of a row in training."),
+    rounds: int = typer.Option(3, "--rounds", help="Measured rounds, after one that only warms up."),
+    dtype: str = typer.Option(
+        "bfloat16", "--dtype", help="bfloat16 or float32: of the weights, and of training's autocast."
+    ),
+    device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
+    out: Path = typer.Option(None, "--out", help="Where to write the report; default: bench.json here or in MODEL."),
+) -> None:
+    """Measure speed and memory: reading a prompt, first token, decoding, training, state and weights.
+
+    Without MODEL or --config it measures the quickstart's model. All models take turns, round after round, and medians
+    are shown; bench.json holds every round. `fusiontree bench ops` times the backends of each op instead.
+    """
+    words = what or []
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if len(names) > 1:
+        raise InputError(f"bench measures one model: name one of {', '.join(names)}")
+    if names and (config or (overrides and names != ["ops"])):
+        raise InputError("a trained MODEL has its own configuration: leave out --config and KEY=VALUE")
+    from fusiontree.deploy.loading import resolve_device
+
+    place = resolve_device(device)
+    if names == ["ops"]:
+        _bench_ops(place, dtype)
+        return
+    from fusiontree.eval.eval_system import BenchSettings
+
+    settings = BenchSettings.parse(
+        {
+            "context": context,
+            "new_tokens": new_tokens,
+            "batch": batch,
+            "train_batch": train_batch,
+            "train_length": train_length,
+            "rounds": rounds,
+            "dtype": dtype,
+        },
+        where="bench",
+    )
+    model = _trained(names[0], place) if names else _fresh(config, overrides, place)
+    report = _measure(model, names[0] if names else str(config or "quickstart"), peers, settings)
+    destination = out or (Path(names[0]) if names else Path()) / "bench.json"
+    report.save(destination)
+    _print_report(report)
+    print(destination)
+
+
+def _trained(path: str, device: torch.device) -> HybridLanguageModel:
+    from fusiontree.deploy.loading import load
+
+    return load(path, device=device)
+
+
+def _fresh(config: Path | None, overrides: list[str], device: torch.device) -> HybridLanguageModel:
+    """The model of a run's settings, with random weights."""
+    import torch
+
+    from fusiontree.cli._quickstart import QUICKSTART
+    from fusiontree.config import apply_overrides
+    from fusiontree.models import HybridLanguageModel
+    from fusiontree.train.settings import RunSettings, load_run_settings
+    from fusiontree.train.setup import model_config
+
+    if config is not None:
+        settings = load_run_settings(config, overrides)
+    else:
+        settings = RunSettings.parse(apply_overrides(QUICKSTART, overrides))
+    if "vocab_size" not in settings.model:
+        # Speed depends on the size of the vocabulary, not on its words: no tokenizer is needed.
+        settings = settings.model_copy(update={"model": {**settings.model, "vocab_size": _VOCABULARY}})
+        if config is not None:
+            print(f"{config} leaves model.vocab_size to its tokenizer: measuring with {_VOCABULARY}")
+    torch.manual_seed(settings.seed)
+    return HybridLanguageModel(model_config(settings)).to(device)
+
+
+def _measure(model: HybridLanguageModel, name: str, peers: str, settings: BenchSettings) -> BenchReport:
+    from rich.console import Console
+
+    from fusiontree.eval.eval_system import measure
+    from fusiontree.eval.peers import build_peer
+
+    config = model.config
+    longest = max(settings.context + settings.new_tokens - 1, settings.train_length if settings.train_batch else 0)
+    if config.srte_encoding == "learned" and longest > config.max_position_embeddings:
+        raise InputError(
+            f"{longest} positions are needed, but the model's learned time encoding (SRTE) ends after "
+            f"{config.max_position_embeddings}: choose a smaller --context, --new-tokens or --train-length"
+        )
+    models: dict[str, Any] = {name: model}
+    for peer in dict.fromkeys(part.strip() for part in peers.split(",") if part.strip()):
+        models[peer] = build_peer(peer, config).to(model.device)
+    console = Console(stderr=True)
+    with console.status("bench") as status:
+        return measure(models, settings, progress=lambda what: status.update(what))
+
+
+def _print_report(report: BenchReport) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    s, first = report.settings, report.models[0]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    context = f"{s['context']:,} tokens" + (f" x {s['batch']}" if s["batch"] > 1 else "")
+    table = Table(title=f"Medians of {s['rounds']} rounds; times as often as {first.name} in brackets")
+    table.add_column("")
+    for model in report.models:
+        table.add_column(model.name, justify="right")
+    rows = [
+        ("parameters", "parameters", "{:,.0f}", 1.0),
+        (f"weights, {s['dtype']}, MB", "parameter_bytes", "{:,.1f}", 1e-6),
+        (f"state per sequence of {s['context'] + s['new_tokens']:,} tokens, kB", "state_bytes", "{:,.0f}", 1e-3),
+        (f"reading {context}, tokens/s", "prefill_tokens_per_second", "{:,.0f}", 1.0),
+        (f"first token after {context}, ms", "first_token_seconds", "{:,.0f}", 1e3),
+        ("decoding, tokens/s", "decode_tokens_per_second", "{:,.1f}", 1.0),
+        (f"training {s['train_length']:,} x {s['train_batch']}, tokens/s", "train_tokens_per_second", "{:,.0f}", 1.0),
+        ("peak GPU memory, GB", "peak_bytes", "{:,.2f}", 1e-9),
+    ]
+    for label, field, form, unit in rows:
+        values = [getattr(model, field) for model in report.models]
+        if values[0] is None:
+            continue
+        cells = [form.format(value * unit) for value in values]
+        ratios = ["", *(f" ({value / values[0]:.2f}x)" for value in values[1:])]
+        table.add_row(label, *(cell + ratio for cell, ratio in zip(cells, ratios, strict=True)))
+    console.print(table)
+    m = report.machine
+    where = m.get("gpu") or f"{m['processor']}, {m['threads']} threads, {m['kernels']}"
+    print(f"{where}; torch {report.versions['torch']}, transformers {report.versions['transformers']}")
+
+
+def _bench_ops(device: torch.device, dtype: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fusiontree.cli._options import dtype_named
+    from fusiontree.eval.bench_ops import SIZES, time_ops
+
+    timings = time_ops(device, dtype_named(dtype))  # type: ignore[arg-type]
+    table = Table("op", "backend", "ms", "", title=f"Op backends on {device.type}, {dtype}")
+    table.columns[2].justify = "right"
+    for timing in timings:
+        table.add_row(timing.op, timing.backend, _milliseconds(timing), timing.reason)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    console.print(table)
+    print(f"medians of 5 calls; {SIZES}")
+
+
+def _milliseconds(timing: OpTiming) -> str:
+    return f"{timing.milliseconds:.2f}" if timing.milliseconds is not None else "–"
