@@ -15,7 +15,7 @@ SIZES |= {"mamba_head_dim": 16, "mamba_state_size": 16, "gate_rank": 8, "srte_ra
 
 
 def settings(**training: object) -> RunSettings:
-    return RunSettings.parse({"training": {"batch_size": 2, "max_seq_length": 256, "mixed_precision": "no"} | training})
+    return RunSettings.parse({"training": {"batch_size": 2, "max_seq_length": 128, "mixed_precision": "no"} | training})
 
 
 def test_components_add_up_to_the_model() -> None:
@@ -25,7 +25,7 @@ def test_components_add_up_to_the_model() -> None:
     assert result.parameters == sum(p.numel() for p in model.parameters())
     assert sum(result.components.values()) == result.parameters
     assert result.components["gates"] == sum(p.numel() for layer in model.layers for p in layer.gate.parameters())
-    assert result.tokens_per_step == 2 * 3 * 256 * 2
+    assert result.tokens_per_step == 2 * 3 * 128 * 2
     assert result.memory.parameters == result.memory.gradients == 4 * result.parameters
     assert result.memory.optimizer == 8 * result.parameters
 
@@ -40,7 +40,7 @@ def test_activations_are_those_of_a_real_step(fields: dict[str, object], checkpo
         enable_gradient_checkpointing(model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    input_ids = torch.zeros(2, 256, dtype=torch.long)
+    input_ids = torch.zeros(2, 128, dtype=torch.long)
     with _LiveBytes() as live:
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     assert estimate_activations(run, config) == pytest.approx(live.peak, rel=0.15)

@@ -71,18 +71,21 @@ def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> Non
 
     draw = random.Random(time.time_ns())
     first, second = draw.randint(1, 12), draw.randint(18, 30)
-    print(f"SIGINT after step {first}, SIGKILL after step {second}")
-    code, errors = stop(stopped, run, signal.SIGINT, first)
-    assert code == 130, errors
-    assert "go on with: fusiontree train --config" in errors and "SIGINT: stopped after step" in errors
+    polite, expected_code = draw.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    print(f"{polite.name} after step {first}, SIGKILL after step {second}")
+    code, errors = stop(stopped, run, polite, first)
+    assert code == expected_code, errors
+    assert "go on with: fusiontree train --config" in errors and f"{polite.name}: stopped after step" in errors
     interrupted_at = int((run / "latest").resolve().name.removeprefix("step_"))
     assert first <= interrupted_at < steps
     assert len([row for row in rows(run, "metrics.jsonl") if "lm_loss" in row]) == interrupted_at
     code, errors = stop(stopped, run, signal.SIGKILL, second)
     assert code == -signal.SIGKILL, errors
+    (run / "checkpoints" / ".step_00000099.0.tmp").mkdir()  # as a kill in the middle of saving leaves one
     result = fusiontree.train(stopped, resume="auto")
 
     assert result.step == steps
+    assert not list((run / "checkpoints").glob(".*"))
     for name in ("metrics.jsonl", "gates.jsonl"):
         assert rows(run, name) == rows(tmp_path / "straight", name)
     expected, found = final(tmp_path / "straight"), final(run)

@@ -210,6 +210,12 @@ def _drop_old(directory: Path, keep: Path, limit: int) -> None:
         shutil.rmtree(path)
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Delete what a process that was killed while saving left in a run's `checkpoints` directory."""
+    for path in directory.glob(".step_*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint that the run's `latest` points to; without the link that of the highest step; None if none."""
     if (run / LATEST).is_dir():

@@ -25,6 +25,7 @@ from fusiontree.train.checkpoint import (
     load_model,
     load_state,
     optimizer_tensors,
+    remove_unfinished,
     restore_optimizer,
     restore_rng,
     rng_state,
@@ -149,6 +150,7 @@ class TrainingEngine:
         if not self.accelerator.is_main_process:
             return
         self.run_directory.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.run_directory / "checkpoints")
         rows = self.metrics.truncate_after(self.step if self.checkpoint else -1)
         self.gates.truncate_after(self.step if self.checkpoint else -1)
         # A stop may have cut short the evaluation of the step it saved: the log knows.
