@@ -22,12 +22,15 @@ SMALL = (
     " model.gate_rank=4 model.srte_rank=8 training.batch_size=2 training.max_seq_length=24 training.warmup_steps=1"
     " training.eval_batches=1 training.log_interval=1 gate_monitor.interval=1 training.mixed_precision=no"
 )
+SMALL_BENCH = "--rounds 1 --context 32 --new-tokens 4 --train-batch 1 --train-length 32"
 # What is appended to a command that would otherwise run for long, by what it starts with.
 SHORTENED = {
     "fusiontree train --config configs/pretrain_optimized.yaml": f"{SMALL} training.max_steps=3",
     "fusiontree train --config configs/pretrain_wikipedia.yaml --dry-run": "",
+    "fusiontree train --config runs/pretrain_optimized/config.yaml": "training.max_steps=4",
     "fusiontree generate": "--max-new-tokens 4",
-    "fusiontree bench --config": f"{SMALL} --rounds 1 --tokens 64",
+    "fusiontree bench --config": f"{SMALL} {SMALL_BENCH}",
+    "fusiontree bench runs/": SMALL_BENCH,
 }
 # Commands whose own effect is tested elsewhere, or that would start this test again.
 CHECKED = {
