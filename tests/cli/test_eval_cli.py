@@ -57,6 +57,7 @@ def test_several_files_behind_one_option_and_another_folder(
         (["MODEL", "--data", "missing.jsonl"], "--data: missing.jsonl does not exist"),
         (["MODEL", "--data", "*.nothing"], "--data: no file matches *.nothing"),
         (["MODEL", "--data", "EMPTY"], "--data: "),
+        (["MODEL", "--data", "DATA", "--out", "EMPTY"], "--out "),
         (["MODEL"], "Missing option '--data'"),
         (["MODEL", "--data", "DATA", "--mixed-precision", "fp8"], "--mixed-precision must be bf16 or no, got 'fp8'"),
         (["BARE", "--data", "DATA"], "MODEL holds no tokenizer"),

@@ -163,7 +163,10 @@ def test_bad_input_is_one_sentence(
     assert shown.count("\n") == 1
 
 
-def test_too_small_a_corpus_or_vocabulary(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_even_begin(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["quickstart", "--out", str(tmp_path / "file")]) == 2
+    assert "file is a file; name a folder for the run" in capfd.readouterr().err
     assert main(["quickstart", "--out", str(tmp_path / "a"), "--corpus-bytes", "100"]) == 2
     assert "too few to hold 5% out" in capfd.readouterr().err
     assert main(["quickstart", "--out", str(tmp_path / "b"), "--corpus-bytes", "300000", "--vocab-size", "9"]) == 2

@@ -74,11 +74,13 @@ def bench(
         },
         where="bench",
     )
+    destination = out or (Path(names[0]) if names else Path())
+    if out is None or out.is_dir():
+        destination /= "bench.json"
     model = _trained(names[0], place) if names else _fresh(config, overrides, place)
     report = _measure(model, names[0] if names else str(config or "quickstart"), peers, settings)
-    destination = out or (Path(names[0]) if names else Path()) / "bench.json"
-    report.save(destination)
     _print_report(report)
+    report.save(destination)
     print(destination)
 
 

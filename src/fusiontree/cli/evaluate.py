@@ -42,13 +42,15 @@ def evaluate(
     from fusiontree.eval.figures import plot_perplexity_by_position
     from fusiontree.eval.texts import Texts
 
+    folder = out or model
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; name a folder")
     texts = Texts([*data, *(more or [])], text_key=text_key, where="--data")
     loaded = load(model, device=device, dtype=dtype_named(dtype))
     report = _run(loaded, texts, str(model), piece, max_tokens, mixed_precision)
-    folder = out or model
+    print_report(report, by_position=by_position)
     report.save(folder / REPORT)
     picture = plot_perplexity_by_position(report, folder / PICTURE)
-    print_report(report, by_position=by_position)
     for path in (folder / REPORT, picture):
         print(path)
 

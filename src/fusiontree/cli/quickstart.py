@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fusiontree.train.settings import RunSettings
 
 from fusiontree.cli import _quickstart as steps
+from fusiontree.errors import InputError
 
 
 def quickstart(
@@ -30,6 +31,8 @@ def quickstart(
     The text is this Python's own standard library and language reference, so no download is needed. Leaves a run
     directory whose index.html shows everything on one page. Interrupted, it goes on where it stopped when run again.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a folder for the run")
     settings = steps.quickstart_settings(out, overrides or [])
     watch = steps.Stopwatch()
     _say(f"1/4  set-up: text and tokenizer in {out}")
