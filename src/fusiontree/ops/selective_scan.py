@@ -117,13 +117,19 @@ def _one_token(
     """Decoding: the recurrence itself, in as few operations as it takes."""
     dtype = state_dtype(u)
     u_Bd, delta_Bd, B_BN, C_BN = (tensor[:, 0].to(dtype) for tensor in (u, delta, B, C))
-    state_BdN = (delta_Bd * u_Bd)[..., None] * B_BN[:, None]
-    if initial_state is not None:
-        carried = initial_state.to(dtype)
-        if reset is not None:
-            carried = carried.masked_fill(reset[:, 0, None, None], 0.0)
-        state_BdN = torch.addcmul(state_BdN, carried, torch.exp(delta_Bd[..., None] * A.to(dtype)))
+    decay_BdN = torch.exp(delta_Bd[..., None] * A.to(dtype))
+    added_BdN = (delta_Bd * u_Bd)[..., None] * B_BN[:, None]
+    state_BdN = torch.addcmul(added_BdN, _first_state(u, A, reset, initial_state), decay_BdN)
     return torch.matmul(state_BdN, C_BN[..., None]).transpose(1, 2), state_BdN
+
+
+def _first_state(u: Tensor, A: Tensor, reset: Tensor | None, initial_state: Tensor | None) -> Tensor:
+    """[B,d,N]."""
+    if initial_state is None:
+        return torch.zeros(u.shape[0], *A.shape, dtype=state_dtype(u), device=u.device)
+    state = initial_state.to(state_dtype(u))
+    # Dropped by a mask, not by a decay of zero: the state of a row that starts anew may hold anything.
+    return state if reset is None else state.masked_fill(reset[:, 0, None, None], 0.0)
 
 
 class _Scan(torch.autograd.Function):
@@ -133,13 +139,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx, u, delta, A, B, C, reset, initial_state):
         dtype = state_dtype(u)
         scan = _Chunks(u, delta, A, B, C, reset)
-        if initial_state is None:
-            state_BNd = torch.zeros(u.shape[0], A.shape[1], u.shape[2], dtype=dtype, device=u.device)
-        else:
-            state_BNd = initial_state.to(dtype).transpose(1, 2).contiguous()
-            if reset is not None:
-                # Dropped by a mask, not by a decay of zero: the state of a row that starts anew may hold anything.
-                state_BNd = state_BNd.masked_fill(reset[:, 0, None, None], 0.0)
+        state_BNd = _first_state(u, A, reset, initial_state).transpose(1, 2).contiguous()
         y_BTd = torch.empty(u.shape, dtype=dtype, device=u.device)
         before = []
         for start in range(0, u.shape[1], CHUNK):

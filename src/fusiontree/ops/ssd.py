@@ -133,19 +133,13 @@ def _one_token(
     x_BHP, dt_BH = x[:, 0].to(dtype), dt[:, 0].to(dtype)
     B_BG1N, C_BGN1 = B[:, 0, :, None].to(dtype), C[:, 0, :, :, None].to(dtype)
     dtx_BGQ1 = (x_BHP * dt_BH[..., None]).view(batch, groups, -1, 1)  # Q = heads of a group x width
-    state = dtx_BGQ1 * B_BG1N
-    if initial_state is not None:
-        carried = initial_state.to(dtype)
-        if reset is not None:
-            carried = carried.masked_fill(reset[:, 0, None, None, None], 0.0)
-        decay_BH = torch.exp(dt_BH * A.to(dtype))
-        state = torch.addcmul(state.view(batch, heads, width, state_size), carried, decay_BH[..., None, None]).view(
-            batch, groups, -1, state_size
-        )
-    y_BHP = torch.matmul(state, C_BGN1).view(batch, heads, width)
+    added_BHPN = (dtx_BGQ1 * B_BG1N).view(batch, heads, width, state_size)
+    decay_BH11 = torch.exp(dt_BH * A.to(dtype))[..., None, None]
+    state = torch.addcmul(added_BHPN, _first_state(x, B, reset, initial_state), decay_BH11)
+    y_BHP = torch.matmul(state.view(batch, groups, -1, state_size), C_BGN1).view(batch, heads, width)
     if D is not None:
         y_BHP = torch.addcmul(y_BHP, x_BHP, D.to(dtype)[:, None])
-    return y_BHP[:, None].to(x.dtype), state.view(batch, heads, width, state_size)
+    return y_BHP[:, None].to(x.dtype), state
 
 
 class _ChunkedScan(torch.autograd.Function):

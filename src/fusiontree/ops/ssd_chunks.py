@@ -80,9 +80,14 @@ class Chunks:
         self.B_cGLN, self.C_cGLN = self._chunked(B).transpose(1, 2), self._chunked(C).transpose(1, 2)
 
         self.floor = smallest_log_decay(self.dtype)
-        self.cum_cHL = (self.dt_cLH * self.A).transpose(1, 2).contiguous().cumsum(-1)
-        from_start_cHL = self.cum_cHL.clamp(min=self.floor).exp_()
-        to_end_cHL = (self.cum_cHL[..., -1:] - self.cum_cHL).clamp_(min=self.floor).exp_()
+        # cum is kept as the float32 nearest to it and what that leaves out: differences of one float32 lose, where
+        # decays are strong, the digits that tell neighbours apart.
+        wide = self.dtype if x.device.type == "mps" else torch.float64  # which MPS lacks
+        exact_cHL = (self.dt_cLH.to(wide) * self.A.to(wide)).transpose(1, 2).contiguous().cumsum(-1)
+        self.cum_cHL = exact_cHL.to(self.dtype)
+        self.cum_rest_cHL = (exact_cHL - self.cum_cHL).to(self.dtype)
+        from_start_cHL = exact_cHL.clamp(min=self.floor).exp_().to(self.dtype)
+        to_end_cHL = (exact_cHL[..., -1:] - exact_cHL).clamp_(min=self.floor).exp_().to(self.dtype)
         self.interact_cLL: Tensor | None = None  # 1 where two tokens of a chunk share a document; None: all do
         if reset is not None:
             segment_cL = reset[:, start:stop].reshape(-1, chunk).cumsum(-1)
@@ -128,8 +133,7 @@ class Chunks:
         self.states[:, 0] = state_BHPN
         for i in range(1, self.n):
             torch.addcmul(added[:, i - 1], self.states[:, i - 1], self.through[:, i - 1], out=self.states[:, i])
-        self.last_state = torch.addcmul(added[:, -1], self.states[:, -1], self.through[:, -1])
-        return self.last_state
+        return torch.addcmul(added[:, -1], self.states[:, -1], self.through[:, -1])
 
     def _read_states(self) -> Tensor:
         """S C_t, not yet decayed: [c,L,h,P]."""
@@ -149,9 +153,12 @@ class Chunks:
 
     def _decays(self, slab: _Slab) -> Tensor:
         """exp(cum_t - cum_s), 0 where t does not see s: [c,k,L,L]."""
-        cum_ckL = self.cum_cHL[slab.chunks, slab.heads]
+        cum_ckL, rest_ckL = self.cum_cHL[slab.chunks, slab.heads], self.cum_rest_cHL[slab.chunks, slab.heads]
+        log_decay = (cum_ckL[..., :, None] - cum_ckL[..., None, :]).add_(
+            rest_ckL[..., :, None] - rest_ckL[..., None, :]
+        )
         # Between 0 and the floor: what is above 0 is in the future, and erased after a harmless exp.
-        decay = (cum_ckL[..., :, None] - cum_ckL[..., None, :]).clamp_(self.floor, 0.0).exp_()
+        decay = log_decay.clamp_(self.floor, 0.0).exp_()
         return decay.tril_() if self.interact_cLL is None else decay.mul_(self.interact_cLL[slab.chunks, None])
 
     def _products(self) -> Tensor:
@@ -172,7 +179,9 @@ class Chunks:
     def gradients(self, dy_BTHP: Tensor, dstate_BHPN: Tensor) -> tuple[Gradients, Tensor]:
         """Gradients of the inputs and of the state before, given those of y and of the state after. Needs the states.
 
-        With cum's gradient dcum known, that of dt A at t is the sum of dcum from t to the chunk's end.
+        The gradient of dt A at t, the logarithm of a decay, is the sum of gradient x value over all that passes t:
+        from the tokens before it to those from t on, from the first state to those, and into the last state. No term
+        that passes t in neither is ever added and subtracted again, except between tokens, where there are few.
         """
         dy_cLHP = self._chunked(dy_BTHP)
 
@@ -190,10 +199,10 @@ class Chunks:
         dB_cGLN = torch.matmul(self._by_group(self.dtx_decayed), dstates_cGQN)
         ddtx_cLHP = self._by_head(torch.matmul(self.B_cGLN, dstates_cGQN.transpose(-1, -2))).mul_(self.to_end)
 
-        # What t reads raises with cum_t; all of a chunk's last state rises with cum_L.
-        dcum_cLH = self._read_states().mul_(dy_decayed).sum(-1)
-        carried = torch.cat([(dstates[:, :-1] * self.states[:, 1:]), (dstates[:, -1] * self.last_state)[:, None]], 1)
-        dcum_cLH[:, -1] += carried.sum((-1, -2)).view(-1, self.heads)
+        ddt_cLH = (self.x_cLHP * ddtx_cLHP).sum(-1)
+        carried_BnH = (dstates * self.states).sum((-1, -2)).mul_(self.through[..., 0, 0])
+        into_last_cLH = torch.cat([carried_BnH.view(-1, 1, self.heads), (ddt_cLH * self.dt_cLH)[:, :-1]], 1).cumsum(1)
+        net_cLH = self._read_states().mul_(dy_decayed).sum(-1)
 
         # Within the chunks: y = (decay o products) dtx.
         products = self._products()
@@ -202,16 +211,17 @@ class Chunks:
             product_cLL, dy_ckLP = products[slab.chunks, slab.group], _heads(dy_cLHP, slab)
             decay = self._decays(slab)
             dproduct = torch.matmul(dy_ckLP, _heads(self.dtx_cLHP, slab).transpose(-1, -2)).mul_(decay)
-            mixing = decay.mul_(product_cLL)
-            _heads(ddtx_cLHP, slab).add_(torch.matmul(mixing.transpose(-1, -2), dy_ckLP))
+            ddtx_ckLP = torch.matmul(decay.mul_(product_cLL).transpose(-1, -2), dy_ckLP)
+            _heads(ddtx_cLHP, slab).add_(ddtx_ckLP)
+            ddt_cLH[slab.chunks, :, slab.heads] += ddtx_ckLP.mul_(_heads(self.x_cLHP, slab)).sum(-1).transpose(1, 2)
             dproducts[slab.chunks, slab.group] += dproduct if dproduct.shape[1] == 1 else dproduct.sum(1, keepdim=True)
-            dcum_cLH[slab.chunks, :, slab.heads] += dproduct.mul_(product_cLL).sum(-1).transpose(1, 2)
+            # A token's pair with itself passes no decay, and would drown the others where decays are strong.
+            between = dproduct.mul_(product_cLL).tril_(-1)
+            net_cLH[slab.chunks, :, slab.heads] += between.sum(-1).sub_(between.sum(-2)).transpose(1, 2)
         dC_cGLN += torch.matmul(dproducts[:, :, 0], self.B_cGLN)
         dB_cGLN += torch.matmul(dproducts[:, :, 0].transpose(-1, -2), self.C_cGLN)
 
-        ddt_cLH = (self.x_cLHP * ddtx_cLHP).sum(-1)
-        dcum_cLH -= ddt_cLH * self.dt_cLH  # what is read of s falls with cum_s
-        dlog_cLH = dcum_cLH.flip(1).cumsum(1).flip(1)
+        dlog_cLH = net_cLH.flip(1).cumsum(1).flip(1).add_(into_last_cLH)
         dA = (dlog_cLH * self.dt_cLH).sum((0, 1))
         ddt_cLH.addcmul_(dlog_cLH, self.A)
         dx_cLHP, dD = ddtx_cLHP.mul_(self.dt_cLH[..., None]), None
