@@ -66,7 +66,11 @@ def test_autocast_computes_in_bfloat16_and_stays_close():
         out = model(ids)
         piece = model(ids[:, :9])
         rest = model(ids[:, 9:], past_key_values=piece.past_key_values).logits
+        details = model(ids, output_gates=True).gate_stats.details
     handle.remove()
+    exact_details = model(ids, output_gates=True).gate_stats.details
+    for name in ("channel_sum", "channel_square_sum", "entropy_sum"):
+        torch.testing.assert_close(getattr(details, name), getattr(exact_details, name), rtol=5e-4, atol=0)
     assert set(seen) == {torch.bfloat16}
     assert (out.logits.float() - exact).abs().max() < 0.02
     assert (rest.float() - exact[:, 9:]).abs().max() < 0.02

@@ -60,12 +60,13 @@ def layer_details(
     """One layer's row of `GateDetails`: logits, h_m, h_a [B,T,H], entropy [B,T], mask [B,T] or None."""
     weight = torch.ones_like(entropy) if mask is None else mask.to(entropy.dtype)
     gate = torch.sigmoid(logits.float())
+    counted = gate * weight.float()[..., None]  # no matrix products here: autocast would round them
     real = weight.bool()
     bins = (gate[real] * HISTOGRAM_BINS).long().clamp_(0, HISTOGRAM_BINS - 1).flatten()
     return {
         "tokens": weight.sum(),
-        "channel_sum": torch.einsum("bth,bt->h", gate, weight.float()),
-        "channel_square_sum": torch.einsum("bth,bt->h", gate.square(), weight.float()),
+        "channel_sum": counted.sum((0, 1)),
+        "channel_square_sum": (counted * gate).sum((0, 1)),
         "histogram": torch.bincount(bins, minlength=HISTOGRAM_BINS).float(),
         "entropy_sum": (entropy * weight).sum(),
         "mamba_norm_sum": (h_m.float().norm(dim=-1) * weight).sum(),

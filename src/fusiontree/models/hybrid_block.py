@@ -177,4 +177,4 @@ def _token_mean(h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """[B, T, H] -> [H]: mean over real tokens."""
     if mask is None:
         return h.float().mean((0, 1))
-    return torch.einsum("bth,bt->h", h.float(), mask.float()) / mask.sum().clamp_min(1)
+    return (h.float() * mask[..., None]).sum((0, 1)) / mask.sum().clamp_min(1)

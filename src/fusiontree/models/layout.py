@@ -5,7 +5,9 @@ Shapes: B batch, T tokens of this piece, H hidden, D attention head width, R row
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -52,12 +54,18 @@ class Layout:
     max_length: int
     past_length: int
     explicit: bool
-    shared: dict = field(default_factory=dict)
+    _shared: dict = field(default_factory=dict)
 
     @property
     def documents(self) -> torch.Tensor | None:
         """[B, T] positions for the attention op; None when each row of the piece is one document without padding."""
         return self.position_ids if self.explicit or self.mask is not None else None
+
+    def share(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What `build` makes of this layout, made once for all layers that ask with this key."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        return self._shared[key]
 
     def real_tokens(self, batch: int) -> torch.Tensor:
         """[B] float32: real tokens of each row."""

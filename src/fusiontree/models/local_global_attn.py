@@ -11,7 +11,13 @@ import torch.nn as nn
 from fusiontree.models.cache import HybridLayerState, ring_index
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout, apply_rotary
-from fusiontree.ops import cached_attention, local_global_attention
+from fusiontree.ops import (
+    CachedLayout,
+    attention_layout,
+    cached_attention,
+    cached_layout,
+    local_global_attention,
+)
 
 
 class LocalGlobalAttention(nn.Module):
@@ -50,13 +56,9 @@ class LocalGlobalAttention(nn.Module):
         return self.out_proj(y.flatten(-2))
 
     def _attend_piece(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
+        shared = layout.share("piece", lambda: attention_layout(layout.documents, q.shape[1], device=q.device))
         return local_global_attention(
-            q,
-            k,
-            v,
-            window_size=self.window,
-            num_global_heads=self.global_heads,
-            position_ids=layout.documents,
+            q, k, v, window_size=self.window, num_global_heads=self.global_heads, layout=shared
         )
 
     def _attend_state(
@@ -77,68 +79,35 @@ class LocalGlobalAttention(nn.Module):
 
     def _attend_step(self, q: torch.Tensor, layout: Layout, state: HybridLayerState) -> torch.Tensor:
         """One token per row, already written: it reads the ring and the buffer where they lie."""
-        local = self.num_heads - self.global_heads
-        outputs = []
+        local, outputs = self.num_heads - self.global_heads, []
         if local:
-            outputs.append(
-                cached_attention(
-                    q[:, :, :local],
-                    state.local_keys[:, : self.window],
-                    state.local_values[:, : self.window],
-                    query_index=layout.place,
-                    key_index=_ring_after(layout, self.window),
-                )
-            )
+            ring = layout.share(("ring", self.window), lambda: _ring_layout(layout, self.window))
+            k, v = state.local_keys[:, : self.window], state.local_values[:, : self.window]
+            outputs.append(cached_attention(q[:, :, :local], k, v, layout=ring))
         if self.global_heads:
-            length = layout.max_length
-            outputs.append(
-                cached_attention(
-                    q[:, :, local:],
-                    state.global_keys[:, :length],
-                    state.global_values[:, :length],
-                    query_index=layout.place,
-                    key_index=_buffer_index(layout.lengths, length, layout, "now"),
-                )
-            )
+            buffer = layout.share("buffer", lambda: _buffer_layout(layout))
+            k, v = state.global_keys[:, : layout.max_length], state.global_values[:, : layout.max_length]
+            outputs.append(cached_attention(q[:, :, local:], k, v, layout=buffer))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _attend_past(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, state: HybridLayerState
     ) -> torch.Tensor:
-        """A piece on top of a state. Indices count the row's tokens from the start of the document that the state
-        holds, so a token of a later document inside the piece sees back exactly `place + 1` tokens."""
-        carried = layout.carried
-        if layout.mask is None:
-            row_index = carried[:, None] + torch.arange(q.shape[1], device=q.device)
-        else:
-            row_index = torch.where(layout.mask, carried[:, None] + layout.mask.cumsum(1) - 1, -1)
-        span = layout.place + 1
+        """A piece on top of a state: every query reads the state's keys and the piece's own."""
         local, local_kv = self.num_heads - self.global_heads, self.num_kv_heads - self.global_kv_heads
         outputs = []
-        for heads, kv_heads, kind in (
-            (slice(0, local), slice(0, local_kv), "local"),
-            (slice(local, None), slice(local_kv, None), "global"),
-        ):
-            if q[:, :, heads].shape[2] == 0:
-                continue
-            if kind == "local":
-                past_index, seen = ring_index(carried, self.window), span.clamp(max=self.window)
-                past_k, past_v = state.local_keys, state.local_values
-            else:
-                past_index = _buffer_index(carried, layout.past_length, layout, "past")
-                past_k, past_v, seen = state.global_keys, state.global_values, span
-            held = past_index.shape[1]
-            outputs.append(
-                cached_attention(
-                    q[:, :, heads],
-                    torch.cat((past_k[:, :held].to(k.dtype), k[:, :, kv_heads]), dim=1),
-                    torch.cat((past_v[:, :held].to(v.dtype), v[:, :, kv_heads]), dim=1),
-                    query_index=row_index,
-                    key_index=torch.cat((past_index, row_index), dim=1),
-                    window_size=seen,
-                )
-            )
-        return torch.cat(outputs, dim=2)
+        if local:
+            visible = layout.share(("past ring", self.window), lambda: _past_layout(layout, self.window))
+            keys = torch.cat((state.local_keys[:, : self.window].to(k.dtype), k[:, :, :local_kv]), dim=1)
+            values = torch.cat((state.local_values[:, : self.window].to(v.dtype), v[:, :, :local_kv]), dim=1)
+            outputs.append(cached_attention(q[:, :, :local], keys, values, layout=visible))
+        if self.global_heads:
+            held = layout.past_length
+            visible = layout.share("past buffer", lambda: _past_layout(layout, None))
+            keys = torch.cat((state.global_keys[:, :held].to(k.dtype), k[:, :, local_kv:]), dim=1)
+            values = torch.cat((state.global_values[:, :held].to(v.dtype), v[:, :, local_kv:]), dim=1)
+            outputs.append(cached_attention(q[:, :, local:], keys, values, layout=visible))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, layout: Layout, state: HybridLayerState) -> None:
         """Keep the piece's keys and values of each row's last document; the rest goes to the spare slot."""
@@ -156,17 +125,31 @@ class LocalGlobalAttention(nn.Module):
             state.global_values[rows, slot] = v[:, :, local_kv:].to(state.global_values.dtype)
 
 
-def _ring_after(layout: Layout, window: int) -> torch.Tensor:
-    """[B, W] places held by the ring once the piece is written; computed once for all layers of this window."""
-    if window not in layout.shared:
-        layout.shared[window] = ring_index(layout.lengths, window)
-    return layout.shared[window]
+def _buffer_index(lengths: torch.Tensor, slots: int) -> torch.Tensor:
+    """[B, S] places held by the growing buffer's first S slots, -1 where empty."""
+    slot = torch.arange(slots, device=lengths.device)
+    return torch.where(slot < lengths[:, None], slot, -1)
 
 
-def _buffer_index(lengths: torch.Tensor, slots: int, layout: Layout, when: str) -> torch.Tensor:
-    """[B, S] places held by the growing buffer's first S slots, -1 where empty; computed once for all layers."""
-    key = ("buffer", when)
-    if key not in layout.shared:
-        slot = torch.arange(slots, device=lengths.device)
-        layout.shared[key] = torch.where(slot < lengths[:, None], slot, -1)
-    return layout.shared[key]
+def _ring_layout(layout: Layout, window: int) -> CachedLayout:
+    return cached_layout(layout.place, ring_index(layout.lengths, window))
+
+
+def _buffer_layout(layout: Layout) -> CachedLayout:
+    return cached_layout(layout.place, _buffer_index(layout.lengths, layout.max_length))
+
+
+def _past_layout(layout: Layout, window: int | None) -> CachedLayout:
+    """Indices count the row's tokens from the start of the document that the state holds, so a token of a later
+    document inside the piece sees back exactly `place + 1` tokens."""
+    carried, place = layout.carried, layout.place
+    if layout.mask is None:
+        row_index = carried[:, None] + torch.arange(place.shape[1], device=place.device)
+    else:
+        row_index = torch.where(layout.mask, carried[:, None] + layout.mask.cumsum(1) - 1, -1)
+    span = place + 1
+    if window is None:
+        past = _buffer_index(carried, layout.past_length)
+    else:
+        past, span = ring_index(carried, window), span.clamp(max=window)
+    return cached_layout(row_index, torch.cat((past, row_index), dim=1), window_size=span)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fusiontree.ops.precision import state_dtype
+
 
 class _GatedMix(torch.autograd.Function):
     """Keeps the gate's logits and the branches alone; sigmoid and entropy terms are recomputed in backward."""
@@ -17,11 +19,12 @@ class _GatedMix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(logits, a, b)
-        gate = torch.sigmoid(logits)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        # In float32: in bfloat16 every gate near one half would count with an entropy that is 0.0017 too low.
+        s = logits.to(state_dtype(logits))
+        gate = torch.sigmoid(s)
         # H(g) = softplus(s) - s g for g = sigmoid(s): exact at both ends, where -g log g would be 0 * inf.
-        entropy = F.softplus(logits).sub_(logits * gate)
-        return torch.lerp(b, a, gate), gate.mean(-1, dtype=dtype), entropy.mean(-1, dtype=dtype)
+        entropy = F.softplus(s).sub_(s * gate)
+        return torch.lerp(b, a, gate.to(b.dtype)), gate.mean(-1), entropy.mean(-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
