@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops import reference
-from fusiontree.ops.attention_layout import AttentionLayout, CachedLayout, attention_layout, cached_layout
+from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.block_attention import HeadSpan, attend_one_query, block_attention
 from fusiontree.ops.precision import autocast_dtype

@@ -139,8 +139,8 @@ class CachedLayout:
 
     def _spans(self) -> list[tuple[int, int, int, int]]:
         _, length, slots = self.shape
-        if length == 1:
-            return [(0, 1, 0, slots)]
+        if length == 1 or slots == 0:
+            return [(0, length, 0, slots)]
         begins = range(0, length, GLOBAL_QUERIES)
         oldest = torch.zeros_like(self.query_index)
         if self.window_size is not None:
