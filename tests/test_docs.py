@@ -28,6 +28,7 @@ SHORTENED = {
     "fusiontree train --config configs/pretrain_optimized.yaml": f"{SMALL} training.max_steps=3",
     "fusiontree train --config configs/pretrain_wikipedia.yaml --dry-run": "",
     "fusiontree train --config runs/pretrain_optimized/config.yaml": "training.max_steps=4",
+    "fusiontree quickstart": f"--corpus-bytes 300000 --vocab-size 320 {SMALL} training.max_steps=3",
     "fusiontree generate": "--max-new-tokens 4",
     "fusiontree bench --config": f"{SMALL} {SMALL_BENCH}",
     "fusiontree bench runs/": SMALL_BENCH,
