@@ -15,7 +15,7 @@ def generate(
     prompt: str = typer.Option(None, "--prompt", "-p", help="Text to continue."),
     file: Path = typer.Option(None, "--file", "-f", help="File with the text to continue (UTF-8)."),
     max_new_tokens: int = typer.Option(128, "--max-new-tokens", "-n", help="At most this many tokens."),
-    temperature: float = typer.Option(0.8, "--temperature", "-t", help="Higher: unlikely tokens come more often; 0: greedy."),
+    temperature: float = typer.Option(0.8, "--temperature", "-t", help="Higher draws unlikely tokens more often."),
     top_k: int = typer.Option(None, "--top-k", help="Draw among this many likeliest tokens only."),
     top_p: float = typer.Option(0.95, "--top-p", help="Draw among the likeliest tokens of this total probability."),
     seed: int = typer.Option(None, "--seed", help="Makes the draws repeatable."),
