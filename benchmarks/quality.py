@@ -203,6 +203,7 @@ def main(argv: list[str]) -> None:
             "threads": options.threads,
             "cpu": records.cpu_model(),
             "versions": records.versions(),
+            "allocator": records.allocator(),
             "commit": records.git_commit(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "

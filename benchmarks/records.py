@@ -6,6 +6,7 @@ import ast
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+ALLOCATOR_KEYS = ("GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 
 
 @contextmanager
@@ -65,6 +67,13 @@ def cpu_model() -> str:
 
 def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
+
+
+def allocator() -> dict[str, str]:
+    """The environment variables in force that change how memory is allocated, and so the speed."""
+    return {
+        key: value for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_") or key in ALLOCATOR_KEYS
+    }
 
 
 def git_commit() -> str:

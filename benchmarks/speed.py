@@ -199,6 +199,7 @@ def main(argv: list[str]) -> None:
         "rounds": options.rounds,
         "cpu": records.cpu_model(),
         "versions": records.versions(),
+        "allocator": records.allocator(),
         "commit": records.git_commit(),
         "revision": records.code_revision("models", "ops", "train/losses.py"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
