@@ -14,7 +14,7 @@ from fusiontree.ops import reference
 from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.block_attention import HeadSpan, attend_one_query, block_attention
-from fusiontree.ops.precision import autocast_dtype
+from fusiontree.ops.precision import autocast_dtype, without_autocast
 
 
 def local_global_attention(
@@ -75,7 +75,7 @@ def local_global_attention(
         raise ValueError(f"local_global_attention: the layout is for {layout.length} tokens, not {length}")
     run = resolve("local_global_attention", backend, q, k, v)
     q, k, v = _autocast(q, k, v)
-    with torch.autocast(device_type=q.device.type, enabled=False):
+    with without_autocast(q):
         return run(q, k, v, window_size=window_size, num_global_heads=num_global_heads, layout=layout)
 
 
@@ -135,7 +135,7 @@ def cached_attention(
         )
     run = resolve("cached_attention", backend, q, k, v)
     q, k, v = _autocast(q, k, v)
-    with torch.autocast(device_type=q.device.type, enabled=False):
+    with without_autocast(q):
         return run(q, k, v, layout=layout)
 
 
@@ -153,7 +153,8 @@ def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(autocast_dtype(tensor)) for tensor in tensors)
+    dtype = autocast_dtype(tensors[0])
+    return tensors if all(t.dtype == dtype for t in tensors) else tuple(t.to(dtype) for t in tensors)
 
 
 def _local_global_torch(q, k, v, *, window_size, num_global_heads, layout):
@@ -195,7 +196,8 @@ def _cached_pass(q: Tensor, k: Tensor, v: Tensor, layout: CachedLayout) -> Tenso
         out = attend_one_query(q, k, v, layout.blocks[0])
     else:
         out = block_attention(q, k, v, [HeadSpan(slice(0, q.shape[2]), slice(0, k.shape[2]), layout.blocks)])
-    return out.masked_fill(layout.sees_nothing()[:, :, None, None], 0.0)
+    nothing = layout.sees_nothing()
+    return out if nothing is None else out.masked_fill(nothing[:, :, None, None], 0.0)
 
 
 def _cached_reference(q, k, v, *, layout):

@@ -127,15 +127,25 @@ class CachedLayout:
         self.shape = (query_index.shape[0], query_index.shape[1], key_index.shape[1])
         self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
         self._sees_nothing: dict[int, Tensor] = {}
+        self._any_sees_nothing: Tensor | None = None
+        self._all_masks_made = False
         self._kept_elements = 0
         self.blocks = [
             Block(begin, stop, first, last, partial(self._mask, begin, stop, first, last))
             for begin, stop, first, last in self._spans()
         ]
 
-    def sees_nothing(self) -> Tensor:
-        """[B,T] bool: queries without a visible key, whose output is to be dropped. Known once every mask was made."""
-        return torch.cat([self._sees_nothing[block.query_start] for block in self.blocks], dim=1)
+    def sees_nothing(self) -> Tensor | None:
+        """[B,T] bool: queries without a visible key, whose output is to be dropped. None: no query is known to be one.
+
+        To be asked once every block's mask was made.
+        """
+        if not self._all_masks_made:
+            nothing = torch.cat([self._sees_nothing[block.query_start] for block in self.blocks], dim=1)
+            # Elsewhere than on CPU, finding out would wait for the device.
+            self._any_sees_nothing = None if nothing.device.type == "cpu" and not nothing.any() else nothing
+            self._all_masks_made = True
+        return self._any_sees_nothing
 
     def _spans(self) -> list[tuple[int, int, int, int]]:
         _, length, slots = self.shape

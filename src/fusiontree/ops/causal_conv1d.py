@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.precision import state_dtype
+from fusiontree.ops.precision import state_dtype, without_autocast
 
 # A product of dy and window this large stays in the processor's cache until it is summed.
 CPU_BLOCK_ELEMENTS = 2**17
@@ -79,7 +79,7 @@ def causal_conv1d(
 
 
 def _conv_torch(x, weight, bias, *, reset, initial_state, return_final_state, activation):
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x):
         if x.shape[1] == 1:
             y, state = _one_token(x, weight, bias, reset, initial_state, activation)
         else:
@@ -134,7 +134,7 @@ class _CausalConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dstate):
         x, weight, bias, reset, initial_state = ctx.saved_tensors
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             conv = _Conv(x, weight, bias, reset, initial_state)
             dy = dy.to(conv.window.dtype)
             if ctx.activation == "silu":

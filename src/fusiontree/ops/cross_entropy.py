@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.precision import autocast_dtype, product_dtype, state_dtype
+from fusiontree.ops.precision import autocast_dtype, product_dtype, state_dtype, without_autocast
 
 DEFAULT_CHUNK_SIZE = 1024
 
@@ -150,13 +150,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _linear_cross_entropy_torch(hidden, weight, labels, *, chunk_size, ignore_index):
     dtype, with_gradient = _projection_dtype(hidden), torch.is_grad_enabled()
-    with torch.autocast(device_type=hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_size, ignore_index, dtype, with_gradient)
 
 
 def _token_cross_entropy_torch(hidden, weight, labels, *, chunk_size, ignore_index):
     dtype = _projection_dtype(hidden)
-    with torch.autocast(device_type=hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         counted, targets, places = _counted(hidden, labels, ignore_index)
         projection = weight.to(dtype)
         losses = torch.zeros(labels.numel(), dtype=state_dtype(hidden), device=hidden.device)

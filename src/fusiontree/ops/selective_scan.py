@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.precision import smallest_log_decay, state_dtype
+from fusiontree.ops.precision import smallest_log_decay, state_dtype, without_autocast
 
 # Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
 CHUNK = 32
@@ -94,7 +94,7 @@ def selective_scan(
 
 def _selective_torch(u, delta, A, B, C, D=None, z=None, *, reset, initial_state, return_final_state):
     dtype = state_dtype(u)
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with without_autocast(u):
         scan = _one_token if u.shape[1] == 1 else _Scan.apply
         y, state = scan(u, delta, A, B, C, reset, initial_state)
         if D is not None:
@@ -156,7 +156,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, dy, dstate):
         u, delta, A, B, C, reset, initial_state, *before = ctx.saved_tensors
         du, ddelta, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (u, delta, B, C))
-        with torch.autocast(device_type=u.device.type, enabled=False):
+        with without_autocast(u):
             scan = _Chunks(u, delta, A, B, C, reset)
             dA_Nd = torch.zeros_like(scan.A_Nd)
             dstate_BNd = dstate.to(dA_Nd.dtype).transpose(1, 2)

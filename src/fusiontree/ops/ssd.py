@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.precision import state_dtype
+from fusiontree.ops.precision import state_dtype, without_autocast
 from fusiontree.ops.ssd_chunks import Chunks, pieces
 
 
@@ -108,7 +108,7 @@ def _check_shapes(
 
 
 def _ssd_torch(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_state, chunk_size):
-    with torch.autocast(device_type=x.device.type, enabled=False):
+    with without_autocast(x):
         if x.shape[1] == 1:
             y, state = _one_token(x, dt, A, B, C, D, reset, initial_state)
         else:
@@ -128,18 +128,19 @@ def _one_token(
 ) -> tuple[Tensor, Tensor]:
     """Decoding: the recurrence itself, in as few operations as it takes."""
     batch, _, heads, width = x.shape
-    groups, state_size = B.shape[2:]
+    groups, size = B.shape[2:]
     dtype = state_dtype(x)
-    x_BHP, dt_BH = x[:, 0].to(dtype), dt[:, 0].to(dtype)
-    B_BG1N, C_BGN1 = B[:, 0, :, None].to(dtype), C[:, 0, :, :, None].to(dtype)
-    dtx_BGQ1 = (x_BHP * dt_BH[..., None]).view(batch, groups, -1, 1)  # Q = heads of a group x width
-    added_BHPN = (dtx_BGQ1 * B_BG1N).view(batch, heads, width, state_size)
-    decay_BH11 = torch.exp(dt_BH * A.to(dtype))[..., None, None]
-    state = torch.addcmul(added_BHPN, _first_state(x, B, reset, initial_state), decay_BH11)
-    y_BHP = torch.matmul(state.view(batch, groups, -1, state_size), C_BGN1).view(batch, heads, width)
+    x_B1HP, dt_B1H = x.to(dtype), dt.to(dtype)
+    decay_BH11 = torch.exp(dt_B1H * A.to(dtype)).view(batch, heads, 1, 1)
+    # Side by side, the heads of a group are Q rows.
+    dtx_BGQ1 = (x_B1HP * dt_B1H.unsqueeze(-1)).view(batch, groups, -1, 1)
+    added_BHPN = (dtx_BGQ1 * B.to(dtype).reshape(batch, groups, 1, size)).view(batch, heads, width, size)
+    state_BHPN = torch.addcmul(added_BHPN, _first_state(x, B, reset, initial_state), decay_BH11)
+    C_BGN1 = C.to(dtype).reshape(batch, groups, size, 1)
+    y_B1HP = torch.matmul(state_BHPN.view(batch, groups, -1, size), C_BGN1).view(x.shape)
     if D is not None:
-        y_BHP = torch.addcmul(y_BHP, x_BHP, D.to(dtype)[:, None])
-    return y_BHP[:, None].to(x.dtype), state
+        y_B1HP = torch.addcmul(y_B1HP, x_B1HP, D.to(dtype).unsqueeze(-1))
+    return y_B1HP.to(x.dtype), state_BHPN
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -161,7 +162,7 @@ class _ChunkedScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dstate):
         x, dt, A, B, C, D, reset, initial_state = ctx.saved_tensors
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             state = _first_state(x, B, reset, initial_state)
             dstate = dstate.to(state.dtype)
             parts = [Chunks(x, dt, A, B, C, D, reset, *bounds) for bounds in pieces(x.shape[1], ctx.chunk_size)]
