@@ -115,7 +115,7 @@ class Loader:
                 difference = _DIFFERENCES.get(key, f"{key} differs")
                 raise InputError(
                     f"the checkpoint's place in the data does not fit this run: {difference}; "
-                    "resume with what it was trained on, or start a new run from its weights"
+                    "resume with what it was trained on, or start a new run in another output_dir"
                 )
         self._place = Place(*state["place"])
         self._report = DataReport.from_state(state["report"])

@@ -103,7 +103,9 @@ class HybridBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func: Callable | None = None
-        if branch == "both" and config.drop_branch_prob > 0:
+        self.tracks_means = branch == "both" and config.drop_branch_prob > 0
+        if branch == "both":
+            # Always there, so that branch dropout can be switched on or off for a trained model.
             self.register_buffer("mamba_mean", torch.zeros(hidden))
             self.register_buffer("attention_mean", torch.zeros(hidden))
 
@@ -160,7 +162,7 @@ class HybridBlock(nn.Module):
         drop: str | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Branch dropout: a dropped branch's running mean stands in for it; the branches that ran update theirs."""
-        if not self.training or not hasattr(self, "mamba_mean"):
+        if not self.training or not self.tracks_means:
             return h_m, h_a
         for output, mean in ((h_m, self.mamba_mean), (h_a, self.attention_mean)):
             if output is not None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fusiontree.ops.block_attention import Block
 
-# Queries per block. Larger blocks compute more pairs that the window then masks; smaller ones call more kernels.
+# Queries per block. Larger blocks compute more pairs that the mask then drops; smaller ones call more kernels.
 LOCAL_QUERIES = 128
 GLOBAL_QUERIES = 256
-# Masks of global heads grow with the documents; past this many elements in all they are rebuilt when needed.
+# Masks with more elements than this in all are not kept but built again when needed.
 KEPT_MASK_ELEMENTS = 2**23
 
 
@@ -32,54 +32,71 @@ class AttentionLayout:
         self.starts = starts
         self.index = torch.arange(length, device=device)
         self._blocks: dict[int | None, list[Block]] = {}
-        self._kept: dict[tuple[int | None, int, int, int, torch.dtype], Tensor] = {}
+        self._kept: dict[tuple[int | None, int, int, int, int, torch.dtype], Tensor] = {}
         self._kept_elements = 0
 
     def local_blocks(self, window_size: int) -> list[Block]:
         """Blocks for heads that see `window_size` keys."""
         if window_size >= self.length:
             return self.global_blocks()
-        return self._blocks_for(window_size)
-
-    def global_blocks(self) -> list[Block]:
-        """Blocks for heads that see all of their document."""
-        if self.starts is None:
-            return [Block(0, self.length, 0, self.length, causal=True)]
-        return self._blocks_for(None)
-
-    def _blocks_for(self, window: int | None) -> list[Block]:
-        if window not in self._blocks:
-            step = GLOBAL_QUERIES if window is None else LOCAL_QUERIES
-            begins = range(0, self.length, step)
+        if window_size not in self._blocks:
+            begins = range(0, self.length, LOCAL_QUERIES)
             first_keys = [0] * len(begins)
             if self.starts is not None:
-                first_keys = self.starts[:, ::step].amin(0).tolist()
-            self._blocks[window] = [
-                self._block(begin, min(begin + step, self.length), first_key, window)
+                first_keys = self.starts[:, ::LOCAL_QUERIES].amin(0).tolist()
+            self._blocks[window_size] = [
+                self._local_block(begin, max(first_key, begin - window_size + 1), window_size)
                 for begin, first_key in zip(begins, first_keys, strict=True)
             ]
-        return self._blocks[window]
+        return self._blocks[window_size]
 
-    def _block(self, begin: int, stop: int, first_key: int, window: int | None) -> Block:
-        if window is not None:
-            first_key = max(first_key, begin - window + 1)
-        if self.starts is None and first_key == begin and (window is None or stop - begin <= window):
+    def _local_block(self, begin: int, first_key: int, window: int) -> Block:
+        stop = min(begin + LOCAL_QUERIES, self.length)
+        if self.starts is None and first_key == begin and stop - begin <= window:
             return Block(begin, stop, begin, stop, causal=True)
-        return Block(begin, stop, first_key, stop, partial(self._mask, begin, stop, first_key, window))
+        return Block(begin, stop, first_key, stop, partial(self._mask, None, begin, stop, first_key, window))
 
-    def _mask(self, begin: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    def global_blocks(self) -> list[Block]:
+        """Blocks for heads that see all of their document: a long document each, or a run of short ones."""
+        if self.starts is None:
+            return [Block(0, self.length, 0, self.length, causal=True)]
+        if None not in self._blocks:
+            firsts: list[list[int]] = [[] for _ in self.starts]
+            for row, token in (self.starts == self.index).nonzero().tolist():
+                firsts[row].append(token)
+            self._blocks[None] = [block for row, tokens in enumerate(firsts) for block in self._row_blocks(row, tokens)]
+        return self._blocks[None]
+
+    def _row_blocks(self, row: int, firsts: list[int]) -> list[Block]:
+        blocks, begin, documents = [], 0, 0
+        for first, stop in zip(firsts, [*firsts[1:], self.length], strict=True):
+            if documents and stop - begin > GLOBAL_QUERIES:
+                blocks.append(self._run_of_documents(row, begin, first, documents))
+                begin, documents = first, 0
+            documents += 1
+        return [*blocks, self._run_of_documents(row, begin, self.length, documents)]
+
+    def _run_of_documents(self, row: int, begin: int, stop: int, documents: int) -> Block:
+        mask = None if documents == 1 else partial(self._mask, row, begin, stop, begin, None)
+        return Block(begin, stop, begin, stop, mask, causal=documents == 1, rows=slice(row, row + 1))
+
+    def _mask(
+        self, row: int | None, begin: int, stop: int, first_key: int, window: int | None, dtype: torch.dtype
+    ) -> Tensor:
+        """For one row, or None: all."""
         # Without packed documents, blocks of one shape share one mask.
         place = begin if self.starts is not None else 0
-        key = (window, place, stop - begin, begin - first_key, dtype)
+        key = (window, -1 if row is None else row, place, stop - begin, begin - first_key, dtype)
         if key in self._kept:
             return self._kept[key]
         queries, keys = self.index[begin:stop, None], self.index[first_key:stop]
-        visible = keys <= queries
+        visible_BTS = (keys <= queries)[None]
         if window is not None:
-            visible &= keys > queries - window
+            visible_BTS = visible_BTS & (keys > queries - window)
         if self.starts is not None:
-            visible = visible & (keys >= self.starts[:, begin:stop, None])
-        mask = additive_mask(visible if visible.dim() == 3 else visible[None], dtype)
+            starts = self.starts if row is None else self.starts[row : row + 1]
+            visible_BTS = visible_BTS & (keys >= starts[:, begin:stop, None])
+        mask = additive_mask(visible_BTS, dtype)
         if self._kept_elements + mask.numel() <= KEPT_MASK_ELEMENTS:
             self._kept[key] = mask
             self._kept_elements += mask.numel()

@@ -26,7 +26,7 @@ _CPU_KERNEL_GROUPS_HEADS = tuple(int(part) for part in torch.__version__.split("
 
 
 class Block(NamedTuple):
-    """Queries [query_start, query_stop) read keys [key_start, key_stop).
+    """In the given rows, queries [query_start, query_stop) read keys [key_start, key_stop).
 
     mask gives the additive mask, [B or 1,1,t,s] of 0 and -inf in the given dtype; None: all pairs are visible, or with
     `causal` those with s <= t counted from the block's start. Every query must see at least one key.
@@ -38,6 +38,7 @@ class Block(NamedTuple):
     key_stop: int
     mask: Callable[[torch.dtype], Tensor] | None = None
     causal: bool = False
+    rows: slice = slice(None)
 
 
 class HeadSpan(NamedTuple):
@@ -74,7 +75,7 @@ class _BlockAttention(torch.autograd.Function):
             q_block, k_block, v_block = _views(q, k, v, span, block)
             mask = block.mask(q_block.dtype) if block.mask else None
             out_block, logsumexp = _forward(q_block, k_block, v_block, mask, block.causal)
-            out[:, block.query_start : block.query_stop, span.heads] = out_block.transpose(1, 2)
+            out[block.rows, block.query_start : block.query_stop, span.heads] = out_block.transpose(1, 2)
             logsumexps.append(logsumexp)
         ctx.spans = spans
         ctx.save_for_backward(q, k, v, out, *logsumexps)
@@ -88,9 +89,9 @@ class _BlockAttention(torch.autograd.Function):
         dk, dv = (torch.zeros(t.shape, dtype=state_dtype(t), device=t.device) for t in (k, v))
         for (span, block), logsumexp in zip(_all_blocks(ctx.spans), logsumexps, strict=True):
             q_block, k_block, v_block = _views(q, k, v, span, block)
-            queries = slice(block.query_start, block.query_stop)
-            keys = slice(block.key_start, block.key_stop)
-            dout_block, out_block = (t[:, queries, span.heads].transpose(1, 2).to(q_block.dtype) for t in (dout, out))
+            queries = (block.rows, slice(block.query_start, block.query_stop), span.heads)
+            keys = (block.rows, slice(block.key_start, block.key_stop), span.kv_heads)
+            dout_block, out_block = (t[queries].transpose(1, 2).to(q_block.dtype) for t in (dout, out))
             dq_block, dk_block, dv_block = _backward(
                 dout_block,
                 q_block,
@@ -101,9 +102,9 @@ class _BlockAttention(torch.autograd.Function):
                 block.mask(q_block.dtype) if block.mask else None,
                 block.causal,
             )
-            dq[:, queries, span.heads] = dq_block.transpose(1, 2)
-            dk[:, keys, span.kv_heads] += dk_block.transpose(1, 2)
-            dv[:, keys, span.kv_heads] += dv_block.transpose(1, 2)
+            dq[queries] = dq_block.transpose(1, 2)
+            dk[keys] += dk_block.transpose(1, 2)
+            dv[keys] += dv_block.transpose(1, 2)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -113,11 +114,12 @@ def _all_blocks(spans: list[HeadSpan]) -> list[tuple[HeadSpan, Block]]:
 
 def _views(q: Tensor, k: Tensor, v: Tensor, span: HeadSpan, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """The block's queries, keys and values as [B,heads,tokens,D], in the dtype that the kernel is to work in."""
-    dtype, keys = product_dtype(q.dtype, q.device), slice(block.key_start, block.key_stop)
+    dtype = product_dtype(q.dtype, q.device)
+    keys = (block.rows, slice(block.key_start, block.key_stop), span.kv_heads)
     return (
-        q[:, block.query_start : block.query_stop, span.heads].transpose(1, 2).to(dtype),
-        k[:, keys, span.kv_heads].transpose(1, 2).to(dtype),
-        v[:, keys, span.kv_heads].transpose(1, 2).to(dtype),
+        q[block.rows, block.query_start : block.query_stop, span.heads].transpose(1, 2).to(dtype),
+        k[keys].transpose(1, 2).to(dtype),
+        v[keys].transpose(1, 2).to(dtype),
     )
 
 

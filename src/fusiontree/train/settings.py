@@ -38,11 +38,6 @@ class TrainingSettings(Settings):
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
-    def _yaml_reads_no_as_false(cls, value: Any) -> Any:
-        return "no" if value is False else value
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
     def _unquoted_no(cls, value: object) -> object:
         return "no" if value is False else value  # what YAML makes of a bare `no`
 
