@@ -57,6 +57,15 @@ def test_head_counts_and_groups(heads, kv_heads, num_global_heads, packed):
     assert_agrees_with_reference(local_global_attention, arguments(50, heads, kv_heads), **options)
 
 
+@pytest.mark.parametrize("change", ["_takes_cpu_kernel", "_CPU_KERNEL_GROUPS_HEADS"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_other_devices_and_older_versions_of_torch_take_another_path(packed, change, monkeypatch):
+    no = False if change.isupper() else lambda q: False
+    monkeypatch.setattr(f"fusiontree.ops.block_attention.{change}", no)
+    options = {"window_size": 9, "num_global_heads": 3, "position_ids": packed_positions(50) if packed else None}
+    assert_agrees_with_reference(local_global_attention, arguments(50, 6, 2), **options)
+
+
 def test_agrees_with_reference_in_float32():
     options = {"window_size": 9, "num_global_heads": 1, "position_ids": packed_positions(70)}
     assert_agrees_with_reference(local_global_attention, arguments(70, dtype=torch.float32), **options)

@@ -123,9 +123,13 @@ def _views(q: Tensor, k: Tensor, v: Tensor, span: HeadSpan, block: Block) -> tup
     )
 
 
+def _takes_cpu_kernel(q: Tensor) -> bool:
+    return q.device.type == "cpu"
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor | None]:
     """The block's output [B,H,t,D] and, where the backward kernel wants it, the log-sum-exp of its scores."""
-    if q.device.type == "cpu":
+    if _takes_cpu_kernel(q):
         group = q.shape[1] // k.shape[1]
         if group > 1 and not _CPU_KERNEL_GROUPS_HEADS:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
