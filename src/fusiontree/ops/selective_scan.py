@@ -179,8 +179,11 @@ class _Chunks:
         self.A_Nd = A.to(self.dtype).t().contiguous()
 
     def tokens(self, tensor: Tensor, start: int) -> Tensor:
-        """The chunk's part of a [B,T,...] tensor as [L,B,...] in the computing dtype."""
-        return tensor[:, start : start + CHUNK].transpose(0, 1).to(self.dtype)
+        """The chunk's part of a [B,T,...] tensor as [L,B,...] in the computing dtype.
+
+        Contiguous, because what is computed from it takes over its layout, and one token is to be one run of memory.
+        """
+        return tensor[:, start : start + CHUNK].transpose(0, 1).to(self.dtype).contiguous()
 
     def states(self, start: int, before_BNd: Tensor) -> tuple[Tensor, Tensor]:
         """Decay of the state into each token, and the state after each token: [L,B,N,d] both."""
