@@ -74,3 +74,15 @@ def test_unsupported_dtypes_are_refused_by_name_and_by_auto():
     for backend in ("auto", "torch", "reference"):
         with pytest.raises(BackendError, match="dtype torch.int32"):
             ssd_scan(*tensors, torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1, 1), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_reaches_no_state(backend):
+    draw = torch.Generator().manual_seed(0)
+    x, dt = torch.randn(1, 9, 2, 4, generator=draw), torch.rand(1, 9, 2, generator=draw)
+    B, C = torch.randn(2, 1, 9, 1, 8, generator=draw)
+    options = {"return_final_state": True, "backend": backend}
+    expected = ssd_scan(x, dt, -torch.ones(2), B, C, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = ssd_scan(x, dt, -torch.ones(2), B, C, **options)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -149,6 +149,7 @@ def test_bfloat16_inputs_keep_float32_states_whatever_autocast_says(length):
         ({"initial_state": torch.rand(2, 4, 6)}, "initial_state has shape"),
         ({"reset": torch.zeros(2, 10, dtype=torch.bool)}, "reset has shape"),
         ({"activation": "gelu"}, "activation must be None or 'silu'"),
+        ({"reset": torch.zeros(2, 11, dtype=torch.int64)}, "reset must be bool"),
         ({"backend": "cuda"}, "no backend 'cuda'"),
     ],
 )

@@ -14,6 +14,7 @@ from fusiontree.ops import reference
 from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.block_attention import HeadSpan, attend_one_query, block_attention
+from fusiontree.ops.checks import check_shapes
 from fusiontree.ops.precision import autocast_dtype, without_autocast
 
 
@@ -122,9 +123,7 @@ def cached_attention(
             expected["window_size"] = (window_size, q.shape[:2])
         elif window_size is not None and window_size < 1:
             raise ValueError(f"cached_attention: window_size must be at least 1, got {window_size}")
-        for name, (tensor, shape) in expected.items():
-            if tensor.shape != shape:
-                raise ValueError(f"cached_attention: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        check_shapes("cached_attention", expected)
         layout = cached_layout(query_index, key_index, window_size=window_size)
     elif query_index is not None or key_index is not None or window_size is not None:
         raise ValueError("cached_attention: give indices and window, or a layout, not both")

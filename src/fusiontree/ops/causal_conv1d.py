@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
 
 # A product of dy and window this large stays in the processor's cache until it is summed.
@@ -59,11 +60,8 @@ def causal_conv1d(
         "reset": (reset, (batch, length)),
         "initial_state": (initial_state, (batch, taps - 1, channels)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"causal_conv1d: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if length < 1:
-        raise ValueError("causal_conv1d: needs at least one token")
+    check_shapes("causal_conv1d", expected)
+    check_sequence("causal_conv1d", length, reset)
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     run = resolve("causal_conv1d", backend, x, weight, bias, initial_state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("fusiontree.ops")
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
@@ -58,4 +61,7 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def _cpu_multiplies_bfloat16() -> bool:
     if "AVX" not in torch.backends.cpu.get_cpu_capability():
         return True  # not x86: there is no telling, so the dtype asked for
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not supported:
+        logger.info("this CPU has no bfloat16 instructions: attention and the loss multiply in float32")
+    return supported

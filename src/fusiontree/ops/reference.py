@@ -9,13 +9,33 @@ D attention head width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusiontree.ops.precision import state_dtype
+from fusiontree.ops.precision import state_dtype, without_autocast
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
+def _in_full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Autocast would compute sums and states in its own dtype."""
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        assert isinstance(args[0], Tensor)
+        with without_autocast(args[0]):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_in_full_precision
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -53,6 +73,7 @@ def ssd_scan(
     return (y, state) if return_final_state else y
 
 
+@_in_full_precision
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -88,6 +109,7 @@ def selective_scan(
     return (y, state) if return_final_state else y
 
 
+@_in_full_precision
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -121,6 +143,7 @@ def causal_conv1d(
     return (y, window) if return_final_state else y
 
 
+@_in_full_precision
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; 0 for a query that sees none.
 
@@ -178,6 +201,7 @@ def cached_attention(
     return masked_attention(q, k, v, visible)
 
 
+@_in_full_precision
 def token_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int = 0, ignore_index: int = -100
 ) -> Tensor:

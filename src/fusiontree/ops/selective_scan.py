@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import smallest_log_decay, state_dtype, without_autocast
 
 # Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
@@ -72,11 +73,8 @@ def selective_scan(
         "reset": (reset, (batch, length)),
         "initial_state": (initial_state, (batch, channels, state_size)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"selective_scan: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if length < 1:
-        raise ValueError("selective_scan: needs at least one token")
+    check_shapes("selective_scan", expected)
+    check_sequence("selective_scan", length, reset)
     run = resolve("selective_scan", backend, u, delta, A, B, C, D, z, initial_state)
     return run(
         u,

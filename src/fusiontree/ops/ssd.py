@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
 from fusiontree.ops.ssd_chunks import Chunks, pieces
 
@@ -98,11 +99,10 @@ def _check_shapes(
         "reset": (reset, (batch, length)),
         "initial_state": (initial_state, (batch, heads, width, state)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"ssd_scan: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if length < 1 or chunk_size < 1:
-        raise ValueError(f"ssd_scan: needs at least one token and chunk_size >= 1, got {length} and {chunk_size}")
+    check_shapes("ssd_scan", expected)
+    check_sequence("ssd_scan", length, reset)
+    if chunk_size < 1:
+        raise ValueError(f"ssd_scan: chunk_size must be at least 1, got {chunk_size}")
     if heads % groups:
         raise ValueError(f"ssd_scan: {heads} heads cannot share {groups} groups of B and C evenly")
 
