@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import peers
 import torch
 from packed_text import Rows
 from torch import nn
 from torch.nn import functional as F
 
+from fusiontree.eval.peers import PEERS, PeerSize, build_peer, count_parameters
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.losses import HybridModelLoss, StepTotals
 from fusiontree.train.settings import LossSettings
 
 OURS = "fusiontree"
-MODELS = (OURS, *peers.PEER_NAMES)
+MODELS = (OURS, *PEERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def our_config(size: Size, overrides: Mapping[str, Any]) -> HybridLanguageModelC
     }
     config = HybridLanguageModelConfig(**settings)
     with torch.device("meta"):
-        found = peers.count_parameters(HybridLanguageModel(config))
+        found = count_parameters(HybridLanguageModel(config))
     if abs(found / size.parameters - 1) > size.tolerance:
         raise ValueError(
             f"FusionTree has {found} parameters here, more than {size.tolerance:.0%} away from {size.parameters}; "
@@ -127,15 +127,16 @@ def build(
     if name == OURS:
         torch.manual_seed(seed)
         return _ours(HybridLanguageModel(our_config(size, overrides or {})).train())
-    peer_size = peers.PeerSize(
+    peer_size = PeerSize(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
         num_layers=size.num_layers,
+        num_heads=size.hidden_size // 64,
         parameters=size.parameters,
         state_size=state_size,
         chunk_size=chunk_size,
     )
-    return _peer(name, peers.build_peer(name, peer_size, seed=seed, tolerance=size.tolerance))
+    return _peer(name, build_peer(name, peer_size, seed=seed, tolerance=size.tolerance))
 
 
 def _ours(model: HybridLanguageModel) -> Candidate:
@@ -161,4 +162,4 @@ def _peer(name: str, model: nn.Module) -> Candidate:
     def training_loss(rows: Rows, totals: StepTotals) -> torch.Tensor:
         return lm_loss(logits(rows), rows) / totals.labels
 
-    return Candidate(peers.peer_title(name), model, logits, training_loss)
+    return Candidate(PEERS[name].title, model, logits, training_loss)

@@ -18,13 +18,14 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-import peers
 import records
 import torch
 import yaml
 from candidates import MODELS, OURS, SIZES, build
 from packed_text import load_streams, pack
 from training_run import Recipe, train
+
+from fusiontree.eval.peers import count_parameters
 
 PEER_RATES = (1e-3, 2e-3, 4e-3)
 OUR_RATES = (2e-3,)
@@ -198,7 +199,7 @@ def main(argv: list[str]) -> None:
             "run": run,
             "title": candidate.title,
             **code,
-            "parameters": peers.count_parameters(candidate.model),
+            "parameters": count_parameters(candidate.model),
             **measured,
             "threads": options.threads,
             "cpu": records.cpu_model(),

@@ -31,10 +31,10 @@ import torch
 import yaml
 from candidates import MODELS, SIZES, Candidate, build
 from packed_text import Rows
-from peers import count_parameters
 from training_run import BETAS, CLIP, Recipe, parameter_groups
 from transformers.generation.streamers import BaseStreamer
 
+from fusiontree.eval.peers import count_parameters
 from fusiontree.train.losses import StepTotals
 
 TASKS = ("train", "generate")
@@ -142,7 +142,7 @@ def run_apart(job: dict) -> dict:
 
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["fusiontree", "llama", "falcon-h1"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["fusiontree", "llama", "falcon_h1"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["train"])
     parser.add_argument("--shapes", nargs="+", default=["1024x4", "4096x1"], metavar="TxB", help="tokens x rows")
     parser.add_argument("--size", choices=SIZES, default="20M")

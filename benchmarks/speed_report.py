@@ -9,7 +9,7 @@ from statistics import median
 
 import records
 
-REFERENCES = ("llama", "falcon-h1")
+REFERENCES = ("llama", "falcon_h1")
 METRICS = {"train": ("train",), "generate": ("prefill", "decode")}
 
 

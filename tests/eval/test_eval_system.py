@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig
 from fusiontree import HybridCache, HybridLanguageModel, HybridLanguageModelConfig, InputError
 from fusiontree.eval.bench_ops import time_ops
 from fusiontree.eval.eval_system import BenchReport, BenchSettings, measure, stream_stamps, tensor_bytes
-from fusiontree.eval.peers import PEERS, build_peer, count_parameters
+from fusiontree.eval.peers import PEERS, PeerSize, build_peer, count_parameters
 from fusiontree.ops.backends import available_backends
 from tiny_models import TINY
 
@@ -21,14 +21,27 @@ QUICK = BenchSettings(context=24, new_tokens=6, train_batch=2, train_length=16, 
 CONFIG = HybridLanguageModelConfig(**(TINY | {"hidden_size": 64, "tie_word_embeddings": True}))
 
 
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_has_the_parameters_asked_for_and_the_papers_time_steps(name: str) -> None:
+    size = PeerSize(vocab_size=512, hidden_size=128, num_layers=4, num_heads=2, parameters=1_300_000)
+    model = build_peer(name, size, tolerance=0.06)
+    assert abs(count_parameters(model) / size.parameters - 1) < 0.06
+    steps = [torch.nn.functional.softplus(p) for n, p in model.named_parameters() if n.endswith("dt_bias")]
+    assert bool(steps) == (name != "llama")
+    assert all(((step > 0.99e-3) & (step < 1.01e-1)).all() for step in steps)
+
+
 @pytest.fixture(scope="module")
 def report() -> BenchReport:
-    models = {"ours": HybridLanguageModel(CONFIG), **{name: build_peer(name, CONFIG) for name in PEERS}}
+    models = {
+        "ours": HybridLanguageModel(CONFIG),
+        **{name: build_peer(name, PeerSize.of(CONFIG), tolerance=0.1) for name in PEERS},
+    }
     return measure(models, QUICK)
 
 
 def test_every_model_has_every_figure_of_every_round(report: BenchReport) -> None:
-    assert [model.name for model in report.models] == ["ours", "llama", "falcon_h1"]
+    assert [model.name for model in report.models] == ["ours", "llama", "falcon_h1", "mamba2", "bamba"]
     for model in report.models:
         assert {name: len(values) for name, values in model.rounds.items()} == {
             "prefill": 2,
@@ -52,7 +65,7 @@ def test_peers_are_of_equal_size(report: BenchReport) -> None:
 
 
 def test_state_is_what_the_caches_hold(report: BenchReport) -> None:
-    ours, llama, _ = (model.state_bytes for model in report.models)
+    ours, llama = (model.state_bytes for model in report.models[:2])
     cache = HybridCache(CONFIG, capacity=24 + 6)
     with torch.no_grad():
         HybridLanguageModel(CONFIG).eval()(torch.zeros(1, 29, dtype=torch.long), past_key_values=cache)
@@ -99,13 +112,13 @@ def test_memory_that_tensors_share_counts_once() -> None:
 
 
 def test_peers_that_cannot_be_built() -> None:
-    with pytest.raises(InputError, match="there is no peer 'gpt'; there are llama, falcon_h1"):
-        build_peer("gpt", CONFIG)
+    with pytest.raises(InputError, match="there is no peer 'gpt'; there are llama, falcon_h1, mamba2, bamba"):
+        build_peer("gpt", PeerSize.of(CONFIG))
     narrow = HybridLanguageModelConfig(
         **(TINY | {"hidden_size": 8, "mamba_expand": 1, "num_heads": 4, "num_layers": 1})
     )
     with pytest.raises(InputError, match=r"falcon_h1 of hidden size 8 .*comes no nearer to .* parameters than"):
-        build_peer("falcon_h1", narrow)
+        build_peer("falcon_h1", PeerSize.of(narrow))
 
 
 def test_every_backend_of_every_op_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from fusiontree.eval.eval_system import BenchReport, BenchSettings
     from fusiontree.models import HybridLanguageModel
 
+
+class Dtype(str, Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 # The vocabulary of a configuration that names neither its size nor a tokenizer that is there.
 _VOCABULARY = 4096
 
@@ -28,17 +35,15 @@ def bench(
     ),
     config: Path = typer.Option(None, "--config", help="YAML file of a run: its model, freshly initialised."),
     peers: str = typer.Option(
-        "", "--peers", help="Also measure llama, falcon_h1 (with a comma between) of equal size."
+        "", "--peers", help="Also measure llama, falcon_h1, mamba2, bamba (commas between) of equal size."
     ),
-    context: int = typer.Option(1024, "--context", help="Tokens of the prompt."),
-    new_tokens: int = typer.Option(64, "--new-tokens", help="Tokens decoded after it."),
-    batch: int = typer.Option(1, "--batch", help="Sequences read and decoded at a time."),
-    train_batch: int = typer.Option(4, "--train-batch", help="Rows of a training step; 0 = do not train."),
-    train_length: int = typer.Option(1024, "--train-length", help="Tokens of a row in training."),
-    rounds: int = typer.Option(3, "--rounds", help="Measured rounds, after one that only warms up."),
-    dtype: str = typer.Option(
-        "bfloat16", "--dtype", help="bfloat16 or float32: of the weights, and of training's autocast."
-    ),
+    context: int = typer.Option(1024, "--context", min=1, help="Tokens of the prompt."),
+    new_tokens: int = typer.Option(64, "--new-tokens", min=2, help="Tokens decoded after it."),
+    batch: int = typer.Option(1, "--batch", min=1, help="Sequences read and decoded at a time."),
+    train_batch: int = typer.Option(4, "--train-batch", min=0, help="Rows of a training step; 0 = do not train."),
+    train_length: int = typer.Option(1024, "--train-length", min=2, help="Tokens of a row in training."),
+    rounds: int = typer.Option(3, "--rounds", min=1, help="Measured rounds, after one that only warms up."),
+    dtype: Dtype = typer.Option(Dtype.bfloat16, "--dtype", help="Of the weights, and of training's autocast."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     out: Path = typer.Option(None, "--out", help="Where to write the report; default: bench.json here or in MODEL."),
 ) -> None:
@@ -58,7 +63,7 @@ def bench(
 
     place = resolve_device(device)
     if names == ["ops"]:
-        _bench_ops(place, dtype)
+        _bench_ops(place, dtype.value)
         return
     from fusiontree.eval.eval_system import BenchSettings
 
@@ -70,9 +75,8 @@ def bench(
             "train_batch": train_batch,
             "train_length": train_length,
             "rounds": rounds,
-            "dtype": dtype,
-        },
-        where="bench",
+            "dtype": dtype.value,
+        }
     )
     destination = out or (Path(names[0]) if names else Path())
     if out is None or out.is_dir():
@@ -117,7 +121,7 @@ def _measure(model: HybridLanguageModel, name: str, peers: str, settings: BenchS
     from rich.console import Console
 
     from fusiontree.eval.eval_system import measure
-    from fusiontree.eval.peers import build_peer
+    from fusiontree.eval.peers import PeerSize, build_peer
 
     config = model.config
     longest = max(settings.context + settings.new_tokens - 1, settings.train_length if settings.train_batch else 0)
@@ -128,7 +132,7 @@ def _measure(model: HybridLanguageModel, name: str, peers: str, settings: BenchS
         )
     models: dict[str, Any] = {name: model}
     for peer in dict.fromkeys(part.strip() for part in peers.split(",") if part.strip()):
-        models[peer] = build_peer(peer, config).to(model.device)
+        models[peer] = build_peer(peer, PeerSize.of(config)).to(model.device)
     console = Console(stderr=True)
     with console.status("bench") as status:
         return measure(models, settings, progress=lambda what: status.update(what))
@@ -143,7 +147,9 @@ def _print_report(report: BenchReport) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     context = f"{s['context']:,} tokens" + (f" x {s['batch']}" if s["batch"] > 1 else "")
-    table = Table(title=f"Medians of {s['rounds']} rounds; times as often as {first.name} in brackets")
+    rounds = "1 round" if s["rounds"] == 1 else f"medians of {s['rounds']} rounds"
+    beside = f"; in brackets: times {first.name}" if len(report.models) > 1 else ""
+    table = Table(title=f"{rounds}{beside}")
     table.add_column("")
     for model in report.models:
         table.add_column(model.name, justify="right")
@@ -171,13 +177,13 @@ def _print_report(report: BenchReport) -> None:
 
 
 def _bench_ops(device: torch.device, dtype: str) -> None:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
-    from fusiontree.cli._options import dtype_named
     from fusiontree.eval.bench_ops import SIZES, time_ops
 
-    timings = time_ops(device, dtype_named(dtype))  # type: ignore[arg-type]
+    timings = time_ops(device, getattr(torch, dtype))
     table = Table("op", "backend", "ms", "", title=f"Op backends on {device.type}, {dtype}")
     table.columns[2].justify = "right"
     for timing in timings:

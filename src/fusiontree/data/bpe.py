@@ -43,7 +43,7 @@ def train_bpe(
         files: paths and globs.
         vocab_size: tokens in all, at least 258 (256 bytes and the 2 special tokens).
         cache_dir: see `index_lines`.
-        report: where to count what was read and skipped.
+        report: where to count what was read and skipped; without one, what was skipped is logged.
 
     Returns:
         The tokenizer, smaller than asked for where the text holds too few pairs to merge.
@@ -61,7 +61,7 @@ def train_bpe(
         raise InputError(f"{out} is a file; name a folder for the tokenizer")
     corpus = Corpus(resolve_paths(files, where="the training files"), text_key=text_key, cache_dir=cache_dir)
     corpus.require_text(where="the training files")
-    report = DataReport() if report is None else report
+    counted = DataReport() if report is None else report
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -71,7 +71,7 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_texts(corpus, report), trainer)
+    backend.train_from_iterator(_texts(corpus, counted), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_TOKEN,
@@ -80,8 +80,8 @@ def train_bpe(
         clean_up_tokenization_spaces=False,
     )
     _save(tokenizer, out)
-    if report.skipped:
-        logger.warning("tokenizer training: %s", report.summary())
+    if report is None and counted.skipped:
+        logger.warning("tokenizer training: %s", counted.summary())
     return tokenizer
 
 
