@@ -148,7 +148,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="20M")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings of our configuration")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at least 1; each one is recorded")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a round, after one to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--chunk-size", type=int, default=64, help="of the peers' scans")
@@ -186,7 +186,13 @@ def main(argv: list[str]) -> None:
                     found = run_apart(job) | {"round": number}
                     measurements.append(found)
                     print(speed_report.one_line(found), flush=True)
-    record = {
+        # Each round's end leaves a complete record: a long run that is stopped keeps what it measured.
+        shown = speed_report.save(options.results, _record(options, argv, number + 1, measurements))
+    print(shown)
+
+
+def _record(options: argparse.Namespace, argv: list[str], rounds: int, measurements: list[dict]) -> dict:
+    return {
         "settings": {
             "size": options.size,
             "dtype": options.dtype,
@@ -196,7 +202,7 @@ def main(argv: list[str]) -> None:
             "tasks": options.tasks,
             "shapes": options.shapes,
         },
-        "rounds": options.rounds,
+        "rounds": rounds,
         "cpu": records.cpu_model(),
         "versions": records.versions(),
         "allocator": records.allocator(),
@@ -207,7 +213,6 @@ def main(argv: list[str]) -> None:
         "summary": speed_report.summarise(measurements),
         "measurements": measurements,
     }
-    print(speed_report.save(options.results, record))
 
 
 def _shown(argv: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell's background job ignores Ctrl-C and its children inherit that: what a test starts is to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = (
     "the quick brown fox jumps over a lazy dog while seven silver birds sing about rivers and cities of glass".split()

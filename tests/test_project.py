@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -48,6 +49,28 @@ def test_the_conda_environment_holds_what_pyproject_asks_for() -> None:
     assert package == "--editable ."
     python = next(entry for entry in ENVIRONMENT["dependencies"] if str(entry).startswith("python="))
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python.removeprefix("python="))
+
+
+def test_every_library_that_is_imported_is_asked_for() -> None:
+    modules = {
+        name.partition(".")[0]
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    distributions = metadata.packages_distributions()
+    libraries = {
+        canonicalize_name(distributions[module][0])
+        for module in modules - set(sys.stdlib_module_names) - {"fusiontree"}
+    }
+    asked = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    assert libraries <= asked | {"pydantic-core"}  # of which each release of pydantic asks for its own version
 
 
 def test_the_set_up_script_names_the_environment_the_extras_and_the_python_of_the_project() -> None:

@@ -83,7 +83,8 @@ def evaluate_perplexity(
             "documents": result.documents,
             "bytes": result.bytes,
             "bits_per_byte": result.bits_per_byte,
-            "skipped": {kind: entry.count for kind, entry in texts.report.skipped.items()},
+            "skipped": {kind: entry.count for kind, entry in texts.report.skipped.items()}
+            | ({"shorter than two tokens": result.too_short} if result.too_short else {}),
             "piece": piece,
             "max_tokens": max_tokens,
             "dtype": str(model.dtype).removeprefix("torch."),

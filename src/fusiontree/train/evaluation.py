@@ -51,6 +51,8 @@ class DocumentLoss(TokenLoss):
     """Documents with at least one predicted token."""
     bytes: int
     """UTF-8 bytes of the predicted text."""
+    too_short: int = 0
+    """Documents of fewer than two tokens, in which nothing can be predicted."""
     by_position: list[PositionLoss] = field(default_factory=list)
     """Loss by place in the document."""
 
@@ -140,13 +142,14 @@ def evaluate_documents(
     encode = DocumentEncoder(tokenizer, separator_id=None)
     sums = np.zeros(64)
     counts = np.zeros(64, dtype=np.int64)
-    totals = {"documents": 0, "bytes": 0}
+    totals = {"documents": 0, "bytes": 0, "too_short": 0}
 
     def encoded() -> Iterator[np.ndarray]:
         predictable = 0
         for text, _ in documents:
             (ids,) = encode([text])
             if len(ids) < 2:
+                totals["too_short"] += 1
                 continue
             totals["documents"] += 1
             # Without an opening token of its own the document's first token is given, and so are its bytes.
