@@ -40,6 +40,9 @@ class Rows:
     def select(self, index: torch.Tensor | slice) -> Rows:
         return Rows(self.input_ids[index], self.position_ids[index], self.labels[index])
 
+    def to(self, device: str) -> Rows:
+        return Rows(self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device))
+
 
 def read_texts(path: Path) -> list[str]:
     with path.open(encoding="utf-8") as lines:

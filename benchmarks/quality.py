@@ -106,8 +106,15 @@ def write_report(path: Path) -> str:
         batch = f"{first['batch_size']} x {first['length']} tokens"
         parts.append(f"## {size} parameters, {steps} steps of {batch}, {first['dtype']}\n")
         parts.append(report(path, steps=steps, size=size))
-        where = sorted({(r["cpu"], r["threads"], r["versions"]["torch"], r["versions"]["transformers"]) for r in group})
-        parts += [f"{cpu}, {n} thread(s), torch {t}, transformers {tf}.\n" for cpu, n, t, tf in where]
+        where = {
+            (
+                r.get("gpu") or f"{r['cpu']}, {r['threads']} thread(s)",
+                r["versions"]["torch"],
+                r["versions"]["transformers"],
+            )
+            for r in group
+        }
+        parts += [f"{machine}, torch {t}, transformers {tf}.\n" for machine, t, tf in sorted(where)]
         ours = sorted({(r["revision"], r["commit"]) for r in group if r["run"]["model"] == OURS})
         parts += [f"FusionTree code revision {revision} (commit {commit}).\n" for revision, commit in ours]
         days = sorted(r["date"] for r in group)
@@ -138,6 +145,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--chunk-size", type=int, default=32, help="of the peers' scans; speed only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="one device for all runs compared")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="only write the tables of the recorded runs")
     parser.add_argument("--discard-old-revisions", action="store_true", help="drop FusionTree runs of older code")
@@ -191,6 +199,7 @@ def main(argv: list[str]) -> None:
             micro_batch=options.micro_batch,
             seed=options.seed,
             dtype=options.dtype,
+            device=options.device,
         )
         code = {"revision": revision} if name == OURS else {}
         key = hashlib.sha256(json.dumps(run | code, sort_keys=True).encode()).hexdigest()[:12]
@@ -203,12 +212,13 @@ def main(argv: list[str]) -> None:
             **measured,
             "threads": options.threads,
             "cpu": records.cpu_model(),
+            "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
             "versions": records.versions(),
             "allocator": records.allocator(),
             "commit": records.git_commit(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
-            f"--steps {options.steps} --dtype {options.dtype} --threads {options.threads}",
+            f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}",
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

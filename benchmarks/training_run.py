@@ -32,9 +32,10 @@ class Recipe:
     micro_batch: int
     seed: int
     dtype: str
+    device: str = "cpu"
 
     def autocast(self) -> AbstractContextManager:
-        return torch.autocast("cpu", torch.bfloat16) if self.dtype == "bf16" else nullcontext()
+        return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bf16" else nullcontext()
 
     def rate(self, step: int) -> float:
         """Learning rate of step `step`, counted from 1: linear warm-up, then a cosine down to 10 %."""
@@ -63,7 +64,7 @@ def validation_loss(candidate: Candidate, rows: Rows, recipe: Recipe) -> float:
     candidate.model.eval()
     total = 0.0
     for start in range(0, len(rows), recipe.micro_batch):
-        batch = rows.select(slice(start, start + recipe.micro_batch))
+        batch = rows.select(slice(start, start + recipe.micro_batch)).to(recipe.device)
         with recipe.autocast():
             total += lm_loss(candidate.logits(batch), batch).item()
     candidate.model.train()
@@ -76,7 +77,8 @@ def accumulate(candidate: Candidate, batch: Rows, recipe: Recipe) -> float:
     total = 0.0
     for start in range(0, len(batch), recipe.micro_batch):
         with recipe.autocast():
-            loss = candidate.training_loss(batch.select(slice(start, start + recipe.micro_batch)), totals)
+            rows = batch.select(slice(start, start + recipe.micro_batch)).to(recipe.device)
+            loss = candidate.training_loss(rows, totals)
         loss.backward()
         total += loss.item()
     return total
@@ -93,11 +95,11 @@ def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Ro
         left the finite numbers; train_tokens_per_second of wall clock, and per second of CPU time, which says more
         where the machine is shared.
     """
-    model = candidate.model
+    model = candidate.model.to(recipe.device)
     optimizer = torch.optim.AdamW(parameter_groups(model), betas=BETAS, fused=True)
     state = {"step": 0, "curve": [], "wall": 0.0, "cpu": 0.0}
     if unfinished.exists():
-        stored = torch.load(unfinished, weights_only=True)
+        stored = torch.load(unfinished, map_location=recipe.device, weights_only=True)
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
         state = stored["state"]
