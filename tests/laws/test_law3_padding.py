@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest_laws import COMBINATIONS, FEW, TOLERANCE, build, tokens
 
-from fusiontree import HybridCache
+from fusiontree import HybridCache, InputError
 
 LENGTHS = (13, 4, 9, 1)
 
@@ -26,11 +26,44 @@ def padded_batch(side: str):
 def test_logits_in_a_batch(any_model, side):
     rows, ids, mask = padded_batch(side)
     logits = any_model(ids, attention_mask=mask, use_cache=False).logits
-    last = any_model(ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits
+    ends = torch.tensor([[len(row) - 1 if side == "right" else ids.shape[1] - 1] for row in rows])
+    last = any_model(ids, attention_mask=mask, use_cache=False, logits_to_keep=ends).logits
+    kept = any_model(ids, attention_mask=mask, use_cache=False, logits_to_keep=3).logits
+    assert (kept - logits[:, -3:]).abs().max() <= TOLERANCE
     for i, row in enumerate(rows):
         alone = any_model(row[None], use_cache=False).logits[0]
         assert (logits[i][mask[i].bool()] - alone).abs().max() <= TOLERANCE
         assert (last[i, 0] - alone[-1]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_positions_that_do_not_start_at_zero(any_model, cached):
+    """The mask decides what is padding, whatever positions the caller counts there."""
+    rows, ids, mask = padded_batch("left")
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    out = any_model(ids, attention_mask=mask, position_ids=positions, use_cache=cached, labels=ids, logits_to_keep=99)
+    losses = []
+    for i, row in enumerate(rows):
+        own = positions[i][None, -len(row) :]
+        alone = any_model(row[None], position_ids=own, use_cache=False, labels=row[None], logits_to_keep=99)
+        assert (out.logits[i, -len(row) :] - alone.logits[0]).abs().max() <= TOLERANCE
+        losses.append(alone.loss * (len(row) - 1))
+    assert abs(out.loss - sum(losses) / (sum(LENGTHS) - len(LENGTHS))) <= TOLERANCE
+
+
+def test_masks_that_no_state_can_honour(some_model):
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 6:9] = 0
+    with pytest.raises(InputError, match="zeros between real tokens"):
+        some_model(ids, attention_mask=mask)
+    cache = HybridCache(some_model.config)
+    some_model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+    with pytest.raises(InputError, match="zeros between real tokens"):
+        some_model(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    some_model(ids[:, 6:8], attention_mask=torch.ones(2, 8), past_key_values=cache)
+    with pytest.raises(InputError, match="hides tokens that the cache has read"):
+        some_model(ids[:, 8:9], attention_mask=mask[:, :9], past_key_values=cache)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -101,6 +134,19 @@ def test_generated_from(name, side):
         alone = model.generate(row[None], max_new_tokens=12, do_sample=False)[0, len(row) :]
         ties += assert_same_continuation(model, row, out[i, ids.shape[1] :], alone)
     assert ties <= 1
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_prompts_read_in_chunks(some_model, chunk):
+    some_model.generation_config.eos_token_id = None
+    _, ids, mask = padded_batch("left")
+    settings = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    whole = some_model.generate(ids, attention_mask=mask, **settings)
+    chunked = some_model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **settings)
+    assert (chunked.logits[0] - whole.logits[0]).abs().max() <= TOLERANCE
+    _, ids, mask = padded_batch("right")
+    with pytest.raises(InputError, match="pad prompts on the left"):
+        some_model.generate(ids, attention_mask=mask, prefill_chunk_size=chunk, **settings)
 
 
 def test_loss_counts_real_tokens_alone(some_model):

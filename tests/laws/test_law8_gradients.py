@@ -53,6 +53,75 @@ def test_checkpointing(name):
     assert_gradients_equal(gradients(model), want, 1e-6)
 
 
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_on_a_state(name, checkpointing):
+    """The gradient of a piece that is read on a state: as if the state were a constant of the same values."""
+    model, ids = build(**COMBINATIONS[name]).train(), tokens(2, 12)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def state():
+        with torch.no_grad():
+            return model(ids[:, :5], use_cache=True).past_key_values
+
+    for cuts in ([7], [3, 4], [6, 1]):
+        cache, losses, copies = state(), [], []
+        for start, piece in zip((5, 5 + cuts[0]), torch.split(ids[:, 5:], cuts, dim=1), strict=False):
+            copies.append((start, cache.clone()))
+            losses.append(model(piece, past_key_values=cache).logits.square().mean())
+        model.zero_grad()
+        sum(losses).backward()
+        got, after = gradients(model), cache.state()
+        model.zero_grad()
+        for (_, copy), piece in zip(copies, torch.split(ids[:, 5:], cuts, dim=1), strict=True):
+            model(piece, past_key_values=copy).logits.square().mean().backward()
+        assert_gradients_equal(got, gradients(model), 1e-6)
+        for key, value in cache.state().items():
+            assert torch.equal(value, after[key]), key  # backward writes no state
+    # One token is the simplest case to get by hand: its gradient by finite differences of the last bias.
+    bias = model.layers[-1].fusion_proj.bias
+    model.zero_grad()
+    model(ids[:, 5:6], past_key_values=state()).logits.square().mean().backward()
+    step, found = 1e-2, bias.grad[0].item()
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            bias[0] += sign * step
+            values.append(model(ids[:, 5:6], past_key_values=state()).logits.square().mean().item())
+            bias[0] -= sign * step
+    assert abs((values[0] - values[1]) / (2 * step) - found) <= 0.05 * max(abs(found), 0.02)
+
+
+def test_gradients_of_logits_in_evaluation_mode():
+    model, ids = build(), tokens(2, 12)
+    model(ids, use_cache=False).logits.square().mean().backward()
+    want = gradients(model)
+    model.zero_grad()
+    out = model(ids)
+    assert out.past_key_values is not None
+    out.logits.square().mean().backward()
+    assert_gradients_equal(gradients(model), want, 1e-6)
+
+
+def test_padding_changes_no_gradient():
+    model = build().train()
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    mask[2, 9:] = 0
+
+    def run(ids, mask):
+        model.zero_grad()
+        out = model(ids, attention_mask=mask, labels=ids)
+        (out.loss + (out.gate_stats.mean * out.gate_stats.tokens).sum() / mask.sum()).backward()
+        return gradients(model)
+
+    want = run(ids, mask)
+    assert_gradients_equal(run(ids.masked_fill(mask == 0, 7), mask), want, 1e-6)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_gradients_equal(run(ids, mask), want, 1e-6)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_with_branch_dropout(use_reentrant):
     def run(checkpointing):

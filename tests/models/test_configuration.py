@@ -34,6 +34,18 @@ def test_round_trip(tmp_path):
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
+def test_what_is_given_while_loading_is_validated_too(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path, window_size=7, trust_remote_code=False)
+    assert (loaded.window_size, loaded.num_layers) == (7, 2)
+    assert HybridLanguageModelConfig.from_pretrained(tmp_path, num_hidden_layers=3).num_layers == 3
+    for load in (AutoConfig, HybridLanguageModelConfig):
+        with pytest.raises(InputError, match="`hiden_size` is not a field.*did you mean `hidden_size`"):
+            load.from_pretrained(tmp_path, hiden_size=3)
+        with pytest.raises(InputError, match="`window_size` must be a whole number of at least 1, got 0"):
+            load.from_pretrained(tmp_path, window_size=0)
+
+
 def test_pyramidal_windows():
     config = tiny_config(attention_type="pyramidal", num_layers=6, window_size=4)
     assert [config.layer_window(layer) for layer in range(6)] == [4, 4, 8, 8, 16, 16]

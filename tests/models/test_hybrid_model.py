@@ -239,9 +239,69 @@ def test_branch_dropout_follows_its_key_and_uses_the_running_mean():
     share = 1 - sum(map(sum, patterns)) / (12 * 6)
     assert 0.3 < share < 0.7
     assert run(0, 3, 1) != patterns[3] or run(1, 3, 0) != patterns[3]
-    assert model.layers[0].mamba_mean.abs().sum() > 0
     model.eval()
     assert model(ids).gate_stats.active.all()
+
+
+def test_the_running_mean_is_a_mean_from_its_first_update_on():
+    model, ids = tiny_model(drop_branch_prob=0.3).train(), token_ids(2, 11)
+    seen: list[torch.Tensor] = []
+    model.layers[0].mamba.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    for step in range(5):
+        model.set_dropout_key(0, step, 0)
+        model(ids + step % 2, labels=ids)
+    assert 2 <= len(seen) <= 5
+    want = torch.stack([output.mean((0, 1)) for output in seen]).mean(0)
+    torch.testing.assert_close(model.layers[0].mamba_mean, want, atol=1e-6, rtol=1e-4)
+
+
+def test_the_three_that_stay_float32():
+    model = tiny_model().double().to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith(("A_log", ".D", "dt_bias")) else torch.bfloat16)
+
+
+def test_a_state_of_another_dtype():
+    model, ids = tiny_model().eval(), token_ids(2, 12)
+    with torch.no_grad():
+        want = model(ids).logits[:, 8:]
+        for pieces in ([4], [1, 1, 1, 1]):
+            with torch.autocast("cpu", torch.bfloat16):
+                cache = model(ids[:, :8]).past_key_values
+            got = [model(piece, past_key_values=cache).logits for piece in torch.split(ids[:, 8:], pieces, dim=1)]
+            assert (torch.cat(got, dim=1) - want).abs().max() < 0.05
+
+
+def test_positions_go_on_from_where_the_state_stands():
+    model, ids = tiny_model().eval(), token_ids(2, 12)
+    far = torch.arange(12)[None] + 1000
+    with torch.no_grad():
+        want = model(ids, position_ids=far).logits
+        cache = model(ids[:, :7], position_ids=far[:, :7]).past_key_values
+        torch.testing.assert_close(model(ids[:, 7:], past_key_values=cache).logits, want[:, 7:], atol=1e-5, rtol=1e-4)
+        learned = tiny_model(srte_encoding="learned").eval()
+        longest = learned.config.max_position_embeddings
+        cache = learned(ids[:, :4], position_ids=torch.arange(4)[None] + longest - 6).past_key_values
+        with pytest.raises(InputError, match=f"position {longest + 1} lies past the learned time encoding"):
+            learned(ids[:, 4:8], past_key_values=cache)
+
+
+def test_what_callers_of_other_models_pass():
+    model, ids = tiny_model(), token_ids(2, 5)
+    assert model(ids, inputs_embeds=None, output_attentions=None, labels=None, return_dict=None).logits is not None
+    with pytest.raises(InputError, match="no attention weights are ever held"):
+        model(ids, output_attentions=True)
+    with pytest.raises(TypeError):
+        model(ids, output_atentions=None)
+
+
+def test_a_cache_that_was_reset_takes_any_number_of_rows():
+    model, ids = tiny_model().eval(), token_ids(3, 9)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        cache.reset()
+        assert not cache.is_initialized and cache.get_seq_length() == 0 and cache.nbytes == 0
+        torch.testing.assert_close(model(ids[:2], past_key_values=cache).logits, model(ids[:2]).logits)
 
 
 def test_push_to_hub_uploads_a_loadable_folder(tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def initialize_mamba_as_published(model: nn.Module, *, seed: int, linear_default
     keep the normal draws of standard deviation 0.02 that they are published with.
     """
     generator = torch.Generator().manual_seed(seed + 1)
-    mixers = [m for m in model.modules() if hasattr(m, "dt_bias") and hasattr(m, "A_log")]
+    mixers: list[Any] = [m for m in model.modules() if hasattr(m, "dt_bias") and hasattr(m, "A_log")]
     for mixer in mixers:
         heads = mixer.dt_bias.shape
         low, high = math.log(1e-3), math.log(1e-1)

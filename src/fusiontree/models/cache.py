@@ -23,6 +23,7 @@ from fusiontree.models.layout import Layout
 
 _FORMAT = "fusiontree-cache-1"
 _MINIMUM_CAPACITY = 64
+_ROW_COUNTS = ("lengths", "next_position", "read")
 
 
 def cache_geometry(config: HybridLanguageModelConfig) -> list[dict[str, int]]:
@@ -123,8 +124,10 @@ class HybridCache(Cache):
         layers: one `HybridLayerState` per block.
         lengths: [B] tokens of each row's current document; None before the first token.
         next_position: [B] the position of each row's next token.
+        read: [B] real tokens read so far, of all the row's documents.
         seen: columns read so far, padding included (`get_seq_length`).
         max_length: upper bound of `lengths`.
+        max_position: upper bound of `next_position`.
     """
 
     layers: list[HybridLayerState]
@@ -135,16 +138,18 @@ class HybridCache(Cache):
     def _setup(self, geometry: list[dict[str, int]], capacity: int) -> None:
         super().__init__(layers=[HybridLayerState(sizes, capacity) for sizes in geometry])
         self.geometry = geometry
+        # Per row, [B] each; None before the first token.
         self.lengths: torch.Tensor | None = None
         self.next_position: torch.Tensor | None = None
-        self.seen = 0
-        self.max_length = 0
+        self.read: torch.Tensor | None = None
+        self.seen = self.max_length = self.max_position = 0
 
     def advance(self, layout: Layout, tokens: int) -> None:
         """Record that every layer has read the piece that `layout` describes."""
-        self.lengths, self.next_position = layout.lengths, layout.next_position
+        self.lengths, self.next_position, self.read = layout.lengths, layout.next_position, layout.read
         self.seen += tokens
         self.max_length = layout.max_length
+        self.max_position = max(self.max_position, layout.max_position + 1)
 
     def check(self, config: HybridLanguageModelConfig, batch: int) -> None:
         """Raise InputError unless this state belongs to a model of this geometry and to `batch` rows."""
@@ -189,13 +194,8 @@ class HybridCache(Cache):
         raise InputError("recurrent state cannot be cropped: take a `snapshot()` before and `rollback()` to it")
 
     def reset(self) -> None:
-        """Forget everything, as if new; the allocated memory is kept."""
-        for tensor in self._all_tensors():
-            tensor.zero_()
-        if self.lengths is not None and self.next_position is not None:
-            self.lengths = torch.zeros_like(self.lengths)
-            self.next_position = torch.zeros_like(self.next_position)
-        self.seen = self.max_length = 0
+        """Forget everything, as if new: the next input may have another number of rows."""
+        self._setup(self.geometry, self.layers[0].capacity)
 
     # Rows: beams, forks, batches that shrink and grow.
 
@@ -206,16 +206,17 @@ class HybridCache(Cache):
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
                 setattr(layer, name, function(tensor))
-        if self.lengths is not None and self.next_position is not None:
-            self.lengths, self.next_position = function(self.lengths), function(self.next_position)
+        for name in _ROW_COUNTS:
+            if (counts := getattr(self, name)) is not None:
+                setattr(self, name, function(counts))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row beam_idx[i] was, in place; beam_idx [B]."""
         for tensor in self._all_tensors():
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
-        if self.lengths is not None and self.next_position is not None:
-            rows = beam_idx.to(self.lengths.device)
-            self.lengths, self.next_position = self.lengths[rows], self.next_position[rows]
+        for name in _ROW_COUNTS:
+            if (counts := getattr(self, name)) is not None:
+                setattr(self, name, counts[beam_idx.to(counts.device)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows that `indices` names (integers, repetitions allowed, or a bool mask [B])."""
@@ -254,8 +255,8 @@ class HybridCache(Cache):
             raise InputError("the snapshot belongs to a model of another geometry")
         copied = snapshot.clone()
         self.layers = copied.layers
-        self.lengths, self.next_position = copied.lengths, copied.next_position
-        self.seen, self.max_length = copied.seen, copied.max_length
+        self.lengths, self.next_position, self.read = copied.lengths, copied.next_position, copied.read
+        self.seen, self.max_length, self.max_position = copied.seen, copied.max_length, copied.max_position
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that later tokens can read, by name, in canonical form: slots that hold nothing visible are zero and the
@@ -280,7 +281,8 @@ class HybridCache(Cache):
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file, its geometry in the metadata."""
         metadata = {"format": _FORMAT, "geometry": json.dumps(self.geometry), "seen": str(self.seen)}
-        save_file(self.state(), str(path), metadata=metadata)
+        counts = {} if self.read is None else {"read": self.read}
+        save_file(self.state() | counts, str(path), metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> HybridCache:
@@ -302,8 +304,8 @@ class HybridCache(Cache):
         cache.seen = int(metadata["seen"])
         if not tensors:
             return cache
-        cache.lengths, cache.next_position = tensors.pop("lengths"), tensors.pop("next_position")
-        cache.max_length = int(cache.lengths.max())
+        cache.lengths, cache.next_position, cache.read = (tensors.pop(name) for name in _ROW_COUNTS)
+        cache.max_length, cache.max_position = int(cache.lengths.max()), int(cache.next_position.max())
         for name, tensor in tensors.items():
             _, index, part = name.split(".")
             if part.startswith(("local", "global")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
@@ -27,6 +27,15 @@ _TRANSFORMERS_KEYS = frozenset(
         "torch_dtype",
         "transformers_version",
         "use_return_dict",
+    }
+)
+
+
+# What `from_pretrained` may hand on to `from_dict` beside fields: where and how to look for the file.
+_LOADING_KEYS = frozenset(
+    {
+        *("cache_dir", "code_revision", "dtype", "force_download", "local_files_only", "proxies"),
+        *("return_unused_kwargs", "revision", "subfolder", "token", "trust_remote_code", "user_agent"),
     }
 )
 
@@ -107,12 +116,9 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 setattr(self, name, kwargs.pop(alias))
-        fields = set(self.__dataclass_fields__) | set(self.attribute_map)
         for key in kwargs:
             if key not in _TRANSFORMERS_KEYS:
-                close = nearest(key, sorted(fields))
-                hint = f"; did you mean `{close}`?" if close else ""
-                raise InputError(f"`{key}` is not a field of HybridLanguageModelConfig{hint}")
+                self._refuse(key)
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
         if self.mamba_state_size is None:
@@ -121,6 +127,29 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             self.layer_branches = list(self.layer_branches)
         self._validate()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def _fields(cls) -> set[str]:
+        return set(cls.__dataclass_fields__) | set(cls.attribute_map)
+
+    @classmethod
+    def _refuse(cls, key: str) -> NoReturn:
+        close = nearest(key, sorted(cls._fields()))
+        hint = f"; did you mean `{close}`?" if close else ""
+        raise InputError(f"`{key}` is not a field of HybridLanguageModelConfig{hint}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but what is given beside the dictionary is validated too, and an unknown key raises.
+
+        transformers sets such keys on the finished configuration, and drops those it does not know in silence.
+        """
+        given = {key: kwargs.pop(key) for key in cls._fields() & set(kwargs)}
+        if not kwargs.get("return_unused_kwargs"):
+            for key in kwargs:
+                if not key.startswith("_") and key not in _TRANSFORMERS_KEYS | _LOADING_KEYS:
+                    cls._refuse(key)
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     def _validate(self) -> None:
         def require(condition: bool, message: str) -> None:

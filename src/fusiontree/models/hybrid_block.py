@@ -85,6 +85,7 @@ class HybridBlock(nn.Module):
 
     mamba_mean: torch.Tensor
     attention_mean: torch.Tensor
+    mean_updates: torch.Tensor
 
     def __init__(self, config: HybridLanguageModelConfig, layer: int):
         super().__init__()
@@ -108,6 +109,7 @@ class HybridBlock(nn.Module):
             # Always there, so that branch dropout can be switched on or off for a trained model.
             self.register_buffer("mamba_mean", torch.zeros(hidden))
             self.register_buffer("attention_mean", torch.zeros(hidden))
+            self.register_buffer("mean_updates", torch.zeros(2))
 
     def forward(
         self,
@@ -129,8 +131,8 @@ class HybridBlock(nn.Module):
             with_details: also sum the statistics of `GateDetails`.
         """
         u = self.ln_input(x)
-        h_m = self._run(self.mamba, u + time_encoding, layout, state) if self._runs("mamba", drop) else None
-        h_a = self._run(self.attention, u, layout, rotary, state) if self._runs("attention", drop) else None
+        h_m = self._run(self.mamba, state, u + time_encoding, layout) if self._runs("mamba", drop) else None
+        h_a = self._run(self.attention, state, u, layout, rotary) if self._runs("attention", drop) else None
         h_m, h_a = self._fill_dropped(h_m, h_a, layout, drop)
         z = self.alignment(*(h for h in (h_m, h_a) if h is not None))
         logits = self.gate(z)
@@ -147,12 +149,16 @@ class HybridBlock(nn.Module):
     def _runs(self, branch: str, drop: str | None) -> bool:
         return self.branch in ("both", branch) and drop != branch
 
-    def _run(self, branch: nn.Module | None, *inputs: Any) -> torch.Tensor:
-        """A branch, recomputed in backward when gradient checkpointing is on; the rest of the block is kept."""
+    def _run(self, branch: nn.Module | None, state: HybridLayerState | None, *inputs: Any) -> torch.Tensor:
+        """A branch, recomputed in backward when gradient checkpointing is on; the rest of the block is kept.
+
+        Not on a state: recomputation would read the one that the first run has left, and write it a second time.
+        """
         assert branch is not None
-        if self.gradient_checkpointing and self.training and self._gradient_checkpointing_func is not None:
+        recompute = self.gradient_checkpointing and self.training and state is None
+        if recompute and self._gradient_checkpointing_func is not None:
             return self._gradient_checkpointing_func(branch.__call__, *inputs)
-        return branch(*inputs)
+        return branch(*inputs, state)
 
     def _fill_dropped(
         self,
@@ -164,9 +170,12 @@ class HybridBlock(nn.Module):
         """Branch dropout: a dropped branch's running mean stands in for it; the branches that ran update theirs."""
         if not self.training or not self.tracks_means:
             return h_m, h_a
-        for output, mean in ((h_m, self.mamba_mean), (h_a, self.attention_mean)):
+        for branch, (output, mean) in enumerate(((h_m, self.mamba_mean), (h_a, self.attention_mean))):
             if output is not None:
-                mean.lerp_(_token_mean(output, layout.mask).to(mean.dtype), 1 - _MEAN_MOMENTUM)
+                self.mean_updates[branch] += 1
+                # A plain mean at first, so that it does not start out near zero.
+                weight = (1 / self.mean_updates[branch]).clamp(min=1 - _MEAN_MOMENTUM).to(mean.dtype)
+                mean.lerp_(_token_mean(output, layout.mask).to(mean.dtype), weight)
         if drop == "mamba" and h_a is not None:
             h_m = self.mamba_mean.to(h_a.dtype, copy=True).expand_as(h_a)
         elif drop == "attention" and h_m is not None:

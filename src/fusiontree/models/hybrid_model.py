@@ -118,6 +118,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         output_gates: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> HybridOutput | tuple:
         """Read [B, T] tokens, on top of `past_key_values` if given.
 
@@ -129,14 +130,17 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             past_key_values: a `HybridCache`, updated in place.
             use_cache: return the state; default `config.use_cache`, but not in training or beside labels.
             output_gates: fill `gate_stats.details`.
-            logits_to_keep: n > 0 keeps the logits of each row's last n real tokens, whichever side is padded; a 1-D
-                tensor names the columns; 0 keeps all.
+            logits_to_keep: n > 0 keeps the logits of the last n columns; a tensor names the columns, [n] for all rows
+                or [B, n] for each; 0 keeps all.
             return_dict: False returns a tuple.
+            output_attentions: for callers written for other models; True is an error, no such weights are ever held.
 
         Raises:
             InputError: sizes, cache or positions that do not fit.
             TypeError: an unknown keyword.
         """
+        if output_attentions:
+            raise InputError("`output_attentions` cannot be had: no attention weights are ever held")
         base = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -157,7 +161,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             loss = linear_cross_entropy(hidden, self.lm_head.weight, targets)
         keeps = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
         if labels is None or keeps or self.config.return_logits_with_loss:
-            logits = self.lm_head(_kept(hidden, logits_to_keep, layout))
+            logits = self.lm_head(_kept(hidden, logits_to_keep))
         output = HybridOutput(
             loss=loss,
             logits=logits,
@@ -194,8 +198,10 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             lengths=cache.lengths if cache is not None else None,
             next_position=cache.next_position if cache is not None else None,
+            read=cache.read if cache is not None else None,
             past=cache.seen if cache is not None else 0,
             past_length=cache.max_length if cache is not None else 0,
+            past_position=cache.max_position if cache is not None else 0,
         )
         rotary = self.rotary(layout.position_ids, layout.max_position)
         time_encoding = self.srte(layout.position_ids, layout.max_position)
@@ -272,22 +278,61 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
                 self.config, capacity=min(max_cache_length, _MAX_PREALLOCATION)
             )
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: HybridCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # transformers looks for this name in the signature
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        piece = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if attention_mask is None:
+            return inputs
+        if past_key_values is not None and piece.shape[1] == 1 and not is_first_iteration:
+            # A token that was just chosen is real, and the state knows what came before it.
+            inputs["attention_mask"] = None
+        elif inputs.get("logits_to_keep") == 1 and not attention_mask[:, -1].all():
+            mask = attention_mask[:, -piece.shape[1] :].bool()
+            inputs["logits_to_keep"] = _last_real_columns(mask, past_key_values)
+        return inputs
+
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
         """None: `forward` counts positions from the mask and the state, also where rows are padded on the right."""
         return None
 
 
-def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, layout: Layout) -> torch.Tensor:
-    """[B, T, H] -> [B, kept, H]: the positions whose logits are asked for."""
-    if isinstance(logits_to_keep, torch.Tensor):
-        return hidden[:, logits_to_keep]
-    if logits_to_keep == 0:
-        return hidden
-    if layout.mask is None:
-        return hidden[:, -logits_to_keep:]
-    count = min(logits_to_keep, hidden.shape[1])
-    index = layout.last_real[:, None] - torch.arange(count - 1, -1, -1, device=hidden.device)
-    return hidden.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, hidden.shape[2]))
+def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """[B, T, H] -> [B, kept, H]: the columns whose logits are asked for."""
+    if not isinstance(logits_to_keep, torch.Tensor):
+        return hidden[:, -logits_to_keep:]  # 0 keeps all
+    if logits_to_keep.dim() == 2:
+        return hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[2]))
+    return hidden[:, logits_to_keep]
+
+
+def _last_real_columns(mask: torch.Tensor, cache: HybridCache | None) -> torch.Tensor:
+    """[B, 1]: the column of each row's last real token in a piece with mask [B, T]; 0 for rows that have yet to begin.
+
+    Raises:
+        InputError: a row's last real token was read in an earlier piece, whose logits are gone.
+    """
+    if cache is not None and cache.read is not None and (~mask.any(1) & (cache.read > 0)).any():
+        raise InputError(
+            "a prompt ends in an earlier piece than the longest one: pad prompts on the left to read them in pieces "
+            "(`prefill_chunk_size`)"
+        )
+    index = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, index, 0).amax(1, keepdim=True)
 
 
 def _gather_gates(gates: list[BlockGates], layout: Layout, batch: int) -> GateStats:

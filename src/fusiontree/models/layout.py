@@ -25,13 +25,15 @@ class Layout:
 
     Attributes:
         position_ids: [B or 1, T] place in the document as the encodings count it; a document starts at 0.
-        reset: [B, T] bool, True where a real token starts a document; None if no state has to be reset.
+        reset: [B, T] bool, True where a real token starts a document, as a row's first one always does; None if no
+            state has to be reset.
         mask: [B, T] bool, True for real tokens; None if all are real.
         place: [B, T] index of a real token among its document's real tokens, -1 for padding.
         final_place: [B, T] as `place`, but -1 also for tokens of documents that end inside the piece.
         last_real: [B] index of each row's last real token, -1 if it has none.
         last_reset: [B] index of each row's last document start in this piece; `NO_RESET` (before any token) if none.
         carried: [B] tokens of the row's current document that the cache held before this piece.
+        read: [B] real tokens of the row that have been read, of all documents, this piece's included.
         lengths: [B] tokens of the row's current document after this piece.
         next_position: [B] the position that follows the row's last real token.
         max_position: no position of this piece exceeds it.
@@ -48,6 +50,7 @@ class Layout:
     last_real: torch.Tensor
     last_reset: torch.Tensor
     carried: torch.Tensor
+    read: torch.Tensor
     lengths: torch.Tensor
     next_position: torch.Tensor
     max_position: int
@@ -58,8 +61,8 @@ class Layout:
 
     @property
     def documents(self) -> torch.Tensor | None:
-        """[B, T] positions for the attention op; None when each row of the piece is one document without padding."""
-        return self.position_ids if self.explicit or self.mask is not None else None
+        """[B, T], 0 where a document starts; None when each row of the piece is one document without padding."""
+        return self.place if self.explicit or self.mask is not None else None
 
     def share(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """What `build` makes of this layout, made once for all layers that ask with this key."""
@@ -74,7 +77,9 @@ class Layout:
         return self.mask.sum(1, dtype=torch.float32)
 
 
-def _piece_mask(attention_mask: torch.Tensor | None, past: int, shape: tuple[int, int]) -> torch.Tensor | None:
+def _piece_mask(
+    attention_mask: torch.Tensor | None, past: int, shape: tuple[int, int], read: torch.Tensor
+) -> torch.Tensor | None:
     """The last T columns of [B, past + T] as bool; None when nothing is masked as far as the caller says."""
     if attention_mask is None:
         return None
@@ -84,9 +89,17 @@ def _piece_mask(attention_mask: torch.Tensor | None, past: int, shape: tuple[int
             f"`attention_mask` has shape {list(attention_mask.shape)}, expected {list(expected)}: one column for each "
             f"of the {past} cached and {shape[1]} new tokens"
         )
-    mask = attention_mask[:, past:].bool()
-    if shape[1] > 2 and ((mask[:, 1:] & ~mask[:, :-1]).sum(1) + mask[:, 0] > 1).any():
-        raise InputError("`attention_mask` has zeros between real tokens; padding may stand at a row's ends alone")
+    mask = attention_mask.bool()
+    if past and (mask[:, :past].sum(1) < read).any():
+        raise InputError("`attention_mask` hides tokens that the cache has read: what a state has taken in stays in it")
+    mask = mask[:, past:]
+    # A row that holds tokens counts as one real token before the piece.
+    begins = (mask[:, 1:] & ~mask[:, :-1]).sum(1) + (mask[:, 0] | (read > 0))
+    if shape[1] > 1 and (begins > 1).any():
+        raise InputError(
+            "`attention_mask` has zeros between real tokens; padding may stand before a row's first token and at the "
+            "end of a piece alone"
+        )
     return mask
 
 
@@ -98,8 +111,10 @@ def build_layout(
     position_ids: torch.Tensor | None = None,
     lengths: torch.Tensor | None = None,
     next_position: torch.Tensor | None = None,
+    read: torch.Tensor | None = None,
     past: int = 0,
     past_length: int = 0,
+    past_position: int = 0,
 ) -> Layout:
     """Describe a piece of shape [B, T].
 
@@ -110,13 +125,16 @@ def build_layout(
         position_ids: [B or 1, T]; a token starts a document iff its position is 0. Default: counted over real tokens,
             going on from `next_position`.
         lengths, next_position: [B] what the cache holds of each row's current document; None means nothing.
+        read: [B] real tokens that each row of the cache has read; None means none.
         past: columns already cached.
         past_length: upper bound of `lengths`.
+        past_position: upper bound of `next_position`.
     """
     batch, tokens = shape
-    mask = _piece_mask(attention_mask, past, shape)
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
     carried = zeros if lengths is None else lengths
+    read = zeros if read is None else read
+    mask = _piece_mask(attention_mask, past, shape, read)
     index = torch.arange(tokens, device=device)
 
     if position_ids is not None:
@@ -143,17 +161,19 @@ def build_layout(
             last_real=last,
             last_reset=torch.full_like(zeros, NO_RESET),
             carried=carried,
+            read=read + tokens,
             lengths=carried + tokens,
             next_position=(positions[:, -1] + 1).expand(batch),
-            max_position=past + tokens - 1,
+            max_position=past_position + tokens - 1,
             max_length=past_length + tokens,
             past_length=past_length,
             explicit=False,
         )
 
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if mask is None else mask
-    reset = (positions == 0) & real
     count = real.cumsum(1)
+    # Whatever position the caller gives it, nothing stands before a row's first real token, padding least of all.
+    reset = real & ((positions == 0) | ((read[:, None] == 0) & (count == 1)))
     # Number of the row's real tokens before the document of token t; negative where it began before this piece.
     before = torch.where(reset, count - 1, -carried[:, None]).cummax(1).values
     place = torch.where(real, count - 1 - before, -1)
@@ -173,9 +193,10 @@ def build_layout(
         last_real=last_real,
         last_reset=last_reset,
         carried=carried,
+        read=read + count[:, -1],
         lengths=new_lengths,
         next_position=torch.where(has_real, positions.gather(1, at_last)[:, 0] + 1, start),
-        max_position=int(positions.max()) if explicit else past + tokens - 1,
+        max_position=int(positions.max()) if explicit else past_position + tokens - 1,
         max_length=int(new_lengths.max()) if explicit else past_length + tokens,
         past_length=past_length,
         explicit=explicit,

@@ -83,11 +83,11 @@ class LocalGlobalAttention(nn.Module):
         if local:
             ring = layout.share(("ring", self.window), lambda: _ring_layout(layout, self.window))
             k, v = state.local_keys[:, : self.window], state.local_values[:, : self.window]
-            outputs.append(cached_attention(q[:, :, :local], k, v, layout=ring))
+            outputs.append(cached_attention(q[:, :, :local], k.to(q.dtype), v.to(q.dtype), layout=ring))
         if self.global_heads:
             buffer = layout.share("buffer", lambda: _buffer_layout(layout))
             k, v = state.global_keys[:, : layout.max_length], state.global_values[:, : layout.max_length]
-            outputs.append(cached_attention(q[:, :, local:], k, v, layout=buffer))
+            outputs.append(cached_attention(q[:, :, local:], k.to(q.dtype), v.to(q.dtype), layout=buffer))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _attend_past(

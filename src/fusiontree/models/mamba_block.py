@@ -64,7 +64,7 @@ class MambaBlock(nn.Module):
         for name, before in kept.items():
             parameter = getattr(self, name)
             if parameter.dtype.itemsize < 4 and not parameter.is_meta:
-                parameter.data = before.to(parameter.device)
+                parameter.data = before.to(parameter.device, torch.float32)
                 if parameter.grad is not None:
                     parameter.grad.data = parameter.grad.data.float()
         return self
@@ -127,7 +127,7 @@ class MambaBlock(nn.Module):
         )
         if layout.mask is not None:
             tail = _masked_tail(x, state.conv, layout)
-        state.conv.copy_(tail.detach())
+        state.conv = _updated(state.conv, tail)
         return y
 
     def _scan(
@@ -141,8 +141,15 @@ class MambaBlock(nn.Module):
         if state is None:
             return scan(*inputs, *parameters, reset=layout.reset)
         y, final = scan(*inputs, *parameters, reset=layout.reset, initial_state=state.scan, return_final_state=True)
-        state.scan.copy_(final.detach())
+        state.scan = _updated(state.scan, final)
         return y
+
+
+def _updated(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`old` with the values of `new`, in place; a tensor of its own where a backward pass may still read `old`."""
+    if torch.is_grad_enabled():
+        return new.detach().to(old.dtype, copy=True)
+    return old.copy_(new)
 
 
 def _masked_tail(x: torch.Tensor, tail: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -72,7 +72,8 @@ class LossShare:
 
 def load_balance_sum(stats: GateStats, target: float, margin: float) -> torch.Tensor:
     """Sum over rows of the hinge max(0, |row's gate mean - target| - margin), averaged over the active layers."""
-    hinge_LB = ((stats.mean - target).abs() - margin).clamp_min(0.0)
+    # A row without a real token has no mean.
+    hinge_LB = ((stats.mean - target).abs() - margin).clamp_min(0.0) * (stats.tokens > 0)
     return _over_active_layers(hinge_LB, stats).sum()
 
 
