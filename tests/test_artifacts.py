@@ -44,7 +44,6 @@ GATES = GateStatistics(
             mamba_norm=3.5,
             attention_norm=2.5,
             channel_mean=[0.5, 0.54],
-            channel_std=[0.1, 0.1],
         ),
         LayerGateStatistics(branches="mamba", tokens=0),
     ],

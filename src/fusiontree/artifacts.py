@@ -180,8 +180,6 @@ class LayerGateStatistics(_Record):
     """Mean over tokens of the L2 norm of the attention branch's output."""
     channel_mean: list[float] = []
     """Mean gate of each channel [H]."""
-    channel_std: list[float] = []
-    """Standard deviation over tokens of each channel's gate [H]."""
 
 
 class GateStatistics(Artifact):

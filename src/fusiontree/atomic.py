@@ -49,7 +49,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields an empty directory beside `path` to write into. When the block ends, its files are flushed to the disk and
     it is renamed; when the block or the flush raises, it is removed and what was at `path` stays. (Replacing takes two
-    renames. Should the machine die between them, the old directory is found beside `path` under a hidden name.)
+    renames. Should the machine die between them, the old directory is found beside `path` as `.<name>.<digits>.old`.)
 
     Raises:
         OSError: the files could not be written. Libraries that report a full disk as an error of their own
@@ -72,8 +72,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     _sync_directory(destination.parent)
 
 
-def _sibling(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
+def _sibling(destination: Path, suffix: str = "tmp") -> Path:
+    return destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.{suffix}")
 
 
 def _put_in_place(temporary: Path, destination: Path) -> None:
@@ -82,7 +82,7 @@ def _put_in_place(temporary: Path, destination: Path) -> None:
         return
     if not destination.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(destination))
-    old = _sibling(destination)
+    old = _sibling(destination, "old")
     os.rename(destination, old)
     try:
         os.rename(temporary, destination)

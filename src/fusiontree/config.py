@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from fusiontree.atomic import atomic_write
-from fusiontree.errors import InputError, nearest
+from fusiontree.errors import InputError, first_line, nearest
 
 __all__ = ["InputError", "Settings", "apply_overrides", "dump_yaml", "load_yaml", "nearest"]
 
@@ -48,7 +48,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"config file {path}{_place(error)} is not valid YAML: {_problem(error)}") from error
     except OmegaConfBaseException as error:
-        raise InputError(f"config file {path}: {_first_line(error)}") from error
+        raise InputError(f"config file {path}: {first_line(error)}") from error
     if not isinstance(content, dict) or any(not isinstance(key, str) for key in content):
         raise InputError(f"config file {path} must hold a mapping of named settings, such as `training:`")
     return typing.cast("dict[str, Any]", content)
@@ -77,12 +77,12 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dic
             raise InputError(f"override {override!r} has a value that is not valid YAML: {_problem(error)}") from error
         except (OmegaConfBaseException, TypeError, ValueError) as error:
             # omegaconf raises the latter two where a list stands in the way of a key.
-            raise InputError(f"override {override!r} does not fit: {_first_line(error)}") from error
+            raise InputError(f"override {override!r} does not fit: {first_line(error)}") from error
     try:
         return typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the settings"
-        raise InputError(f"{key} cannot be resolved: {_first_line(error)}") from error
+        raise InputError(f"{key} cannot be resolved: {first_line(error)}") from error
 
 
 def dump_yaml(obj: Settings | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -98,7 +98,7 @@ def dump_yaml(obj: Settings | Mapping[str, Any], path: str | os.PathLike[str]) -
 class Settings(BaseModel):
     """The base of every settings section: immutable, unknown keys refused, infinities and NaN refused.
 
-    Fields are documented by the string below them (units included), which becomes their description.
+    Each field says what it is, units included, in its `description`.
     """
 
     model_config = ConfigDict(
@@ -183,12 +183,8 @@ def _shorten(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def _problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or _first_line(error))
+    return str(getattr(error, "problem", None) or first_line(error))
 
 
 def _place(error: yaml.YAMLError) -> str:

@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the spelling help its messages use."""
+"""The one exception for bad input, and what helps to word its messages."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ class InputError(ValueError):
 
     The command line prints it as `error: <sentence>` and exits with code 2; from Python it is an ordinary `ValueError`.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, cut to a line that fits into a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

@@ -49,6 +49,7 @@ def test_no_json_raises(value):
         (b'{"text": ' + b"9" * 5000 + b"}", "broken JSON", ""),
         (b'{"text": "nul \x00"}', "broken JSON", "control character"),
         (b'{"text": "caf\xe9"}', "not UTF-8", "byte 0xe9 at column 14"),
+        (b'\xef\xbb\xbf{"text": "caf\xe9"}', "not UTF-8", "byte 0xe9 at column 14"),
         (b'["text"]', "not an object", "array"),
         (b'{"body": "a", "title": "b"}', "missing key", "no key 'text', keys seen: 'body', 'title'"),
         (b"{}", "missing key", "no keys"),

@@ -314,12 +314,13 @@ def test_settings_accept_one_path_and_refuse_what_is_unknown():
 
 
 SLOW_READER = """
-import sys, time
+import signal, sys, time
 from fusiontree.data import DataSettings, build_loader, load_tokenizer
 loader = build_loader(DataSettings(train_paths=sys.argv[1], num_workers=2), load_tokenizer(sys.argv[2]), batch_size=2,
                       max_seq_length=16)
 batches = iter(loader)
 next(batches)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 print("ready", flush=True)
 try:
     time.sleep(60)
@@ -330,7 +331,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_reaches_the_trainer_and_no_worker(tokenizer, corpus, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_no_worker(tokenizer, corpus, tmp_path, number):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_READER, corpus[0], str(tmp_path / "tokenizer")],
@@ -341,7 +343,7 @@ def test_ctrl_c_reaches_the_trainer_and_no_worker(tokenizer, corpus, tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=60)
     assert output == "still reading\n"
     # Not a word from the tokenizer, the workers or the interpreter but the one about the broken line.

@@ -69,18 +69,19 @@ def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> Non
     stopped = run_settings(**changes, output_dir=str(tmp_path / "stopped"))
     run = Path(stopped["output_dir"])
 
-    draw = random.Random(time.time_ns())
+    seed = time.time_ns() % 10_000
+    draw = random.Random(seed)
     first, second = draw.randint(1, 12), draw.randint(18, 30)
     polite, expected_code = draw.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    print(f"{polite.name} after step {first}, SIGKILL after step {second}")
+    plan = f"seed {seed}: {polite.name} after step {first}, SIGKILL after step {second}"
     code, errors = stop(stopped, run, polite, first)
-    assert code == expected_code, errors
+    assert code == expected_code, f"{plan}\n{errors}"
     assert "go on with: fusiontree train --config" in errors and f"{polite.name}: stopped after step" in errors
     interrupted_at = int((run / "latest").resolve().name.removeprefix("step_"))
     assert first <= interrupted_at < steps
     assert len([row for row in rows(run, "metrics.jsonl") if "lm_loss" in row]) == interrupted_at
     code, errors = stop(stopped, run, signal.SIGKILL, second)
-    assert code == -signal.SIGKILL, errors
+    assert code == -signal.SIGKILL, f"{plan}\n{errors}"
     (run / "checkpoints" / ".step_00000099.0.tmp").mkdir()  # as a kill in the middle of saving leaves one
     result = fusiontree.train(stopped, resume="auto")
 

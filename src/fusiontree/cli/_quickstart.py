@@ -79,6 +79,8 @@ def quickstart_settings(out: Path, overrides: Sequence[str]) -> RunSettings:
     settings = RunSettings.parse(apply_overrides({**QUICKSTART, "output_dir": str(out)}, overrides))
     if settings.training.eval_interval == 0:
         raise InputError("the quickstart shows how the validation loss falls: set training.eval_interval to 1 or more")
+    if not settings.data.eval_paths:
+        raise InputError("the quickstart shows how the validation loss falls: leave data.eval_paths as it is")
     return settings
 
 

@@ -53,6 +53,7 @@ def tokenizer(
 def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
     """Read every record and say which cannot be used and why; exit code 2 when there are such."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import track
     from rich.table import Table
 
@@ -71,7 +72,7 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
         records = corpus.records(first, first + file.lines)
         first += file.lines
         for source, text in track(
-            records, file.path, file.lines, console=progress, transient=True, disable=not progress.is_terminal
+            records, escape(file.path), file.lines, console=progress, transient=True, disable=not progress.is_terminal
         ):
             if isinstance(text, BadRecord):
                 report.add(source, text)
@@ -80,7 +81,11 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
                 report.documents += 1
         total.documents += report.documents
         table.add_row(
-            file.path, f"{file.size / 1e6:.1f}", str(report.documents), str(report.total_skipped), report.reasons()
+            escape(file.path),
+            f"{file.size / 1e6:.1f}",
+            str(report.documents),
+            str(report.total_skipped),
+            report.reasons(),
         )
     console = Console(soft_wrap=True)
     console.print(table)

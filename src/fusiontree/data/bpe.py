@@ -11,10 +11,10 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fusiontree.config import InputError
 from fusiontree.data.corpus import Corpus, resolve_paths
 from fusiontree.data.records import BadRecord
 from fusiontree.data.report import DataReport
+from fusiontree.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def train_bpe(
 ) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE on JSONL files and leave it in a folder that `AutoTokenizer` loads.
 
-    It knows every byte, so it cuts and restores any text in any script. `<|endoftext|>` (id 0) begins and ends
+    It knows every byte, so it cuts and restores any text in any script. `<|endoftext|>` (id 0) ends
     documents, `<|pad|>` (id 1) pads. Words are found as GPT-2 finds them (Radford et al., 2019). The same files give
     the same tokenizer.
 

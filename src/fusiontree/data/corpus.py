@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from fusiontree.config import InputError
 from fusiontree.data.line_index import LineIndex, index_lines
 from fusiontree.data.records import BLANK_LINE, NOT_UTF8, BadRecord, decode_record
 from fusiontree.data.report import DataReport
+from fusiontree.errors import InputError
 
 _MAX_OPEN_FILES = 64
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fusiontree.atomic import atomic_write
-from fusiontree.config import InputError
+from fusiontree.errors import InputError
 
 # Tests and installed packages are not the library; encodings are tables of characters, pydoc_data the topics once more.
 _LEFT_OUT = {

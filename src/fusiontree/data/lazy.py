@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fusiontree.config import InputError
 from fusiontree.data.corpus import Corpus
 from fusiontree.data.order import Permutation
 from fusiontree.data.packing import Place
 from fusiontree.data.records import NO_TOKENS, BadRecord
 from fusiontree.data.source import SourceRecord
 from fusiontree.data.tokenizer import DocumentEncoder, tokenizer_fingerprint
+from fusiontree.errors import InputError
 
 # A worker hands over about this much text at a time: enough to keep the tokenizer busy, little enough to start quickly.
 _CHUNK_BYTES = 1 << 18
@@ -160,8 +160,10 @@ def _as_it_is(chunk: object) -> object:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the one that trains decides what it means and ends its workers.
+    # Ctrl-C reaches every process of the terminal, and schedulers send SIGTERM to all of a job: the process that trains
+    # decides what either means and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # A tokenizer that used its threads before the fork would wait for them here for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

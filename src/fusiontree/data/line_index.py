@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fusiontree.config import InputError
+from fusiontree.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fusiontree.config import InputError
 from fusiontree.data.batch import Batch
 from fusiontree.data.corpus import Corpus, resolve_paths
 from fusiontree.data.lazy import LazyDataset, LazySource
 from fusiontree.data.packing import Place, Row, pack
-from fusiontree.data.records import BadRecord
+from fusiontree.data.records import BLANK_LINE, BadRecord
 from fusiontree.data.report import DataReport
 from fusiontree.data.settings import DataSettings
 from fusiontree.data.source import DocumentSource
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of, separator_id_of
+from fusiontree.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,8 @@ class Loader:
     def _skip(self, place: Place, source: str, bad: BadRecord) -> None:
         if place.epoch > 0:
             return  # the same records as in the first epoch
-        is_fault = self._report.add(source, bad)
-        if not is_fault:
+        self._report.add(source, bad)
+        if bad.kind == BLANK_LINE:
             return
         if self._on_bad_record == "error":
             raise InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")

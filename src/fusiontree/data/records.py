@@ -31,8 +31,9 @@ def decode_record(line: bytes, text_key: str) -> str | BadRecord:
 
     A byte order mark and a CR before the line's end are accepted; a text of white space alone counts as empty.
     """
+    line = line.removeprefix(_BYTE_ORDER_MARK)
     try:
-        content = line.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+        content = line.decode("utf-8")
     except UnicodeDecodeError as error:
         return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
     if not content.strip():

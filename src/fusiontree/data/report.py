@@ -36,16 +36,15 @@ class DataReport:
     def total_skipped(self) -> int:
         return sum(skipped.count for skipped in self.skipped.values())
 
-    def add(self, source: str, bad: BadRecord) -> bool:
-        """Count a line that gave no text; `source` is its `file:line`. True for the first of its kind of fault."""
+    def add(self, source: str, bad: BadRecord) -> None:
+        """Count a line that gave no text; `source` is its `file:line`."""
         if bad.kind == BLANK_LINE:
             self.blank_lines += 1
-            return False
+            return
         skipped = self.skipped.setdefault(bad.kind, Skipped())
         skipped.count += 1
         if len(skipped.examples) < MAX_EXAMPLES:
             skipped.examples.append(f"{source}: {bad.detail}")
-        return skipped.count == 1
 
     def reasons(self) -> str:
         """`2 broken JSON, 1 empty text`, most frequent first; empty when nothing was skipped."""

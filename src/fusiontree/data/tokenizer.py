@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fusiontree.config import InputError
+from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_S = 10.0
+
+#: A folder without any of these holds no tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # Several scripts, digits, spaces and code: what two tokenizers of one vocabulary would most likely cut differently.
 _PROBE = "The  quick-brown fox's 1234567 jumps\n\tover; naïve Größe 学而时习之，不亦说乎？ これは 한국어 f(x): x**2 🙂"
@@ -49,7 +53,7 @@ def _from_folder(path: Path) -> PreTrainedTokenizerBase:
         names = sorted(entry.name for entry in path.iterdir())
         if not any("token" in name or "vocab" in name or name.endswith(".model") for name in names):
             raise InputError(f"tokenizer folder {path} holds no tokenizer (a tokenizer.json, for one)") from error
-        raise InputError(f"the tokenizer in {path} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"the tokenizer in {path} cannot be loaded: {first_line(error)}") from error
 
 
 def _is_hub_name(name: str) -> bool:
@@ -74,18 +78,23 @@ def _from_hub(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise InputError(
             f"tokenizer {name} is no folder here, is not in the local hub cache, and the hub did not provide it "
-            f"({_first_line(error)}); name a local folder, or load it once where there is a network"
+            f"({first_line(error)}); name a local folder, or load it once where there is a network"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def vocab_size_of(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows that an embedding needs for this tokenizer: its largest id + 1, tokens added later included."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> int:
+    """Bytes of text that a token stands for, also where it is a part of a character."""
+    text = tokenizer.decode([token_id])
+    if "\ufffd" not in text:
+        return len(text.encode("utf-8"))
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    # A single byte as SentencePiece writes it; byte-level vocabularies write one character for each byte.
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", piece) else len(piece)
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:

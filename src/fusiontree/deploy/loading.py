@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from fusiontree.data import load_tokenizer, vocab_size_of
-from fusiontree.errors import InputError
+from fusiontree.data.tokenizer import TOKENIZER_FILES
+from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
-from fusiontree.train.checkpoint import newest_checkpoint
+from fusiontree.train.checkpoint import newest_checkpoint, no_progress_bar
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load(
@@ -49,7 +47,7 @@ def load(
     _check_weights(folder, config)
     device = resolve_device(device)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = HybridLanguageModel.from_pretrained(
                 folder,
                 config=config,
@@ -59,7 +57,7 @@ def load(
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"the model in {folder} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             # The headers were compared above; this says so should transformers see it otherwise.
@@ -96,14 +94,14 @@ def _read_config(folder: Path) -> HybridLanguageModelConfig:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is truncated or not JSON: {_first_line(error)}") from error
+        raise InputError(f"{file} is truncated or not JSON: {first_line(error)}") from error
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind != HybridLanguageModelConfig.model_type:
         raise InputError(f"{file} describes a model of type {kind!r}, not a FusionTree model")
     try:
         return HybridLanguageModelConfig.from_dict(content)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{file}: {_first_line(error)}") from error
+        raise InputError(f"{file}: {first_line(error)}") from error
 
 
 def _check_weights(folder: Path, config: HybridLanguageModelConfig) -> None:
@@ -140,7 +138,7 @@ def _headers(folder: Path) -> Iterator[tuple[Path, str, list[int]]]:
                     yield file, name, list(tensors.get_slice(name).get_shape())
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{file} is truncated or not a safetensors file ({_first_line(error)}); copy or export the model again"
+                f"{file} is truncated or not a safetensors file ({first_line(error)}); copy or export the model again"
             ) from error
 
 
@@ -172,12 +170,12 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here: {_first_line(error)}") from error
+        raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
     return resolved
 
 
 def _read_tokenizer(folder: Path, config: HybridLanguageModelConfig) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     tokenizer = load_tokenizer(folder)
     needed = vocab_size_of(tokenizer)
@@ -187,20 +185,3 @@ def _read_tokenizer(folder: Path, config: HybridLanguageModelConfig) -> PreTrain
             "it belongs to another model"
         )
     return tokenizer
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one for the tensors of a file; a command's own progress and output are enough."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -235,9 +235,7 @@ class InferenceRuntime:
         for number, row in enumerate(rows, start=1):
             which = "the prompt" if len(rows) == 1 else f"prompt {number}"
             if not row:
-                end = self.tokenizer.eos_token
-                hint = f", or {end!r} to begin a new text" if end and "|" in end else ""
-                raise InputError(f"{which} is empty: give at least one character{hint}")
+                raise InputError(f"{which} is empty: give at least one character")
             if config.srte_encoding != "learned":
                 continue
             table, tokens = config.max_position_embeddings, f"{len(row)} token{'s' if len(row) > 1 else ''}"

@@ -148,7 +148,7 @@ def save_checkpoint(directory: Path, model: nn.Module, tokenizer: Any, state: Tr
     path = directory / checkpoint_name(state.step)
     try:
         with atomic_directory(path) as target:
-            with _no_progress_bar():
+            with no_progress_bar():
                 model.save_pretrained(target)  # type: ignore[operator]
             tokenizer.save_pretrained(target)
             _write_state(target / STATE_DIRECTORY, state)
@@ -162,7 +162,7 @@ def save_checkpoint(directory: Path, model: nn.Module, tokenizer: Any, state: Tr
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """transformers draws a bar for the shards it writes and loads, across the run's own display."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -178,6 +178,9 @@ def _point_latest(run: Path, path: Path) -> None:
     temporary = run / f".{LATEST}.{os.getpid()}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.relative_to(run))
+    if (run / LATEST).is_dir() and not (run / LATEST).is_symlink():
+        # A copy of the run that followed the link has a whole checkpoint here, which lies in its place as well.
+        shutil.rmtree(run / LATEST)
     os.replace(temporary, run / LATEST)
 
 
@@ -205,21 +208,32 @@ def _saving_failed(path: Path, error: Exception) -> str:
 
 
 def _drop_old(directory: Path, keep: Path, limit: int) -> None:
-    steps = sorted((step, p) for p in directory.iterdir() if p != keep and (step := checkpoint_step(p)) is not None)
+    newest = checkpoint_step(keep) or 0
+    others = [(step, p) for p in directory.iterdir() if p != keep and (step := checkpoint_step(p)) is not None]
+    # First those of later steps: a run that went back to an earlier checkpoint has given them up.
+    steps = sorted(others, key=lambda entry: (entry[0] < newest, entry[0]))
     for _, path in steps[: max(0, len(steps) - (limit - 1))]:
         shutil.rmtree(path)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete what a process that was killed while saving left in a run's `checkpoints` directory."""
-    for path in directory.glob(".step_*.tmp"):
+    """Clear away what a process that was killed while saving left in a run's `checkpoints` directory.
+
+    A checkpoint that it had set aside to replace it, and did not get to replace, is put back.
+    """
+    for path in directory.glob(".step_*.old"):
+        destination = directory / path.name[1:].partition(".")[0]
+        if not destination.exists():
+            path.rename(destination)
+    for path in [*directory.glob(".step_*.old"), *directory.glob(".step_*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The checkpoint that the run's `latest` points to; without the link that of the highest step; None if none."""
-    if (run / LATEST).is_dir():
-        return run / "checkpoints" / (run / LATEST).resolve().name
+    pointed = run / "checkpoints" / (run / LATEST).resolve().name
+    if checkpoint_step(pointed) is not None and pointed.is_dir():
+        return pointed
     found = [p for p in (run / "checkpoints").glob("step_*") if checkpoint_step(p) is not None]
     return max(found, key=lambda p: checkpoint_step(p) or 0, default=None)
 
@@ -283,7 +297,8 @@ def load_model(path: Path, config: HybridLanguageModelConfig | None = None) -> H
     """
     saved = HybridLanguageModelConfig.from_pretrained(path)
     if config is not None:
-        for name in SHAPE_FIELDS:
+        learned = ("max_position_embeddings",) if config.srte_encoding == "learned" else ()
+        for name in SHAPE_FIELDS + learned:
             have, want = getattr(saved, name), getattr(config, name)
             if have != want:
                 raise InputError(
@@ -292,7 +307,7 @@ def load_model(path: Path, config: HybridLanguageModelConfig | None = None) -> H
                 )
         saved = config
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = HybridLanguageModel.from_pretrained(
                 path, config=saved, dtype=torch.float32, output_loading_info=True, use_safetensors=True
             )

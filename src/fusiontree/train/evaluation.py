@@ -18,7 +18,7 @@ from torch import nn
 
 from fusiontree.artifacts import PositionLoss
 from fusiontree.data.batch import Batch
-from fusiontree.data.tokenizer import DocumentEncoder
+from fusiontree.data.tokenizer import DocumentEncoder, token_bytes
 from fusiontree.errors import InputError
 from fusiontree.models import HybridCache, HybridLanguageModel
 from fusiontree.models.layout import IGNORE_INDEX, count_labels
@@ -153,8 +153,8 @@ def evaluate_documents(
                 continue
             totals["documents"] += 1
             # Without an opening token of its own the document's first token is given, and so are its bytes.
-            given = "" if encode.prefix else tokenizer.decode(ids[:1].tolist())
-            totals["bytes"] += len(text.encode("utf-8")) - len(given.encode("utf-8"))
+            given = 0 if encode.prefix else token_bytes(tokenizer, int(ids[0]))
+            totals["bytes"] += len(text.encode("utf-8")) - given
             yield ids
             predictable += len(ids) - 1
             if max_tokens is not None and predictable >= max_tokens:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -58,6 +59,7 @@ class JsonlLog:
             self._file.write(row + "\n")
             self._file.flush()
         except OSError as error:
+            self._drop()
             raise InputError(
                 f"{self.path} could not be written: {error.strerror}; make room there, then go on with --resume auto"
             ) from error
@@ -65,6 +67,13 @@ class JsonlLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
+
+    def _drop(self) -> None:
+        """Close without a second attempt to write, whose error would hide the first."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
             self._file = None
 
 

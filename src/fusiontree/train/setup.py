@@ -108,8 +108,8 @@ def seed_everything(seed: int) -> None:
 
 
 def holds_run(directory: Path) -> bool:
-    """Whether a run was started in `directory`."""
-    return any((directory / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    """Whether a run in `directory` got as far as leaving anything to go on from or to look at."""
+    return (directory / "metrics.jsonl").exists() or newest_checkpoint(directory) is not None
 
 
 def checkpoint_to_resume(directory: Path, resume: str | None) -> Path | None:

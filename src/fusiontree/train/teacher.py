@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from fusiontree.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 
@@ -72,15 +73,16 @@ def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.devic
         raise InputError(f"loss.teacher: there is no folder {name}")
     try:
         local = _is_at_hand(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=local)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, local_files_only=local, trust_remote_code=False, use_safetensors=True
+        )
     except Exception as error:  # of the file system, the network, the hub, safetensors, a configuration
         first = str(error).strip().splitlines()[0]
         raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first}") from error
     rows = model.get_output_embeddings().weight.shape[0]
-    try:
-        teachers_ids = AutoTokenizer.from_pretrained(name, local_files_only=local).get_vocab()
-    except (OSError, ValueError, KeyError):
-        teachers_ids = None  # a folder without a tokenizer: the sizes are all there is to compare
+    # In a folder without a tokenizer the sizes are all there is to compare.
+    bare = Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES)
+    teachers_ids = None if bare else load_tokenizer(name).get_vocab()
     ids = tokenizer.get_vocab()
     if (teachers_ids != ids) if teachers_ids is not None else (rows != vocab_size):
         raise InputError(
@@ -96,7 +98,7 @@ def _is_at_hand(name: str) -> bool:
     Loading would retry an unreachable hub for the better part of a minute.
     """
     try:
-        AutoConfig.from_pretrained(name, local_files_only=True)
+        AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         return True
     except (OSError, ValueError):
         if Path(name).exists():
