@@ -89,6 +89,14 @@ def test_check_lists_what_is_wrong_where(run, files, tmp_path):
     assert err == "error: 3 of 44 records cannot be used\n"
 
 
+def test_check_shows_names_with_brackets_as_they_are(run, files, tmp_path):
+    odd = tmp_path / "d[" / "x].jsonl"
+    odd.parent.mkdir()
+    odd.write_text('{"text": "the fox"}\n')
+    code, shown, _ = run("data", "check", odd)
+    assert code == 0 and "d[/x].jsonl" in shown
+
+
 def test_inspect_shows_sizes_lengths_scripts_and_a_row(run, config):
     code, out, err = run("data", "inspect", config)
     assert (code, err) == (0, "")

@@ -149,6 +149,7 @@ def test_run_again_it_goes_on_from_what_is_there(finished: tuple[Path, str], cap
         (["--vocab-size", "400"], "was begun with --corpus-bytes 300000 --vocab-size 320: repeat these"),
         (["output_dir=elsewhere"], "give the run directory as --out, not as output_dir="),
         (["training.eval_interval=0"], "set training.eval_interval to 1 or more"),
+        (["data.eval_paths=[]"], "leave data.eval_paths as it is"),
         (["training.max_step=5"], "training.max_step is not a known setting; did you mean training.max_steps?"),
         (["model.num_heads=5"], "`hidden_size` 32 is not a multiple of `num_heads` 5"),
     ],

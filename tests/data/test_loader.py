@@ -250,6 +250,20 @@ def test_on_bad_record_error_stops_at_the_first(make_loader, corpus, num_workers
     assert "\n" not in str(caught.value)
 
 
+def test_on_bad_record_error_holds_after_a_run_that_skipped(make_loader, corpus):
+    skipping = make_loader()
+    batches = iter(skipping)
+    while not skipping.report().skipped:
+        next(batches)
+    state = skipping.state_dict()
+    strict = make_loader(on_bad_record="error")
+    state["place"] = [0, 0, 0]  # before the record that was skipped
+    strict.load_state_dict(state)
+    with pytest.raises(InputError, match=r"data\.on_bad_record: skip leaves such records out"):
+        for _, _ in zip(range(200), strict, strict=False):
+            pass
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_file_that_changes_while_training_ends_in_one_sentence(make_loader, corpus, num_workers):
     loader = make_loader(num_workers=num_workers, batch_size=1, length=8)

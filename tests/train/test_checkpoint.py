@@ -159,3 +159,59 @@ def test_another_corpus_or_tokenizer_does_not_resume(run, tmp_path: Path) -> Non
     sections["data"]["train_paths"] = str(other)
     with pytest.raises(InputError, match="place in the data does not fit"):
         engine(sections, resume="auto")
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_copy_of_a_run_resumes(run, tmp_path: Path, followed: bool) -> None:
+    """Some ways of copying leave a real folder where `latest` was a link, others nothing."""
+    directory, sections = run
+    copied = tmp_path / "copy"
+    shutil.copytree(directory, copied, ignore=None if followed else shutil.ignore_patterns("latest"))
+    assert newest_checkpoint(copied) == copied / "checkpoints" / "step_00000002"
+    sections |= {"output_dir": str(copied), "training": sections["training"] | {"max_steps": 3}}
+    assert fusiontree.train(sections, resume="auto").step == 3
+    assert (copied / "latest").is_symlink() and (copied / "latest").resolve().name == "step_00000003"
+
+
+def test_a_checkpoint_that_was_set_aside_is_put_back(run) -> None:
+    directory, sections = run
+    checkpoints = directory / "checkpoints"
+    # What a kill between the two renames of a replacement leaves.
+    (checkpoints / "step_00000002").rename(checkpoints / ".step_00000002.0123abcd.old")
+    (checkpoints / ".step_00000002.89ef0123.tmp").mkdir()
+    engine(sections, resume="auto")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000001", "step_00000002"]
+    check_files(checkpoints / "step_00000002")
+
+
+def test_checkpoints_of_a_course_given_up_go_first(run_settings, tmp_path: Path) -> None:
+    training = {"save_interval": 1, "save_total_limit": 3, "max_steps": 5, "eval_interval": 0}
+    sections = run_settings(output_dir=str(tmp_path / "run"), training=training)
+    fusiontree.train(sections)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    sections["training"]["max_steps"] = 4
+    fusiontree.train(sections, resume=str(checkpoints / "step_00000003"))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000003", "step_00000004", "step_00000005"]
+    sections["training"] |= {"max_steps": 6, "save_total_limit": 2}
+    fusiontree.train(sections, resume=str(checkpoints / "step_00000003"))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_00000005", "step_00000006"]
+
+
+def test_a_learned_time_encoding_keeps_its_length(run_settings, tmp_path: Path) -> None:
+    model = {"srte_encoding": "learned", "max_position_embeddings": 32}
+    training = {"max_steps": 1, "eval_interval": 0}
+    sections = run_settings(output_dir=str(tmp_path / "run"), model=model, training=training)
+    fusiontree.train(sections)
+    sections["model"]["max_position_embeddings"] = 64
+    with pytest.raises(InputError, match=r"model\.max_position_embeddings 32, the configuration asks for 64"):
+        engine(sections, resume="auto")
+
+
+def test_a_run_that_never_began_is_no_run(run_settings, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": "a"}\n')
+    sections = run_settings(output_dir=str(tmp_path / "run"), training={"max_steps": 1})
+    wrong = sections | {"data": sections["data"] | {"eval_paths": str(empty), "document_separator": None}}
+    with pytest.raises(InputError, match="no token of the evaluation data can be predicted"):
+        fusiontree.train(wrong)
+    assert fusiontree.train(sections).step == 1

@@ -75,6 +75,13 @@ def test_documents_are_scored_once_per_token_with_full_context(model, tokenizer,
     assert [b.start for b in result.by_position] == sorted(b.start for b in result.by_position)
 
 
+def test_bytes_of_a_character_that_tokens_share(tokenizer, model) -> None:
+    ids = tokenizer("学", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 3  # a tokenizer of English: one token for each byte
+    result = evaluate_documents(model, tokenizer, [("学", "line 1"), ("学x", "line 2")])
+    assert (result.tokens, result.bytes) == (2 + 3, 2 + 3)
+
+
 def test_evaluation_can_stop_early(model, tokenizer) -> None:
     whole = evaluate_documents(model, tokenizer, documents())
     part = evaluate_documents(model, tokenizer, documents(), max_tokens=30)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusiontree.data.batch import Batch
+from fusiontree.data.tokenizer import load_tokenizer
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.models.gate_stats import GateStats
@@ -156,8 +157,6 @@ def test_a_model_distilled_from_itself_has_nothing_to_learn() -> None:
 
 
 def test_other_architectures_can_teach(corpus, tmp_path) -> None:
-    from fusiontree.data.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(str(corpus / "tokenizer"))
     llama = LlamaConfig(
         vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -171,8 +170,21 @@ def test_other_architectures_can_teach(corpus, tmp_path) -> None:
     torch.testing.assert_close(teacher.hidden_states(batch)[:1, 5:], teacher.hidden_states(alone), atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="another vocabulary"):
         load_teacher(str(tmp_path / "teacher"), tokenizer, 384, torch.device("cpu"))
+    (tmp_path / "teacher" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="the tokenizer in .* cannot be loaded"):
+        load_teacher(str(tmp_path / "teacher"), tokenizer, 320, torch.device("cpu"))
     with pytest.raises(InputError, match=r"loss\.teacher: there is no folder .*no-such"):
         load_teacher(str(tmp_path / "no-such"), tokenizer, 320, torch.device("cpu"))
+
+
+def test_no_teacher_is_unpickled(corpus, tmp_path) -> None:
+    folder = tmp_path / "teacher"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=320, **sizes))
+    llama.config.save_pretrained(folder)
+    torch.save(llama.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be loaded as a causal LM"):
+        load_teacher(str(folder), load_tokenizer(str(corpus / "tokenizer")), 320, torch.device("cpu"))
 
 
 def test_entropy_coefficient_raises_the_entropy_of_the_gates() -> None:

@@ -160,10 +160,11 @@ def _as_it_is(chunk: object) -> object:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and schedulers send SIGTERM to all of a job: the process that trains
-    # decides what either means and ends its workers.
+    # Ctrl-C reaches the terminal's whole process group, and `timeout` and its like send SIGTERM to all of theirs: the
+    # process that trains decides what either means and ends its workers, which it does with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     # A tokenizer that used its threads before the fork would wait for them here for ever.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
