@@ -1,6 +1,6 @@
 """Train on real text through the command line and evaluate on held-out files.
 
-    python benchmarks/real_text.py [--data ../shared/data] [--steps 300] [--runs wikitext2-gpt2 …]
+    python benchmarks/real_text.py --data DATA [--steps 300] [--runs wikitext2-gpt2 …]
 
 Each run is what a user types: `fusiontree data tokenizer` where it needs a tokenizer, `fusiontree train`,
 `fusiontree eval`. The figures go to results/real_text.json and results/real_text.md.
@@ -44,7 +44,7 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds the files named in RUNS")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -100,7 +100,7 @@ def measure(name: str, run: Run, data: Path, steps: int, work: Path) -> dict:
         "held_out_loss": report["loss"],
         "held_out_perplexity": report["perplexity"],
         "train_seconds": round(seconds),
-        "command": f"python benchmarks/real_text.py --steps {steps} --runs {name}",
+        "command": f"python benchmarks/real_text.py --data DATA --steps {steps} --runs {name}",
         "cpu": cpu_model(),
         "versions": versions(),
         "commit": git_commit(),
