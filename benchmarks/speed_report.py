@@ -87,7 +87,8 @@ def save(directory: Path, record: dict) -> str:
     Returns:
         The record's own table.
     """
-    name = re.sub(r"\(.*?\)|@|processor|cpu", " ", record["cpu"].lower())
+    # What `records.cpu_model` puts in parentheses stays: equal names hide processors with and without bfloat16.
+    name = re.sub(r"\(r\)|\(tm\)|@|processor|cpu", " ", record["cpu"].lower())
     stem = "speed_" + re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     path = directory / f"{stem}.json"
     directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,12 @@ def save(directory: Path, record: dict) -> str:
                 f"{entry['cpu']}; medians of {entry['rounds']} rounds; torch {entry['versions']['torch']}, "
                 f"transformers {entry['versions']['transformers']}; commit {entry['commit']}, "
                 f"code revision {entry['revision']}; {entry['date']}; `{entry['command']}`. "
-                f"Load average before the measurements: {min(loads)} to {max(loads)}.\n"
+                f"Load average before the measurements: {min(loads)} to {max(loads)}. "
+                f"Allocator: {_variables(entry['allocator'])}.\n"
             )
         path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
     return table(record["summary"])
+
+
+def _variables(allocator: dict[str, str]) -> str:
+    return "`" + " ".join(f"{key}={value}" for key, value in allocator.items()) + "`" if allocator else "as it comes"
