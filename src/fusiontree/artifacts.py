@@ -38,6 +38,7 @@ __all__ = [
     "atomic_write",
     "git_revision",
     "library_versions",
+    "make_directory",
 ]
 
 BranchKind = Literal["both", "mamba", "attention"]
@@ -265,6 +266,19 @@ class PrunePlan(Artifact):
     def layer_branches(self) -> list[BranchKind]:
         """The decisions as the model configuration's `layer_branches`."""
         return [layer.keep for layer in self.layers]
+
+
+def make_directory(path: str | os.PathLike[str], named: str) -> None:
+    """Makes the directory `path` and its missing parents before work that will want to write there.
+
+    Raises:
+        InputError: it cannot be made (a file is in the way, no permission); `named` says where the path came from.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise InputError(f"{named}: the directory {path} cannot be made ({problem}); name another place") from error
 
 
 def library_versions(names: Sequence[str] = CORE_LIBRARIES) -> dict[str, str]:

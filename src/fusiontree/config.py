@@ -146,11 +146,15 @@ def _explain(cls: type[BaseModel], detail: ErrorDetails, where: str) -> str:
         names = list(owner.model_fields) if owner else []
         close = nearest(path[-1], names)
         prefix = key.removesuffix(path[-1])
+        if close is None and owner:
+            close = next((f"{name}.{path[-1]}" for name in names if path[-1] in _fields_below(owner, name)), None)
         if close:
             return f"{key} is not a known setting; did you mean {prefix}{close}?"
         return f"{key} is not a known setting; known here: {', '.join(names) or 'none'}"
     if kind == "missing":
         return f"{key} is missing: give it a value"
+    if kind in ("model_type", "model_attributes_type"):
+        return f"{key} is a section: its settings are written below it, got {_shorten(repr(value))}"
     if kind in ("value_error", "assertion_error"):
         problem = str(detail.get("ctx", {}).get("error", detail["msg"]))
     else:
@@ -170,6 +174,12 @@ def _section_at(cls: type[BaseModel], path: Sequence[str]) -> type[BaseModel] | 
                 return None
             section = inner
     return section
+
+
+def _fields_below(cls: type[BaseModel], name: str) -> set[str]:
+    """The settings of the section `name` of `cls`; none where it is no section."""
+    section = _section_at(cls, [name])
+    return set(section.model_fields) if section else set()
 
 
 def _settings_in(annotation: Any) -> Iterator[type[BaseModel]]:

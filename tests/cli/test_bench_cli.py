@@ -79,14 +79,20 @@ def test_ops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
             "Invalid value for '--dtype': Value error, 'int8' is not one of 'bfloat16', 'float32'",
         ),
         (["ops", "--dtype", "int8"], "Invalid value for '--dtype': Value error, 'int8' is not one of"),
-        (["MODEL", "--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["MODEL", "--device", "abacus"], "device 'abacus' cannot be used here: name cpu or cuda"),
+        (["MODEL", "--out", "FILE/bench.json"], "--out: the directory "),
         (["LEARNED", "--context", "200"], "263 positions are needed, but the model's learned time encoding (SRTE)"),
     ],
 )
 def test_bad_input_is_one_sentence(
     folder: Path, tmp_path: Path, arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = {"MODEL": str(folder), "LEARNED": str(tmp_path / "learned")}
+    (tmp_path / "file").write_text("")
+    names = {
+        "MODEL": str(folder),
+        "LEARNED": str(tmp_path / "learned"),
+        "FILE/bench.json": str(tmp_path / "file" / "bench.json"),
+    }
     save_tiny_model(tmp_path / "learned", None, srte_encoding="learned")
     capsys.readouterr()
     given = ["bench", *(names.get(word, word) for word in arguments)]

@@ -111,7 +111,7 @@ def test_inspect_shows_sizes_lengths_scripts_and_a_row(run, config):
 def test_inspect_takes_overrides_and_the_config_as_an_option(run, config, files):
     code, out, _ = run("data", "inspect", "--config", config, f"data.train_paths=[{files[1]}]", "data.num_workers=1")
     assert code == 0
-    assert "data.train_paths: 1 file, 0.0 MB, 8 lines" in out
+    assert "data.train_paths: 1 file, 0.001 MB, 8 lines" in out
     code, out, _ = run("data", "inspect", config, f"data.eval_paths=[{files[0]}]", "--split", "eval", "--records", 10)
     assert code == 0
     assert "sample: 10 of 40 records" in out
@@ -122,6 +122,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, config, files, tmp_path)
     latin.write_bytes('{"text": "déjà"}\n'.encode("latin-1"))
     missing_key = jsonl(tmp_path / "key.jsonl", {"body": "a"})
     empty = jsonl(tmp_path / "empty.jsonl", {"text": ""}, {"text": "  "})
+    plain = jsonl(tmp_path / "plain.txt", "Once upon a time.")
     out_dir = tmp_path / "out"
     for arguments, problem in [
         (["check", tmp_path / "none.jsonl"], "FILES: .*none.jsonl does not exist"),
@@ -132,6 +133,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, config, files, tmp_path)
         (["tokenizer", missing_key, "--vocab-size", "300", "--out", out_dir], "keys seen: 'body'"),
         (["tokenizer", empty, "--vocab-size", "300", "--out", out_dir], "none of the 2 records .* 2 empty text"),
         (["tokenizer", files[0], "--vocab-size", "300"], "--out"),
+        (["tokenizer", files[0], "--vocab-size", "300", "--out", tmp_path / "bpe"], "bpe holds a tokenizer already"),
+        (
+            ["tokenizer", plain, "--vocab-size", "300", "--out", out_dir],
+            r'each line must be a JSON object such as {"text"',
+        ),
         (["inspect"], "name one config file, got none"),
         (["inspect", tmp_path / "none.yaml"], "none.yaml does not exist"),
         (["inspect", config, "data.tokenizer=./nowhere"], "tokenizer folder ./nowhere does not exist"),

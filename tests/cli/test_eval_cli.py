@@ -50,6 +50,11 @@ def test_several_files_behind_one_option_and_another_folder(
     assert "0 – 63" not in capsys.readouterr().out
 
 
+def named(word: str, names: dict[str, Path]) -> str:
+    first, *rest = word.split("/")
+    return str(names[first].joinpath(*rest)) if first in names else word
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -58,6 +63,7 @@ def test_several_files_behind_one_option_and_another_folder(
         (["MODEL", "--data", "*.nothing"], "--data: no file matches *.nothing"),
         (["MODEL", "--data", "EMPTY"], "--data: "),
         (["MODEL", "--data", "DATA", "--out", "EMPTY"], "--out "),
+        (["MODEL", "--data", "DATA", "--out", "EMPTY/sub"], "--out: the directory "),
         (["MODEL"], "Missing option '--data'"),
         (["MODEL", "--data", "DATA", "--mixed-precision", "fp8"], "--mixed-precision must be bf16 or no, got 'fp8'"),
         (["BARE", "--data", "DATA"], "MODEL holds no tokenizer"),
@@ -83,7 +89,7 @@ def test_bad_input_is_one_sentence(
     save_tiny_model(names["BARE"], None)
     save_tiny_model(names["LEARNED"], corpus / "tokenizer", srte_encoding="learned")
     capsys.readouterr()
-    assert main(["eval", *(str(names.get(word, word)) for word in arguments)]) == 2
+    assert main(["eval", *(named(word, names) for word in arguments)]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: " + sentence.replace("MODEL", str(names["BARE"])))
     assert shown.err.count("\n") == 1

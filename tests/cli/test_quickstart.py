@@ -172,6 +172,7 @@ def test_what_cannot_even_begin(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert "too few to hold 5% out" in capfd.readouterr().err
     assert main(["quickstart", "--out", str(tmp_path / "b"), "--corpus-bytes", "300000", "--vocab-size", "9"]) == 2
     assert "a vocabulary of 9 is too small" in capfd.readouterr().err
+    assert not (tmp_path / "b" / "corpus").exists()
 
 
 def test_its_settings_are_those_of_the_shipped_file() -> None:

@@ -118,6 +118,9 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
     [
         (["training.bach_size=2"], "training.bach_size is not a known setting; did you mean training.batch_size?"),
         (["trainig.batch_size=2"], "did you mean training?"),
+        (["max_steps=2"], "max_steps is not a known setting; did you mean training.max_steps?"),
+        (["training=5"], "training is a section: its settings are written below it, got 5"),
+        (["--dry-run", "model.vocab_size=100"], "has ids up to 299 but model.vocab_size is 100"),
         (["model.num_head=2"], "did you mean `num_heads`?"),
         (["model.num_heads=5"], "is not a multiple of `num_heads` 5"),
         (["model.window_size=0"], "`window_size` must be"),
@@ -146,6 +149,37 @@ def test_mistakes_are_one_sentence(train: Train, tmp_path: Path, arguments: list
     assert line.startswith("error: ")
     assert said in line
     assert not (tmp_path / "run").exists()  # told before any work is done
+
+
+def test_an_output_dir_that_cannot_be_made_is_named(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("kept")
+    code, _, errors = train(f"output_dir={tmp_path / 'notes.txt'}")
+    assert code == 2 and (tmp_path / "notes.txt").read_text() == "kept"
+    assert f"output_dir: the directory {tmp_path / 'notes.txt'} cannot be made (a file is in the way)" in errors
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused_before_anything_is_written(train: Train, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert train("training.max_steps=3")[0] == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for arguments in (
+        ("--resume", "auto", "training.max_steps=2"),
+        ("--resume", str(run), f"output_dir={other}", "training.max_steps=2"),
+        ("--resume", str(run), f"output_dir={other}", "training.max_steps=3"),
+    ):
+        code, _, errors = train(*arguments)
+        assert code == 2
+        assert f"is at step 3 and training.max_steps is {arguments[-1][-1]}: raise it to train on" in errors
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert not other.exists()
+    assert train("--resume", "auto", "training.max_steps=3")[0] == 0  # a complete run may be asked for again
+    assert train("--resume", str(run), f"output_dir={other}", "training.max_steps=4")[0] == 0
+
+
+def test_a_tokenizer_that_changed_is_named_when_a_run_does_not_fit_it(train: Train, tmp_path: Path) -> None:
+    assert train("training.max_steps=1")[0] == 0
+    code, _, errors = train("--resume", "auto", "training.max_steps=2", "model.vocab_size=384")
+    assert code == 2 and "data.tokenizer may have changed since (the checkpoint's own is in " in errors
 
 
 def test_several_processes_are_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(train: Train, tmp_pa
 
 def test_without_evaluation_data_it_trains_and_says_so(train: Train, tmp_path: Path) -> None:
     code, _, errors = train("data.eval_paths=[]", "training.max_steps=2")
-    assert code == 0 and "no evaluation" in errors
+    assert code == 0 and "no evaluation: data.eval_paths is empty" in errors
     assert all("eval_loss" not in row for row in metrics(tmp_path / "run"))
 
 

@@ -77,6 +77,7 @@ def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> Non
     code, errors = stop(stopped, run, polite, first)
     assert code == expected_code, f"{plan}\n{errors}"
     assert "go on with: fusiontree train --config" in errors and f"{polite.name}: stopped after step" in errors
+    assert f"{polite.name}: saving after this step; once more ends at once" in errors
     interrupted_at = int((run / "latest").resolve().name.removeprefix("step_"))
     assert first <= interrupted_at < steps
     assert len([row for row in rows(run, "metrics.jsonl") if "lm_loss" in row]) == interrupted_at

@@ -94,6 +94,7 @@ def prepare_data(out: Path, corpus_bytes: int, vocabulary: int) -> str:
         InputError: what is there was made with other sizes.
     """
     from fusiontree.data import train_bpe, write_embedded_corpus
+    from fusiontree.data.bpe import require_vocabulary
 
     wanted = {"corpus_bytes": corpus_bytes, "vocabulary": vocabulary}
     record = out / "corpus" / "made_with.json"
@@ -105,6 +106,7 @@ def prepare_data(out: Path, corpus_bytes: int, vocabulary: int) -> str:
                 "repeat these, or choose another --out"
             )
     else:
+        require_vocabulary(vocabulary)
         train, _ = write_embedded_corpus(out / "corpus", max_bytes=corpus_bytes)
         train_bpe([str(train)], vocabulary, out / "tokenizer")
         atomic_write(record, json.dumps(wanted) + "\n")

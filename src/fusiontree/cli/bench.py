@@ -65,6 +65,7 @@ def bench(
     if names == ["ops"]:
         _bench_ops(place, dtype.value)
         return
+    from fusiontree.artifacts import make_directory
     from fusiontree.eval.eval_system import BenchSettings
 
     settings = BenchSettings.parse(
@@ -82,6 +83,7 @@ def bench(
     if out is None or out.is_dir():
         destination /= "bench.json"
     model = _trained(names[0], place) if names else _fresh(config, overrides, place)
+    make_directory(destination.parent, "--out")
     report = _measure(model, names[0] if names else str(config or "quickstart"), peers, settings)
     _print_report(report)
     report.save(destination)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -41,7 +42,10 @@ def tokenizer(
     from fusiontree.data.bpe import train_bpe
     from fusiontree.data.report import DataReport
     from fusiontree.data.tokenizer import vocab_size_of
+    from fusiontree.errors import InputError
 
+    if (Path(out) / "tokenizer.json").exists():
+        raise InputError(f"--out {out} holds a tokenizer already, which runs may depend on: name another folder")
     report = DataReport()
     size = vocab_size_of(train_bpe(files, vocab_size, out, text_key, report=report))
     print(report.summary())
@@ -82,7 +86,7 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
         total.documents += report.documents
         table.add_row(
             escape(file.path),
-            f"{file.size / 1e6:.1f}",
+            f"{file.size / 1e6:,.3f}",
             str(report.documents),
             str(report.total_skipped),
             report.reasons(),
@@ -127,7 +131,7 @@ def inspect(
     separator_id = separator_id_of(text_tokenizer, settings.data.document_separator)
     console = Console(soft_wrap=True, highlight=False)
     files = "1 file" if len(corpus.files) == 1 else f"{len(corpus.files)} files"
-    console.print(f"data.{split.value}_paths: {files}, {corpus.num_bytes / 1e6:.1f} MB, {len(corpus)} lines")
+    console.print(f"data.{split.value}_paths: {files}, {corpus.num_bytes / 1e6:,.3f} MB, {len(corpus)} lines")
     inspection = inspect_corpus(corpus, text_tokenizer, separator_id, records=records)
     _print_inspection(console, inspection)
     loader = build_loader(

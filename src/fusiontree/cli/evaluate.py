@@ -25,7 +25,7 @@ def evaluate(
     by_position: bool = typer.Option(False, "--by-position", help="Also tabulate perplexity by place in the document."),
     out: Path = typer.Option(None, "--out", help="Folder for what is written; default: MODEL."),
     text_key: str = typer.Option("text", "--text-key", help="Key of a JSONL record that holds its text."),
-    max_tokens: int = typer.Option(None, "--max-tokens", min=1, help="Stop after about this many tokens."),
+    max_tokens: int = typer.Option(None, "--max-tokens", min=1, help="Stop after the document that reaches so many."),
     piece: int = typer.Option(2048, "--piece", min=2, help="Tokens of a forward pass: changes memory and speed alone."),
     mixed_precision: str = typer.Option("no", "--mixed-precision", help="bf16 = under autocast, as in training."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
@@ -37,6 +37,7 @@ def evaluate(
     """
     if mixed_precision not in ("bf16", "no"):
         raise InputError(f"--mixed-precision must be bf16 or no, got {mixed_precision!r}")
+    from fusiontree.artifacts import make_directory
     from fusiontree.cli._options import dtype_named
     from fusiontree.deploy.loading import load
     from fusiontree.eval.figures import plot_perplexity_by_position
@@ -47,6 +48,7 @@ def evaluate(
         raise InputError(f"--out {folder} is a file; name a folder")
     texts = Texts([*data, *(more or [])], text_key=text_key, where="--data")
     loaded = load(model, device=device, dtype=dtype_named(dtype))
+    make_directory(folder, "--out")
     report = _run(loaded, texts, str(model), piece, max_tokens, mixed_precision)
     print_report(report, by_position=by_position)
     report.save(folder / REPORT)

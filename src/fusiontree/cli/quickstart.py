@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +142,7 @@ def _summary(report: RunReport, threads: int) -> str:
         f"the text      {run}/sample.txt",
         f"the pictures  {run}/plots/",
         "",
-        "next:",
+        "next:" if shutil.which("fusiontree") else f"next (first: source {shlex.quote(sys.prefix)}/bin/activate):",
         *(f"  {command}" for command, _ in report.commands),
     ]
     return "\n".join(lines)

@@ -35,9 +35,11 @@ def train(
         from fusiontree.train.memory import dry_run as estimate
         from fusiontree.train.setup import model_config, tokenizer_of
 
-        # A model section that names its vocabulary needs no tokenizer to be measured.
-        needs_tokenizer = "vocab_size" not in settings.model and settings.data.tokenizer is not None
-        tokenizer = tokenizer_of(settings) if needs_tokenizer else None
+        # A model section that names its vocabulary can be measured without its tokenizer: only one that lies here is
+        # read, to find out whether the two fit.
+        named = settings.data.tokenizer
+        is_read = named is not None and ("vocab_size" not in settings.model or Path(named).is_dir())
+        tokenizer = tokenizer_of(settings) if is_read else None
         devices = settings.system.num_devices or int(os.environ.get("WORLD_SIZE", "1"))
         _print_dry_run(estimate(settings, model_config(settings, tokenizer), devices))
         return

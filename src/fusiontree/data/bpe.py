@@ -51,11 +51,7 @@ def train_bpe(
     Raises:
         InputError: `vocab_size` too small, files that cannot be used, or a folder that cannot be written.
     """
-    if vocab_size < _MIN_VOCAB_SIZE:
-        raise InputError(
-            f"a vocabulary of {vocab_size} is too small: byte-level BPE needs at least {_MIN_VOCAB_SIZE} tokens "
-            f"(256 bytes and {len(_SPECIAL_TOKENS)} special tokens)"
-        )
+    require_vocabulary(vocab_size)
     out = Path(out_dir).expanduser()
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; name a folder for the tokenizer")
@@ -83,6 +79,15 @@ def train_bpe(
     if report is None and counted.skipped:
         logger.warning("tokenizer training: %s", counted.summary())
     return tokenizer
+
+
+def require_vocabulary(vocab_size: int) -> None:
+    """Raises `InputError` unless `vocab_size` holds the 256 bytes and the special tokens."""
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise InputError(
+            f"a vocabulary of {vocab_size} is too small: byte-level BPE needs at least {_MIN_VOCAB_SIZE} tokens "
+            f"(256 bytes and {len(_SPECIAL_TOKENS)} special tokens)"
+        )
 
 
 def _texts(corpus: Corpus, report: DataReport) -> Iterator[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from fusiontree.data.line_index import LineIndex, index_lines
-from fusiontree.data.records import BLANK_LINE, NOT_UTF8, BadRecord, decode_record
+from fusiontree.data.records import BLANK_LINE, BROKEN_JSON, NOT_AN_OBJECT, NOT_UTF8, BadRecord, decode_record
 from fusiontree.data.report import DataReport
 from fusiontree.errors import InputError
 
@@ -157,6 +157,8 @@ class Corpus:
         advice = ""
         if NOT_UTF8 in report.skipped:
             advice = "; the files must be UTF-8 (iconv converts other encodings)"
+        elif BROKEN_JSON in report.skipped or NOT_AN_OBJECT in report.skipped:
+            advice = f'; each line must be a JSON object such as {{"{self.text_key}": "one document"}}'
         raise InputError(
             f"{where}: none of the {report.total_skipped} records of {names} can be used: {report.reasons()} "
             f"(first {first}){advice}"

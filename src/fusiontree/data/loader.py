@@ -165,7 +165,7 @@ class Loader:
             raise InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
         if bad.kind not in self._announced:
             self._announced.add(bad.kind)
-            logger.warning("skipped %s: %s, %s; more of these are counted, not shown", source, bad.kind, bad.detail)
+            logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
 
 
 def _stack(rows: list[Row]) -> Batch:

@@ -170,7 +170,9 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
+        known = isinstance(device, torch.device) or device.partition(":")[0] in ("cpu", "cuda")
+        problem = first_line(error) if known else "name cpu or cuda"
+        raise InputError(f"device {str(device)!r} cannot be used here: {problem}") from error
     return resolved
 
 

@@ -301,9 +301,12 @@ def load_model(path: Path, config: HybridLanguageModelConfig | None = None) -> H
         for name in SHAPE_FIELDS + learned:
             have, want = getattr(saved, name), getattr(config, name)
             if have != want:
+                advice = "resume with the run's own config.yaml, or start a new run"
+                if name == "vocab_size":
+                    advice = f"data.tokenizer may have changed since (the checkpoint's own is in {path}); or {advice}"
                 raise InputError(
                     f"checkpoint {path} was trained with model.{name} {have}, the configuration asks for {want}: "
-                    "resume with the run's own config.yaml, or start a new run"
+                    f"{advice}"
                 )
         saved = config
     try:

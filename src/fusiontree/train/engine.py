@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from fusiontree.artifacts import RunManifest
+from fusiontree.artifacts import RunManifest, make_directory
 from fusiontree.config import dump_yaml
 from fusiontree.data.batch import Batch
 from fusiontree.data.loader import Loader, build_loader
@@ -43,6 +44,7 @@ from fusiontree.train.setup import (
     checkpoint_to_resume,
     enable_gradient_checkpointing,
     model_config,
+    require_steps_left,
     seed_everything,
     tokenizer_of,
 )
@@ -85,6 +87,8 @@ class TrainingEngine:
         device = check_system(settings.system)
         checkpoint = checkpoint_to_resume(self.run_directory, resume)
         state = load_state(checkpoint) if checkpoint else None
+        if checkpoint and state:
+            require_steps_left(settings, checkpoint, state.step)
         tokenizer = tokenizer_of(settings)
         config = model_config(settings, tokenizer)
         self.tokenizer = tokenizer
@@ -149,7 +153,7 @@ class TrainingEngine:
         """Make the directory, or drop from its logs what a resumed run is about to write again."""
         if not self.accelerator.is_main_process:
             return
-        self.run_directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.run_directory, "output_dir")
         remove_unfinished(self.run_directory / "checkpoints")
         rows = self.metrics.truncate_after(self.step if self.checkpoint else -1)
         self.gates.truncate_after(self.step if self.checkpoint else -1)
@@ -326,7 +330,8 @@ class TrainingEngine:
             f"{self.accelerator.device.type}, {'bf16 autocast' if t.mixed_precision == 'bf16' else 'float32'}"
         )
         if self.eval_loader is None:
-            self.view.message("no evaluation: data.eval_paths is empty or training.eval_interval is 0")
+            reason = "data.eval_paths is empty" if t.eval_interval else "training.eval_interval is 0"
+            self.view.message(f"no evaluation: {reason}")
 
     def _report_end(self, stop: StopRequest) -> None:
         skipped = self.train_loader.report()
@@ -338,5 +343,5 @@ class TrainingEngine:
         saved = f"saved {self.checkpoint}" if self.checkpoint else "nothing to save yet"
         self.view.message(
             f"{stop.signal.name}: stopped after step {self.step}, {saved}; go on with: "
-            f"fusiontree train --config {self.run_directory / 'config.yaml'} --resume auto"
+            f"fusiontree train --config {shlex.quote(str(self.run_directory / 'config.yaml'))} --resume auto"
         )

@@ -124,7 +124,7 @@ class ProgressView:
     def message(self, text: str) -> None:
         """A sentence for the user, above the live line."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.mode == "plain":
             print(text, file=sys.stderr, flush=True)
 

@@ -137,7 +137,24 @@ def checkpoint_to_resume(directory: Path, resume: str | None) -> Path | None:
     found = path if (path / STATE_DIRECTORY).is_dir() else newest_checkpoint(path)
     if found is None:
         raise InputError(f"--resume {resume} is neither a training checkpoint nor a run that has one")
-    own = found.resolve().parent.parent == directory.resolve()
-    if not own and holds_run(directory):
+    if not _is_of(found, directory) and holds_run(directory):
         raise InputError(f"{directory} already holds another run than {found}: choose another output_dir")
     return found
+
+
+def require_steps_left(settings: RunSettings, checkpoint: Path, step: int) -> None:
+    """A run that is complete may be asked for again; one that leads on from a checkpoint needs a later end than it.
+
+    Raises:
+        InputError: `checkpoint` lies beyond `training.max_steps`, or at it and belongs to another run.
+    """
+    last = settings.training.max_steps
+    if step > last or (step == last and not _is_of(checkpoint, Path(settings.output_dir))):
+        raise InputError(
+            f"checkpoint {checkpoint} is at step {step} and training.max_steps is {last}: raise it to train on"
+        )
+
+
+def _is_of(checkpoint: Path, directory: Path) -> bool:
+    """Whether `checkpoint` belongs to the run in `directory`."""
+    return checkpoint.resolve().parent.parent == directory.resolve()
