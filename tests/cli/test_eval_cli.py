@@ -50,11 +50,6 @@ def test_several_files_behind_one_option_and_another_folder(
     assert "0 – 63" not in capsys.readouterr().out
 
 
-def named(word: str, names: dict[str, Path]) -> str:
-    first, *rest = word.split("/")
-    return str(names[first].joinpath(*rest)) if first in names else word
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -83,13 +78,14 @@ def test_bad_input_is_one_sentence(
         "MODEL": folder,
         "DATA": corpus / "train.jsonl",
         "EMPTY": tmp_path / "empty.jsonl",
+        "EMPTY/sub": tmp_path / "empty.jsonl" / "sub",
         "BARE": tmp_path / "bare",
         "LEARNED": tmp_path / "learned",
     }
     save_tiny_model(names["BARE"], None)
     save_tiny_model(names["LEARNED"], corpus / "tokenizer", srte_encoding="learned")
     capsys.readouterr()
-    assert main(["eval", *(named(word, names) for word in arguments)]) == 2
+    assert main(["eval", *(str(names.get(word, word)) for word in arguments)]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("error: " + sentence.replace("MODEL", str(names["BARE"])))
     assert shown.err.count("\n") == 1

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fusiontree.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +43,9 @@ def tokenizer(
     """Train a byte-level BPE tokenizer on JSONL files."""
     from fusiontree.data.bpe import train_bpe
     from fusiontree.data.report import DataReport
-    from fusiontree.data.tokenizer import vocab_size_of
-    from fusiontree.errors import InputError
+    from fusiontree.data.tokenizer import holds_tokenizer, vocab_size_of
 
-    if (Path(out) / "tokenizer.json").exists():
+    if holds_tokenizer(Path(out).expanduser()):
         raise InputError(f"--out {out} holds a tokenizer already, which runs may depend on: name another folder")
     report = DataReport()
     size = vocab_size_of(train_bpe(files, vocab_size, out, text_key, report=report))
@@ -64,7 +65,6 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
     from fusiontree.data.corpus import Corpus, resolve_paths
     from fusiontree.data.records import BadRecord
     from fusiontree.data.report import DataReport
-    from fusiontree.errors import InputError
 
     corpus = Corpus(resolve_paths(files, where="FILES"), text_key=text_key)
     total = DataReport()
@@ -116,7 +116,6 @@ def inspect(
     from fusiontree.data.inspection import inspect_corpus
     from fusiontree.data.loader import build_loader, open_corpus
     from fusiontree.data.tokenizer import load_tokenizer, separator_id_of
-    from fusiontree.errors import InputError
     from fusiontree.train.settings import load_run_settings
 
     overrides = [argument for argument in arguments or [] if "=" in argument]

@@ -38,7 +38,7 @@ def train(
         # A model section that names its vocabulary can be measured without its tokenizer: only one that lies here is
         # read, to find out whether the two fit.
         named = settings.data.tokenizer
-        is_read = named is not None and ("vocab_size" not in settings.model or Path(named).is_dir())
+        is_read = named is not None and ("vocab_size" not in settings.model or Path(named).expanduser().is_dir())
         tokenizer = tokenizer_of(settings) if is_read else None
         devices = settings.system.num_devices or int(os.environ.get("WORLD_SIZE", "1"))
         _print_dry_run(estimate(settings, model_config(settings, tokenizer), devices))

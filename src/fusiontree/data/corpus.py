@@ -157,7 +157,7 @@ class Corpus:
         advice = ""
         if NOT_UTF8 in report.skipped:
             advice = "; the files must be UTF-8 (iconv converts other encodings)"
-        elif BROKEN_JSON in report.skipped or NOT_AN_OBJECT in report.skipped:
+        elif report.skipped.keys() <= {BROKEN_JSON, NOT_AN_OBJECT}:
             advice = f'; each line must be a JSON object such as {{"{self.text_key}": "one document"}}'
         raise InputError(
             f"{where}: none of the {report.total_skipped} records of {names} can be used: {report.reasons()} "

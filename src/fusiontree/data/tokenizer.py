@@ -22,11 +22,15 @@ logger = logging.getLogger(__name__)
 
 _HUB_TIMEOUT_S = 10.0
 
-#: A folder without any of these holds no tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 # Several scripts, digits, spaces and code: what two tokenizers of one vocabulary would most likely cut differently.
 _PROBE = "The  quick-brown fox's 1234567 jumps\n\tover; naïve Größe 学而时习之，不亦说乎？ これは 한국어 f(x): x**2 🙂"
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether any of the files that tokenizers are saved in lies in `folder`."""
+    return any((folder / name).is_file() for name in _FILES)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:

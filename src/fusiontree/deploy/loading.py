@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
 from fusiontree.data import load_tokenizer, vocab_size_of
-from fusiontree.data.tokenizer import TOKENIZER_FILES
+from fusiontree.data.tokenizer import holds_tokenizer
 from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.checkpoint import newest_checkpoint, no_progress_bar
@@ -177,7 +177,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def _read_tokenizer(folder: Path, config: HybridLanguageModelConfig) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not holds_tokenizer(folder):
         return None
     tokenizer = load_tokenizer(folder)
     needed = vocab_size_of(tokenizer)

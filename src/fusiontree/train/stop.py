@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -39,11 +38,9 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self._restore()
-        # Written past Python's buffers: a handler may interrupt another write to the same stream.
-        with suppress(OSError, ValueError):
-            os.write(
-                sys.stderr.fileno(), f"\n{self.signal.name}: saving after this step; once more ends at once\n".encode()
-            )
+        # To standard error past Python's buffers: a handler may interrupt another write to the same stream.
+        with suppress(OSError):
+            os.write(2, f"\n{self.signal.name}: saving after this step; once more ends at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fusiontree.data.tokenizer import TOKENIZER_FILES, load_tokenizer
+from fusiontree.data.tokenizer import holds_tokenizer, load_tokenizer
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 
@@ -81,7 +81,7 @@ def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.devic
         raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first}") from error
     rows = model.get_output_embeddings().weight.shape[0]
     # In a folder without a tokenizer the sizes are all there is to compare.
-    bare = Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES)
+    bare = Path(name).is_dir() and not holds_tokenizer(Path(name))
     teachers_ids = None if bare else load_tokenizer(name).get_vocab()
     ids = tokenizer.get_vocab()
     if (teachers_ids != ids) if teachers_ids is not None else (rows != vocab_size):
