@@ -22,9 +22,9 @@ from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 from fusiontree.atomic import atomic_write
-from fusiontree.errors import InputError, first_line, nearest
+from fusiontree.errors import InputError, SettingError, first_line, nearest
 
-__all__ = ["InputError", "Settings", "apply_overrides", "dump_yaml", "load_yaml", "nearest"]
+__all__ = ["InputError", "Settings", "apply_overrides", "dump_yaml", "load_yaml", "nearest", "place_in_yaml"]
 
 
 def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -52,6 +52,26 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or any(not isinstance(key, str) for key in content):
         raise InputError(f"config file {path} must hold a mapping of named settings, such as `training:`")
     return typing.cast("dict[str, Any]", content)
+
+
+def place_in_yaml(path: str | os.PathLike[str], key: str) -> str | None:
+    """`FILE, line N` where a valid YAML file writes the dotted `key`; None where it does not.
+
+    A key below what the file writes as a value (a list's item) is found at that value.
+    """
+    with open(path, encoding="utf-8") as file:
+        node = yaml.compose(file, Loader=yaml.SafeLoader)
+    line = None
+    for part in key.split(".") if key else ():
+        entries = node.value if isinstance(node, yaml.MappingNode) else ()
+        found = next(((name, value) for name, value in entries if name.value == part), None)
+        if found is None:
+            break
+        name, node = found
+        line = name.start_mark.line + 1
+    else:
+        return f"{path}, line {line}" if line else None
+    return f"{path}, line {line}" if line and not isinstance(node, yaml.MappingNode) else None
 
 
 def apply_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -119,27 +139,33 @@ class Settings(BaseModel):
             where: the section's dotted name, such as `training`, for messages; empty for the whole file.
 
         Raises:
-            InputError: names the dotted key at fault, its value, and for an unknown key the nearest valid one.
+            SettingError: an `InputError`: names the dotted key at fault, its value, and for an unknown key the nearest
+                valid one.
         """
         if mapping is None:
             mapping = {}
         if not isinstance(mapping, Mapping):
-            raise InputError(f"{where or 'the configuration'} must be a section with keys, not {mapping!r}")
+            raise SettingError(f"{where or 'the configuration'} must be a section with keys, not {mapping!r}", where)
         try:
             return cls.model_validate(dict(mapping))
         except ValidationError as error:
             details = error.errors(include_url=False)
             # An unknown key explains a missing one (it is often the same, misspelt), so it comes first.
             details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-            sentence = _explain(cls, details[0], where)
+            key = _dotted(details[0], where)
+            sentence = _explain(cls, details[0], where, key or "the configuration")
             if len(details) > 1:
                 sentence += f" ({len(details) - 1} more of the settings here are wrong)"
-            raise InputError(sentence) from error
+            raise SettingError(sentence, key) from error
 
 
-def _explain(cls: type[BaseModel], detail: ErrorDetails, where: str) -> str:
+def _dotted(detail: ErrorDetails, where: str) -> str:
     path = [str(part) for part in detail["loc"]]
-    key = ".".join([where, *path] if where else path) or "the configuration"
+    return ".".join([where, *path] if where else path)
+
+
+def _explain(cls: type[BaseModel], detail: ErrorDetails, where: str, key: str) -> str:
+    path = [str(part) for part in detail["loc"]]
     kind, value = detail["type"], detail["input"]
     if kind == "extra_forbidden":
         owner = _section_at(cls, path[:-1])

@@ -13,6 +13,14 @@ class InputError(ValueError):
     """
 
 
+class SettingError(InputError):
+    """A setting that cannot be used; `key` is its dotted name, by which the line of its file can be found."""
+
+    def __init__(self, sentence: str, key: str):
+        super().__init__(sentence)
+        self.key = key
+
+
 def first_line(error: Exception) -> str:
     """What another library's error says, cut to a line that fits into a sentence."""
     lines = str(error).strip().splitlines()

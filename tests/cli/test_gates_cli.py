@@ -43,6 +43,13 @@ def test_the_table_shows_every_layer(run: Path, capsys: pytest.CaptureFixture[st
     assert math.isnan(record.layers[2].mean)
 
 
+@pytest.mark.parametrize("checkpoint", ["latest", "checkpoints/step_00000006"])
+def test_a_checkpoint_stands_for_its_run(run: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gates", str(run / checkpoint)]) == 0
+    assert "Gates at step 6" in capsys.readouterr().out
+    assert (run / "gates.json").is_file() and not (run / checkpoint / "gates.json").exists()
+
+
 def test_the_heat_maps_are_pictures(run: Path) -> None:
     shutil.rmtree(run / "plots", ignore_errors=True)
     assert main(["gates", str(run)]) == 0

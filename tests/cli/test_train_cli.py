@@ -151,6 +151,28 @@ def test_mistakes_are_one_sentence(train: Train, tmp_path: Path, arguments: list
     assert not (tmp_path / "run").exists()  # told before any work is done
 
 
+@pytest.mark.parametrize(
+    ("written", "by_hand", "said"),
+    [
+        (
+            "training:\n  max_steps: 3\n  bach_size: 2\n",
+            (),
+            "{file}, line 3: training.bach_size is not a known setting",
+        ),
+        ("seed: 1\ntraining: {betas: [0.9, x]}\n", (), "{file}, line 2: training.betas.1: input should be a valid num"),
+        ("seed: 1\n\ntraining: 5\n", (), "{file}, line 3: training is a section"),
+        ("training:\n  batch_size: 2\n", ("training.batch_size=x",), "error: training.batch_size: input should be"),
+    ],
+)
+def test_a_mistake_in_the_file_is_told_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], written: str, by_hand: tuple[str, ...], said: str
+) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(written)
+    assert main(["train", "--config", str(file), *by_hand]) == 2
+    assert said.format(file=file) in capsys.readouterr().err
+
+
 def test_an_output_dir_that_cannot_be_made_is_named(train: Train, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("kept")
     code, _, errors = train(f"output_dir={tmp_path / 'notes.txt'}")

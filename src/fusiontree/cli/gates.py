@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def gates(
-    run: Path = typer.Argument(..., help="Directory of a training run."),
+    run: Path = typer.Argument(..., help="Directory of a training run, or one of its checkpoints."),
     step: int = typer.Option(None, "--step", help="The record to tabulate: the last one up to this step."),
 ) -> None:
     """Show what the gates of a run did: a table of one record, and heat maps of all of them.
@@ -24,6 +24,9 @@ def gates(
     from fusiontree.errors import InputError
     from fusiontree.plots import plot_gates, read_gates
 
+    owner = run.resolve().parent.parent  # of RUN/checkpoints/step_…, and of RUN/latest, which is a link to one
+    if not (run / "gates.jsonl").exists() and (owner / "gates.jsonl").exists():
+        run = owner
     records = read_gates(run)
     upto = [record for record in records if step is None or record.step <= step]
     if not upto:

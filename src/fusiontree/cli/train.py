@@ -67,16 +67,17 @@ def _print_dry_run(estimate: DryRun) -> None:
         parameters.add_row(name, f"{count:,}", share(count, estimate.parameters))
     parameters.add_row("total", f"{estimate.parameters:,}", "", style="bold")
 
-    memory = Table("what", "GiB", "share", title=f"Memory per device ({estimate.devices} in all)")
     m = estimate.memory
+    unit, size_of_unit = ("GiB", 2**30) if m.total >= 2**30 else ("MiB", 2**20)
+    memory = Table("what", unit, "share", title=f"Memory per device ({estimate.devices} in all)")
     for name, size in (
         ("parameters", m.parameters),
         ("gradients", m.gradients),
         ("optimizer state", m.optimizer),
         ("activations (estimated)", m.activations),
     ):
-        memory.add_row(name, f"{size / 2**30:.2f}", share(size, m.total))
-    memory.add_row("total", f"{m.total / 2**30:.2f}", "", style="bold")
+        memory.add_row(name, f"{size / size_of_unit:.2f}", share(size, m.total))
+    memory.add_row("total", f"{m.total / size_of_unit:.2f}", "", style="bold")
 
     for table in (parameters, memory):
         for column in table.columns[1:]:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fusiontree.config import Settings, apply_overrides, load_yaml
+from fusiontree.config import Settings, apply_overrides, load_yaml, place_in_yaml
 from fusiontree.data.settings import DataSettings
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, SettingError
 
 
 class TrainingSettings(Settings):
@@ -131,11 +131,19 @@ def load_run_settings(config_path: str | os.PathLike[str], overrides: Sequence[s
     """Read a run's YAML file and its `key=value` overrides.
 
     Raises:
-        InputError: the file is missing or broken, a key is unknown (the nearest is named) or a value impossible.
+        InputError: the file is missing or broken, a key is unknown (the nearest is named) or a value impossible; a
+            mistake in the file is told with its line.
     """
     mapping = apply_overrides(load_yaml(config_path), list(overrides))
     mapping.setdefault("output_dir", f"runs/{Path(config_path).stem}")
-    return RunSettings.parse(mapping, where="")
+    try:
+        return RunSettings.parse(mapping, where="")
+    except SettingError as error:
+        overridden = {override.partition("=")[0].strip() for override in overrides}
+        place = None if error.key in overridden else place_in_yaml(config_path, error.key)
+        if place is None:
+            raise
+        raise SettingError(f"{place}: {error}", error.key) from error
 
 
 def as_run_settings(
