@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fusiontree import HybridCache, HybridLanguageModel
 from fusiontree.errors import InputError
+from fusiontree.models.initialization import HEAD_GAIN, LINEAR_STD, TABLE_STD
 
 FLOAT32 = ("A_log", "D", "dt_bias")
 
@@ -86,10 +87,31 @@ def test_initialisation():
         assert decay.min() >= 1
         assert decay.max() <= 16
         assert torch.equal(block.mamba.D, torch.ones_like(block.mamba.D))
+        assert block.gate.up.weight.std().item() == pytest.approx(LINEAR_STD / 8, rel=0.2)
         ratio = block.fusion_proj.weight.std() / block.gate.up.weight.std()
         assert 0.8 < ratio * 8**0.5 < 1.2  # residual outputs shrink with sqrt(2 L)
+    assert all((block.ln_output.weight == 1).all() for block in model.layers[:-1])
     version1 = tiny_model(mamba_version=1).layers[0].mamba.A_log.exp()
     torch.testing.assert_close(version1[3], torch.arange(1.0, 9.0))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_start_small_before_a_large_gain(tied):
+    """Small enough to move fast under Adam, and the logits start as if both factors were 1."""
+    model = tiny_model(hidden_size=64, vocab_size=500, tie_word_embeddings=tied, srte_encoding="learned")
+    assert (model.layers[-1].ln_output.weight == HEAD_GAIN).all()
+    for table in (model.embed_tokens.weight, model.lm_head.weight):
+        assert table.std().item() == pytest.approx(TABLE_STD / HEAD_GAIN, rel=0.05)
+    assert model.srte.table.weight.std().item() == pytest.approx(TABLE_STD, rel=0.1)
+    logits = model(torch.randint(500, (2, 40))).logits
+    assert logits.std().item() == pytest.approx(TABLE_STD * 64**0.5, rel=0.2)
+
+
+def test_time_encoding_of_a_position_has_length_one():
+    srte = tiny_model(hidden_size=64, srte_rank=32).srte
+    torch.nn.init.eye_(srte.proj.weight)
+    lengths = srte(torch.arange(300)[None], 299).norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
 def test_missing_weights_are_initialised_like_new(tmp_path):

@@ -80,6 +80,9 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         self.rotary = SinusoidTable(config.head_dim, config.rope_theta)
         self.layers = nn.ModuleList(HybridBlock(config, layer) for layer in range(config.num_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Read by the initialisation.
+        self.lm_head.is_head = True  # type: ignore[assignment]
+        self.layers[-1].ln_output.feeds_head = True  # type: ignore[union-attr]
         self._dropout_key = (0, 0, 0)
         self.post_init()
 

@@ -1,7 +1,10 @@
 """How every parameter starts, on one page.
 
-Linear maps and embeddings: normal with standard deviation 0.02; biases 0; norms 1 and 0. The two maps that write to
-the residual stream are divided by sqrt(2 L), so that its growth does not depend on the depth (Radford et al. 2019).
+Linear maps: normal with standard deviation 0.5 / sqrt(fan-in); biases 0; norms 1 and 0. The two maps that write to the
+residual stream are divided by sqrt(2 L), so that its growth does not depend on the depth (Radford et al. 2019).
+Embeddings and head: standard deviation 0.02 / 4, and the norm that the head reads starts at 4 instead of 1. The logits
+start as they would without the two factors, but a step of Adam, as large for a small weight as for a large one, moves
+them 4 times as far: tables want a higher learning rate than matrices do (Yang et al. 2022, "Tensor Programs V").
 Mamba: time steps softplus(dt_bias) log-uniform in [1e-3, 1e-1]; A = -(1 … N) per channel for version 1 (S4D-real, Gu et
 al. 2022) and -uniform(1, 16) per head for version 2 (Dao & Gu 2024); D = 1; convolution uniform within 1/sqrt(K).
 """
@@ -18,7 +21,9 @@ from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.hybrid_block import HybridBlock
 from fusiontree.models.mamba_block import MambaBlock
 
-STD = 0.02
+TABLE_STD = 0.02
+LINEAR_STD = 0.5  # times 1 / sqrt(fan-in)
+HEAD_GAIN = 4.0
 DT_MIN, DT_MAX = 1e-3, 1e-1
 A_MIN, A_MAX = 1.0, 16.0
 
@@ -27,20 +32,26 @@ def initialize(module: nn.Module, config: HybridLanguageModelConfig) -> None:
     """Initialise the parameters that `module` itself owns (transformers calls this for every submodule, children
     first, and leaves tensors that were loaded alone)."""
     if isinstance(module, nn.Linear):
-        depth = 2 * config.num_layers if getattr(module, "writes_residual", False) else 1
-        init.normal_(module.weight, std=STD / math.sqrt(depth))
+        init.normal_(module.weight, std=_linear_std(module, config))
         if module.bias is not None:
             init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        init.normal_(module.weight, std=STD)
+        init.normal_(module.weight, std=TABLE_STD / (1 if getattr(module, "holds_positions", False) else HEAD_GAIN))
     elif isinstance(module, nn.LayerNorm):
-        init.ones_(module.weight)
+        init.constant_(module.weight, HEAD_GAIN if getattr(module, "feeds_head", False) else 1.0)
         init.zeros_(module.bias)
     elif isinstance(module, MambaBlock):
         _initialize_mamba(module)
     elif isinstance(module, HybridBlock):
         for buffer in module.buffers(recurse=False):
             init.zeros_(buffer)
+
+
+def _linear_std(module: nn.Linear, config: HybridLanguageModelConfig) -> float:
+    if getattr(module, "is_head", False):
+        return TABLE_STD / HEAD_GAIN
+    depth = 2 * config.num_layers if getattr(module, "writes_residual", False) else 1
+    return LINEAR_STD / math.sqrt(module.in_features * depth)
 
 
 def _initialize_mamba(module: MambaBlock) -> None:

@@ -279,6 +279,7 @@ class SRTE(nn.Module):
         self.max_positions = config.max_position_embeddings
         if self.encoding == "learned":
             self.table = nn.Embedding(config.max_position_embeddings, config.srte_rank)
+            self.table.holds_positions = True  # type: ignore[assignment]  # read by the initialisation
         else:
             self.sinusoids = SinusoidTable(config.srte_rank, config.rope_theta)
         self.proj = nn.Linear(config.srte_rank, config.hidden_size, bias=False)
