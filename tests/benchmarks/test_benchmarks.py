@@ -71,6 +71,25 @@ def test_quality_records_each_run_once_and_reports_them(
         quality.main([*settings, "--models", "fusiontree"])
 
 
+def test_recall_measures_branches_of_equal_size(tmp_path: Path, benchmark_modules: None) -> None:
+    settings = ("--results", str(tmp_path), "--threads", "1", "--steps", "2", "--batch-size", "4", "--length", "32")
+    settings += ("--pairs", "4", "--vocab-size", "64", "--learning-rates", "1e-3")
+    done = run_script("recall.py", *settings, "--branches", "both", "mamba", "attention")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "recall.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["run"]["branches"] for record in found] == ["both", "mamba", "attention"]
+    sizes = [record["parameters"] for record in found]
+    assert max(sizes) / min(sizes) < 1.03
+    assert all(0 <= record["accuracy"] < 0.5 and len(record["curve"]) == 2 for record in found)
+
+    import recall
+
+    recall.main([*settings, "--branches", "both"])
+    assert len(path.read_text().splitlines()) == 3  # recorded already
+    assert "| 3 x attention |" in recall.report(path) and "| 2 x both |" in path.with_suffix(".md").read_text()
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, benchmark_modules: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
