@@ -79,6 +79,10 @@ def test_ops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
             "Invalid value for '--dtype': Value error, 'int8' is not one of 'bfloat16', 'float32'",
         ),
         (["ops", "--dtype", "int8"], "Invalid value for '--dtype': Value error, 'int8' is not one of"),
+        (
+            ["ops", "--out", "x.json", "model.num_layers=1"],
+            "bench ops takes --dtype and --device alone: leave out --train-batch, --out, model.num_layers=1",
+        ),
         (["MODEL", "--device", "abacus"], "device 'abacus' cannot be used here: name cpu or cuda"),
         (["MODEL", "--out", "FILE/bench.json"], "--out: the directory "),
         (["LEARNED", "--context", "200"], "263 positions are needed, but the model's learned time encoding (SRTE)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -171,6 +172,76 @@ def test_a_mistake_in_the_file_is_told_with_its_line(
     file.write_text(written)
     assert main(["train", "--config", str(file), *by_hand]) == 2
     assert said.format(file=file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("progress", ["none", "plain"])
+def test_bad_records_are_counted_in_training_and_evaluation(
+    train: Train, corpus: Path, tmp_path: Path, progress: str
+) -> None:
+    lines = {split: (corpus / f"{split}.jsonl").read_bytes().splitlines() for split in ("train", "eval")}
+    broken = [part for line in lines["train"] for part in (line, b"{broken")]  # a few steps read a few of them
+    bad = [lines["eval"][0], b'{"title": "no text"}', b"\xff\xfe", *lines["eval"][1:]]
+    files = {"train": tmp_path / "train.jsonl", "eval": tmp_path / "eval.jsonl"}
+    for split, written in (("train", broken), ("eval", bad)):
+        files[split].write_bytes(b"\n".join(written) + b"\n")
+    paths = [f"data.{split}_paths={path}" for split, path in files.items()]
+    code, _, errors = train(*paths, f"logging.progress={progress}", "training.eval_batches=null")
+    assert code == 0, errors
+    (data,) = [line for line in errors.splitlines() if line.startswith("data: ")]
+    assert re.search(r"[2-9] records skipped: [2-9] broken JSON", data) and f"{files['train']}:" in data
+    (evaluation,) = [line for line in errors.splitlines() if line.startswith("evaluation data: ")]
+    assert (
+        "2 records skipped" in evaluation and f"{files['eval']}:2" in evaluation and f"{files['eval']}:3" in evaluation
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{broken\n", "broken JSON"),
+        (b'{"text": "\xff\xfe"}\n', "not UTF-8"),
+        (b'{"title": "here"}\n', "text"),
+        (b'{"text": "  "}\n', "empty text"),
+    ],
+)
+def test_files_without_a_usable_record_are_refused(train: Train, tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content)
+    code, _, errors = train(f"data.train_paths={file}")
+    assert code == 2
+    sentence = errors.splitlines()[-1]
+    assert sentence.startswith("error: ") and f"{file}:1" in sentence and said in sentence
+
+
+def damage_by_truncation(checkpoint: Path) -> None:
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def damage_by_another_shape(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["layers.0.gate.up.weight"] = tensors["layers.0.gate.up.weight"][:-1].contiguous()
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_another_shape])
+def test_a_damaged_checkpoint_is_told_by_every_command(
+    train: Train, corpus: Path, tmp_path: Path, damage: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("training.max_steps=1")[0] == 0
+    run = tmp_path / "run"
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    damage(checkpoint)
+    commands = (
+        ["train", "--config", str(run / "config.yaml"), "--resume", "auto", "training.max_steps=2"],
+        ["generate", str(run), "--prompt", "a"],
+        ["eval", str(run), "--data", str(corpus / "eval.jsonl")],
+    )
+    for command in commands:
+        capfd.readouterr()
+        assert main(command) == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+        assert line.startswith("error: ") and checkpoint.name in line, command
 
 
 def test_an_output_dir_that_cannot_be_made_is_named(train: Train, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> Hyb
             if parameter.dim() == 2 and "conv" not in name:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
             else:
+                if name.endswith("ln_output.weight"):
+                    parameter.fill_(1)  # the last one starts larger, which would scale the logits and their errors
                 parameter.add_(0.3 * noise)
     return model.eval().to(dtype)
 
@@ -105,6 +107,11 @@ def any_model(request) -> HybridLanguageModel:
 @pytest.fixture(params=FEW)
 def some_model(request) -> HybridLanguageModel:
     return build(**COMBINATIONS[request.param])
+
+
+@pytest.fixture(params=FEW)
+def bf16_model(request) -> HybridLanguageModel:
+    return build(dtype=torch.bfloat16, **COMBINATIONS[request.param])
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest_laws import TOLERANCE, VOCAB, packed_positions, tokens
+from conftest_laws import BF16_TOLERANCE, TOLERANCE, VOCAB, packed_positions, tokens
 
 
 @pytest.mark.parametrize("positions", [None, packed_positions([9, 14], [17, 6])], ids=["plain", "packed"])
@@ -17,6 +17,15 @@ def test_later_tokens_do_not_reach_back(any_model, positions):
         logits = any_model(changed, position_ids=positions, use_cache=False).logits
         assert (logits[:, :t] - reference[:, :t]).abs().max() <= TOLERANCE / 10
         assert (logits[:, t] - reference[:, t]).abs().max() > TOLERANCE  # the change itself must be seen
+
+
+def test_later_tokens_do_not_reach_back_in_bfloat16(bf16_model):
+    ids, positions = tokens(2, 23), packed_positions([9, 14], [17, 6])
+    changed = ids.clone()
+    changed[:, 16:] = tokens(2, 7, seed=8)
+    before, after = (bf16_model(x, position_ids=positions, use_cache=False).logits.float() for x in (ids, changed))
+    assert (after[:, :16] - before[:, :16]).abs().max() <= BF16_TOLERANCE
+    assert (after[:, 16:] - before[:, 16:]).abs().max() > 1
 
 
 def test_padding_content_does_not_matter(any_model):

@@ -6,11 +6,8 @@ import pytest
 import torch
 from conftest_laws import (
     BF16_TOLERANCE,
-    COMBINATIONS,
-    FEW,
     TOLERANCE,
     assert_states_equal,
-    build,
     packed_positions,
     random_cuts,
     tokens,
@@ -63,12 +60,12 @@ def test_pieces_longer_than_the_window_and_the_chunk(some_model):
     assert (logits - uncached).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_bfloat16(name):
-    model, ids = build(dtype=torch.bfloat16, **COMBINATIONS[name]), tokens(2, LENGTH)
-    uncached = model(ids, use_cache=False).logits.float()
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_cut_equals_one_pass_in_bfloat16(bf16_model, layout):
+    positions, ids = LAYOUTS[layout], tokens(2, LENGTH)
+    uncached = bf16_model(ids, position_ids=positions, use_cache=False).logits.float()
     for sizes in ([1] * LENGTH, [7, 1, 21]):
-        logits, _ = read_in_pieces(model, ids, sizes)
+        logits, _ = read_in_pieces(bf16_model, ids, sizes, positions)
         assert (logits.float() - uncached).abs().max() <= BF16_TOLERANCE
 
 

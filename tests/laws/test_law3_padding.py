@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest_laws import COMBINATIONS, FEW, TOLERANCE, build, tokens
+from conftest_laws import BF16_TOLERANCE, COMBINATIONS, FEW, TOLERANCE, build, tokens
 
 from fusiontree import HybridCache, InputError
 
@@ -34,6 +34,18 @@ def test_logits_in_a_batch(any_model, side):
         alone = any_model(row[None], use_cache=False).logits[0]
         assert (logits[i][mask[i].bool()] - alone).abs().max() <= TOLERANCE
         assert (last[i, 0] - alone[-1]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_in_a_batch_and_continued_in_bfloat16(bf16_model, side):
+    rows, ids, mask = padded_batch(side)
+    cache, more = HybridCache(bf16_model.config), tokens(len(rows), 3, seed=50)
+    logits = bf16_model(ids, attention_mask=mask, past_key_values=cache).logits.float()
+    continued = bf16_model(more, past_key_values=cache).logits.float()
+    for i, row in enumerate(rows):
+        alone = bf16_model(torch.cat((row, more[i]))[None], use_cache=False).logits[0].float()
+        assert (logits[i][mask[i].bool()] - alone[:-3]).abs().max() <= BF16_TOLERANCE
+        assert (continued[i] - alone[-3:]).abs().max() <= BF16_TOLERANCE
 
 
 @pytest.mark.parametrize("cached", [False, True])

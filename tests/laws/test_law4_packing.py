@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest_laws import TOLERANCE, packed_positions, tokens
+from conftest_laws import BF16_TOLERANCE, TOLERANCE, packed_positions, tokens
 
 LENGTHS = [[7, 1, 12, 3], [2, 2, 18, 1]]
 
@@ -29,6 +29,14 @@ def test_logits_and_loss(any_model):
         total += any_model(document, labels=document).loss * (length - 1)
         count += length - 1
     assert abs(loss - total / count) <= TOLERANCE
+
+
+def test_logits_in_bfloat16(bf16_model):
+    ids = tokens(2, 23, seed=4)
+    packed = bf16_model(ids, position_ids=packed_positions(*LENGTHS), use_cache=False).logits.float()
+    for row, start, document in documents(ids):
+        alone = bf16_model(document, use_cache=False).logits[0].float()
+        assert (packed[row, start : start + document.shape[1]] - alone).abs().max() <= BF16_TOLERANCE
 
 
 def test_another_document_changes_nothing(any_model):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest_laws import COMBINATIONS, FEW, TOLERANCE, assert_states_equal, build, packed_positions, tokens
+from conftest_laws import (
+    BF16_TOLERANCE,
+    COMBINATIONS,
+    FEW,
+    TOLERANCE,
+    assert_states_equal,
+    build,
+    packed_positions,
+    tokens,
+)
 
 from fusiontree import HybridCache
 from fusiontree.errors import InputError
@@ -75,6 +84,18 @@ def test_reorder_in_place(any_model, packed):
     want = any_model(ids[:, 17:], past_key_values=expected, **second).logits
     got = any_model(more[[1, 1]], past_key_values=cache, **second).logits
     assert (got - want).abs().max() <= TOLERANCE
+
+
+def test_saved_forked_and_reordered_in_bfloat16(bf16_model, packed, tmp_path):
+    cache, more, rest = read(bf16_model, packed)
+    cache.save(tmp_path / "state.safetensors")
+    loaded, fork = HybridCache.load(tmp_path / "state.safetensors"), cache.clone()
+    want = bf16_model(more, past_key_values=cache, **rest).logits.float()
+    for other in (loaded, fork):
+        other.reorder_cache(torch.tensor([1, 0]))
+        swapped = {name: value[[1, 0]] for name, value in rest.items()}
+        got = bf16_model(more[[1, 0]], past_key_values=other, **swapped).logits.float()
+        assert (got[[1, 0]] - want).abs().max() <= BF16_TOLERANCE
 
 
 def test_select_and_repeat(some_model):

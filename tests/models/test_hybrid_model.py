@@ -107,11 +107,38 @@ def test_tables_start_small_before_a_large_gain(tied):
     assert logits.std().item() == pytest.approx(TABLE_STD * 64**0.5, rel=0.2)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_added_for_new_tokens_start_like_the_others(tied):
+    model = tiny_model(hidden_size=64, tie_word_embeddings=tied)
+    model.resize_token_embeddings(600, mean_resizing=False)
+    for table in (model.embed_tokens.weight, model.lm_head.weight):
+        assert table.shape[0] == 600
+        assert table[61:].std().item() == pytest.approx(TABLE_STD / HEAD_GAIN, rel=0.05)
+
+
 def test_time_encoding_of_a_position_has_length_one():
     srte = tiny_model(hidden_size=64, srte_rank=32).srte
     torch.nn.init.eye_(srte.proj.weight)
     lengths = srte(torch.arange(300)[None], 299).norm(dim=-1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
+
+
+def test_dropout_takes_embeddings_and_updates_in_training_alone():
+    model, ids = tiny_model(hidden_size=64, dropout=0.5), token_ids(4, 40)
+    plain = tiny_model(hidden_size=64, dropout=0.0)
+    assert torch.equal(model(ids).logits, plain(ids).logits)  # in evaluation mode
+    model.train()
+    embedded = model(ids, output_hidden_states=True).hidden_states[0]
+    kept = embedded != 0
+    assert kept.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    whole = model.embed_tokens(ids)
+    torch.testing.assert_close(embedded[kept], 2 * whole[kept])
+    # The blocks drop parts of their update too: without dropped embeddings, two passes still differ.
+    model.embed_dropout.p = 0.0
+    first, second = (model(ids, output_hidden_states=True).hidden_states for _ in range(2))
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    model.layers[0].dropout.p = model.layers[1].dropout.p = 0.0
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_missing_weights_are_initialised_like_new(tmp_path):

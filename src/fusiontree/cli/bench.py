@@ -28,6 +28,7 @@ _VOCABULARY = 4096
 
 
 def bench(
+    context_of_call: typer.Context,
     what: list[str] = typer.Argument(
         None,
         metavar="[MODEL | ops] [KEY=VALUE]...",
@@ -57,12 +58,13 @@ def bench(
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise InputError(f"bench measures one model: name one of {', '.join(names)}")
-    if names and (config or (overrides and names != ["ops"])):
+    if names and names != ["ops"] and (config or overrides):
         raise InputError("a trained MODEL has its own configuration: leave out --config and KEY=VALUE")
     from fusiontree.deploy.loading import resolve_device
 
     place = resolve_device(device)
     if names == ["ops"]:
+        _refuse_what_ops_ignores(context_of_call, overrides)
         _bench_ops(place, dtype.value)
         return
     from fusiontree.artifacts import make_directory
@@ -88,6 +90,17 @@ def bench(
     _print_report(report)
     report.save(destination)
     print(destination)
+
+
+def _refuse_what_ops_ignores(call: typer.Context, overrides: list[str]) -> None:
+    given = [
+        option.opts[0]
+        for option in call.command.params
+        if option.name not in ("what", "dtype", "device")
+        and getattr(call.get_parameter_source(option.name or ""), "name", None) == "COMMANDLINE"
+    ]
+    if given or overrides:
+        raise InputError(f"bench ops takes --dtype and --device alone: leave out {', '.join([*given, *overrides])}")
 
 
 def _trained(path: str, device: torch.device) -> HybridLanguageModel:

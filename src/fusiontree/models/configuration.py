@@ -169,7 +169,11 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             ("mamba_version", (1, 2)),
         ):
             value = getattr(self, name)
-            require(value in choices, f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+            known = value in choices and not isinstance(value, bool)
+            require(known, f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+        for name in ("use_alignment", "tie_word_embeddings", "use_cache", "return_logits_with_loss"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"`{name}` must be true or false, got {value!r}")
         for name in ("dropout", "drop_branch_prob"):
             value = getattr(self, name)
             ok = isinstance(value, (int, float)) and 0 <= value < 1
@@ -179,7 +183,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             ok = isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
             require(ok, f"`{name}` must be a positive number, got {value!r}")
         require(
-            isinstance(self.conv_kernel, int) and self.conv_kernel >= 2,
+            type(self.conv_kernel) is int and self.conv_kernel >= 2,
             f"`conv_kernel` must be at least 2, got {self.conv_kernel!r}",
         )
         require(
@@ -195,7 +199,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             f"`num_heads` {self.num_heads} is not a multiple of `num_kv_heads` {self.num_kv_heads}",
         )
         require(
-            isinstance(self.global_heads, int) and 0 <= self.global_heads <= self.num_heads,
+            type(self.global_heads) is int and 0 <= self.global_heads <= self.num_heads,
             f"`global_heads` must lie between 0 and `num_heads` {self.num_heads}, got {self.global_heads!r}",
         )
         group = self.num_heads // self.num_kv_heads

@@ -87,6 +87,8 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear) and not any(module is part for part in self.modules()):
+            module.is_head = True  # type: ignore[assignment]  # a new one, made by `resize_token_embeddings`
         initialize(module, self.config)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -334,9 +334,9 @@ class TrainingEngine:
             self.view.message(f"no evaluation: {reason}")
 
     def _report_end(self, stop: StopRequest) -> None:
-        skipped = self.train_loader.report()
-        if skipped.skipped:
-            self.view.message(f"data: {skipped.summary()}")
+        for name, loader in (("data", self.train_loader), ("evaluation data", self.eval_loader)):
+            if loader is not None and (report := loader.report()).skipped:
+                self.view.warn(f"{name}: {report.summary()}")
         if stop.signal is None:
             self.view.message(f"done: {self.step} steps, checkpoint {self.checkpoint}")
             return

@@ -94,6 +94,7 @@ class ProgressView:
         if mode == "auto":
             mode = "live" if self._console.is_terminal else "plain"
         self.mode = mode if visible else "none"
+        self._visible = visible
         self._max_steps = max_steps
         self._bar: Progress | None = None
         if self.mode == "live":
@@ -126,6 +127,13 @@ class ProgressView:
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.mode == "plain":
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A sentence that the user must not miss: shown in every mode."""
+        if self.mode != "none":
+            self.message(text)
+        elif self._visible:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
