@@ -55,12 +55,17 @@ def test_the_quickstarts_model_without_any_name(tmp_path: Path) -> None:
     assert report.models[0].train_tokens_per_second is None
 
 
-def test_ops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusiontree.eval.bench_ops.T", 16)
-    assert main(["bench", "ops", *FLOAT]) == 0
+def test_ops(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "ops", "--context", "48", "--batch", "2", *FLOAT]) == 0
     shown = capsys.readouterr().out
-    for op in available_backends():
-        assert shown.count(f" {op} ") >= 2
+    assert "2 x 48 tokens" in shown and "GFLOP/s" in shown
+    for op, backends in available_backends().items():
+        rows = [line.split("│") for line in shown.splitlines() if line.startswith(f"│ {op} ")]
+        assert {row[2].strip() for row in rows} == set(backends)
+        trains = op not in ("cached_attention", "token_cross_entropy")
+        for row in rows:
+            assert all(cell.strip().endswith(("ms", "x", "MB")) for cell in row[3:7])
+            assert all((cell.strip() != "–") == trains for cell in row[7:11])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_ops(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         (["ops", "--dtype", "int8"], "Invalid value for '--dtype': Value error, 'int8' is not one of"),
         (
             ["ops", "--out", "x.json", "model.num_layers=1"],
-            "bench ops takes --dtype and --device alone: leave out --train-batch, --out, model.num_layers=1",
+            "bench ops takes --context, --batch, --dtype and --device alone: leave out --train-batch, --out, model.",
         ),
         (["MODEL", "--device", "abacus"], "device 'abacus' cannot be used here: name cpu or cuda"),
         (["MODEL", "--out", "FILE/bench.json"], "--out: the directory "),

@@ -10,10 +10,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 from fusiontree import HybridCache, HybridLanguageModel, HybridLanguageModelConfig, InputError
-from fusiontree.eval.bench_ops import time_ops
 from fusiontree.eval.eval_system import BenchReport, BenchSettings, measure, stream_stamps, tensor_bytes
 from fusiontree.eval.peers import PEERS, PeerSize, build_peer, count_parameters
-from fusiontree.ops.backends import available_backends
 from tiny_models import TINY
 
 QUICK = BenchSettings(context=24, new_tokens=6, train_batch=2, train_length=16, rounds=2, dtype="float32")
@@ -120,13 +118,3 @@ def test_peers_that_cannot_be_built() -> None:
     )
     with pytest.raises(InputError, match=r"falcon_h1 of hidden size 8 .*comes no nearer to .* parameters than"):
         build_peer("falcon_h1", PeerSize.of(narrow))
-
-
-def test_every_backend_of_every_op_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusiontree.eval.bench_ops.T", 16)
-    timings = time_ops(torch.device("cpu"), rounds=1)
-    expected = {(op, name) for op, backends in available_backends().items() for name in backends}
-    assert {(timing.op, timing.backend) for timing in timings} == expected
-    for timing in timings:
-        assert (timing.milliseconds is not None) == timing.usable
-        assert timing.milliseconds is None or timing.milliseconds > 0

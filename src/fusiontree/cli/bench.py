@@ -13,7 +13,7 @@ from fusiontree.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from fusiontree.eval.bench_ops import OpTiming
+    from fusiontree.eval.bench_ops import Measured
     from fusiontree.eval.eval_system import BenchReport, BenchSettings
     from fusiontree.models import HybridLanguageModel
 
@@ -65,7 +65,7 @@ def bench(
     place = resolve_device(device)
     if names == ["ops"]:
         _refuse_what_ops_ignores(context_of_call, overrides)
-        _bench_ops(place, dtype.value)
+        _bench_ops(place, dtype.value, batch, context)
         return
     from fusiontree.artifacts import make_directory
     from fusiontree.eval.eval_system import BenchSettings
@@ -96,11 +96,12 @@ def _refuse_what_ops_ignores(call: typer.Context, overrides: list[str]) -> None:
     given = [
         option.opts[0]
         for option in call.command.params
-        if option.name not in ("what", "dtype", "device")
+        if option.name not in ("what", "dtype", "device", "batch", "context")
         and getattr(call.get_parameter_source(option.name or ""), "name", None) == "COMMANDLINE"
     ]
     if given or overrides:
-        raise InputError(f"bench ops takes --dtype and --device alone: leave out {', '.join([*given, *overrides])}")
+        surplus = ", ".join([*given, *overrides])
+        raise InputError(f"bench ops takes --context, --batch, --dtype and --device alone: leave out {surplus}")
 
 
 def _trained(path: str, device: torch.device) -> HybridLanguageModel:
@@ -191,24 +192,39 @@ def _print_report(report: BenchReport) -> None:
     print(f"{where}; torch {report.versions['torch']}, transformers {report.versions['transformers']}")
 
 
-def _bench_ops(device: torch.device, dtype: str) -> None:
+def _bench_ops(device: torch.device, dtype: str, batch: int, tokens: int) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
 
     from fusiontree.eval.bench_ops import SIZES, time_ops
 
-    timings = time_ops(device, getattr(torch, dtype))
-    table = Table("op", "backend", "ms", "", title=f"Op backends on {device.type}, {dtype}")
-    table.columns[2].justify = "right"
+    timings, rates = time_ops(device, getattr(torch, dtype), batch=batch, tokens=tokens)
+    heads = ("op", "backend", "forward", "floor", "moved", "floor", "with backward", "floor", "moved", "floor", "")
+    table = Table(*heads, title=f"Op backends on {device.type}, {dtype}, {batch} x {tokens} tokens")
+    for column in table.columns[2:-1]:
+        column.justify = "right"
     for timing in timings:
-        table.add_row(timing.op, timing.backend, _milliseconds(timing), timing.reason)
+        cells = [*_against_floor(timing.forward), *_against_floor(timing.training)]
+        table.add_row(timing.op, timing.backend, *cells, "" if timing.usable else timing.reason)
     console = Console()
     if not console.is_terminal:
-        console = Console(width=100)
+        console = Console(width=150)
     console.print(table)
-    print(f"medians of 5 calls; {SIZES}")
+    print(
+        f"medians of up to 5 calls; the columns `floor` say how many times the least time, or bytes, a cell is; "
+        f"here a matrix product reaches {rates.operations / 1e9:.0f} GFLOP/s and a copy {rates.bytes / 1e9:.1f} GB/s; "
+        f"{SIZES}"
+    )
 
 
-def _milliseconds(timing: OpTiming) -> str:
-    return f"{timing.milliseconds:.2f}" if timing.milliseconds is not None else "–"
+def _against_floor(measured: Measured | None) -> list[str]:
+    """Milliseconds, MB, and each against the floor."""
+    if measured is None:
+        return ["–"] * 4
+    return [
+        f"{1e3 * measured.seconds:.2f} ms",
+        f"{measured.seconds / measured.floor_seconds:.1f}x",
+        f"{measured.bytes / 1e6:.1f} MB",
+        f"{measured.bytes / measured.floor_bytes:.1f}x",
+    ]

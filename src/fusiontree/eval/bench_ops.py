@@ -1,4 +1,8 @@
-"""Which backends each op has on this machine, and how long they take.
+"""Which backends each op has on this machine, how long they take and how much they move, against the least possible.
+
+The least possible (`Work`) counts the multiplications and additions that no algorithm for the op avoids, and every
+input and output once. Divided by what the machine reaches on a large matrix product and on a large copy, measured in
+the same run, it gives the floor under the time.
 
 Shapes: B batch, T tokens, H hidden, h Mamba heads, P head width, N state, D attention head width, V vocabulary.
 """
@@ -9,16 +13,53 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree import ops
 from fusiontree.ops.backends import available_backends
 
-B, T, H, P, N, D, V = 1, 512, 256, 64, 64, 64, 1024
+H, P, N, D, V, WINDOW, TAPS = 384, 64, 64, 64, 4096, 256, 4
 HEADS = H // P
-WINDOW = 64
-SIZES = f"B={B} T={T} H={H} P={P} N={N} D={D} V={V} window={WINDOW}, forward, T=1 queries for cached_attention"
+GLOBAL_HEADS = 2
+SIZES = f"H={H} P={P} N={N} (16 for selective_scan) D={D} V={V} window={WINDOW} global heads={GLOBAL_HEADS}"
+#: A backend is not called again once its calls have taken this long.
+SECONDS_ENOUGH = 2.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call cannot do without: operations (a multiplication or an addition each) and bytes read or written."""
+
+    operations: float
+    bytes: float
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(self.operations * factor, self.bytes * factor)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine reaches: operations per second of a matrix product, bytes per second of a copy."""
+
+    operations: float
+    bytes: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds below which `work` cannot be done."""
+        return max(work.operations / self.operations, work.bytes / self.bytes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of calling a backend. seconds: median of the calls; bytes: read and written by its tensor operations."""
+
+    seconds: float
+    bytes: float
+    floor_seconds: float
+    floor_bytes: float
 
 
 @dataclass(frozen=True)
@@ -30,97 +71,188 @@ class OpTiming:
     usable: bool
     reason: str
     """Why it is usable here or not."""
-    milliseconds: float | None
-    """Median of one forward call; None if it is not usable."""
+    forward: Measured | None = None
+    """None if it is not usable."""
+    training: Measured | None = None
+    """Forward and backward; None if it is not usable, or the op is for decoding alone."""
 
 
-def time_ops(device: torch.device, dtype: torch.dtype = torch.float32, rounds: int = 5) -> list[OpTiming]:
-    """Times the forward pass of every backend that works here, the backends of an op taking turns."""
-    timings = []
+@dataclass(frozen=True)
+class _Case:
+    """An op with its inputs: `call(backend)` is the forward pass, `leaves` want gradients in training."""
+
+    call: Callable[[str], Any]
+    leaves: list[torch.Tensor]
+    work: Work
+    trains: bool = True
+
+
+def time_ops(
+    device: torch.device, dtype: torch.dtype = torch.float32, *, batch: int = 1, tokens: int = 1024, rounds: int = 5
+) -> tuple[list[OpTiming], Rates]:
+    """Times every backend that works here, the backends of an op taking turns.
+
+    Args:
+        batch, tokens: B and T of the inputs; `cached_attention` reads T keys with one query.
+        rounds: calls that count, after one that warms up.
+    """
+    rates, timings = measure_rates(device, dtype), []
     for op, backends in available_backends().items():
-        call = _CALLS[op](device, dtype)
+        case = _CASES[op](batch, tokens, device, dtype)
         usable = [name for name, (works, _) in backends.items() if works]
-        seconds: dict[str, list[float]] = {name: [] for name in usable}
-        for turn in range(rounds + 1):
-            for name in usable:
-                taken = _seconds(call, name, device)
-                if turn > 0:
-                    seconds[name].append(taken)
+        forward = _measure(case, usable, case.work, rates, rounds, device, trains=False)
+        training = {}
+        if case.trains:
+            # Backward repeats each product twice, reads what forward read, and writes as much again.
+            training = _measure(case, usable, case.work * 3, rates, rounds, device, trains=True)
         for name, (works, reason) in backends.items():
-            timings.append(OpTiming(op, name, works, reason, 1e3 * median(seconds[name]) if works else None))
-    return timings
+            timings.append(OpTiming(op, name, works, reason, forward.get(name), training.get(name)))
+    return timings, rates
 
 
-@torch.no_grad()
-def _seconds(call: Callable[[str], object], backend: str, device: torch.device) -> float:
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The machine's matrix product (2048 x 2048 in `dtype`) and copy (256 MiB), medians of five."""
+    size = 2048
+    a, b = (_normal(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(2**26, device=device)
+    target = torch.empty_like(source)
+    product = median([_seconds(lambda: a @ b, device) for _ in range(6)][1:])
+    copy = median([_seconds(lambda: target.copy_(source), device) for _ in range(6)][1:])
+    return Rates(operations=2 * size**3 / product, bytes=2 * source.numel() * 4 / copy)
+
+
+def _measure(
+    case: _Case, backends: list[str], work: Work, rates: Rates, rounds: int, device: torch.device, *, trains: bool
+) -> dict[str, Measured]:
+    for leaf in case.leaves:
+        leaf.requires_grad_(trains)
+
+    def call(backend: str) -> None:
+        with torch.set_grad_enabled(trains):
+            out = case.call(backend)
+            if trains:
+                torch.autograd.grad(out, case.leaves, torch.ones_like(out))
+
+    moved: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    for name in backends:
+        with _Traffic() as traffic:
+            call(name)
+        moved[name] = traffic.bytes
+    for _ in range(rounds):
+        for name in backends:
+            if sum(seconds[name]) < SECONDS_ENOUGH:
+                seconds[name].append(_seconds(lambda name=name: call(name), device))  # type: ignore[misc]
+    floor = rates.floor(work)
+    return {name: Measured(median(seconds[name]), moved[name], floor, work.bytes) for name in backends}
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
     started = now()
-    call(backend)
+    call()
     return now() - started
 
 
-Call = Callable[[str], object]
+class _Traffic(TorchDispatchMode):
+    """Adds up what tensor operations read and write; views move nothing, and a tensor read twice by one counts once."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not is_view:
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            unique = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+        return out
 
 
 def _normal(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
-def _ssd_scan(device: torch.device, dtype: torch.dtype) -> Call:
+def _bytes(*tensors: torch.Tensor) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _ssd_scan(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
     x = _normal(B, T, HEADS, P, device=device, dtype=dtype)
     dt = torch.rand(B, T, HEADS, device=device) * 0.1
     A = -torch.rand(HEADS, device=device)
-    bc = _normal(B, T, 1, N, device=device, dtype=dtype)
-    return lambda backend: ops.ssd_scan(x, dt, A, bc, bc, backend=backend)
+    b, c = (_normal(B, T, 1, N, device=device, dtype=dtype) for _ in range(2))
+    work = Work(4 * B * T * HEADS * P * N, _bytes(x, dt, b, c, x))  # each token into the state, the state read out
+    return _Case(lambda backend: ops.ssd_scan(x, dt, A, b, c, backend=backend), [x, dt, A, b, c], work)
 
 
-def _selective_scan(device: torch.device, dtype: torch.dtype) -> Call:
+def _selective_scan(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    states = 16
     u = _normal(B, T, H, device=device, dtype=dtype)
     delta = torch.rand(B, T, H, device=device) * 0.1
-    A = -torch.rand(H, 16, device=device)
-    bc = _normal(B, T, 16, device=device, dtype=dtype)
-    return lambda backend: ops.selective_scan(u, delta, A, bc, bc, backend=backend)
+    A = -torch.rand(H, states, device=device)
+    b, c = (_normal(B, T, states, device=device, dtype=dtype) for _ in range(2))
+    work = Work(6 * B * T * H * states, _bytes(u, delta, b, c, u))  # decay, input, sum and read-out of each state
+    return _Case(lambda backend: ops.selective_scan(u, delta, A, b, c, backend=backend), [u, delta, A, b, c], work)
 
 
-def _causal_conv1d(device: torch.device, dtype: torch.dtype) -> Call:
-    x, weight = _normal(B, T, H, device=device, dtype=dtype), _normal(H, 4, device=device, dtype=dtype)
-    return lambda backend: ops.causal_conv1d(x, weight, activation="silu", backend=backend)
+def _causal_conv1d(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    x, weight = _normal(B, T, H, device=device, dtype=dtype), _normal(H, TAPS, device=device, dtype=dtype)
+    work = Work(2 * TAPS * B * T * H, _bytes(x, weight, x))
+    return _Case(lambda backend: ops.causal_conv1d(x, weight, activation="silu", backend=backend), [x, weight], work)
 
 
-def _local_global_attention(device: torch.device, dtype: torch.dtype) -> Call:
-    qkv = _normal(B, T, H // D, D, device=device, dtype=dtype)
-    return lambda backend: ops.local_global_attention(
-        qkv, qkv, qkv, window_size=WINDOW, num_global_heads=1, backend=backend
+def _local_global_attention(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    heads = H // D
+    q, k, v = (_normal(B, T, heads, D, device=device, dtype=dtype) for _ in range(3))
+    window = min(WINDOW, T)
+    seen_local = T * window - window * (window - 1) / 2
+    pairs = (heads - GLOBAL_HEADS) * seen_local + GLOBAL_HEADS * T * (T + 1) / 2
+    work = Work(4 * B * D * pairs, _bytes(q, k, v, q))
+    return _Case(
+        lambda backend: ops.local_global_attention(
+            q, k, v, window_size=WINDOW, num_global_heads=GLOBAL_HEADS, backend=backend
+        ),
+        [q, k, v],
+        work,
     )
 
 
-def _cached_attention(device: torch.device, dtype: torch.dtype) -> Call:
-    kv = _normal(B, T, H // D, D, device=device, dtype=dtype)
-    places = torch.arange(T, device=device)[None].expand(B, T)
-    return lambda backend: ops.cached_attention(
-        kv[:, -1:], kv, kv, query_index=places[:, -1:], key_index=places, backend=backend
+def _cached_attention(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    heads = H // D
+    k, v = (_normal(B, T, heads, D, device=device, dtype=dtype) for _ in range(2))
+    q = _normal(B, 1, heads, D, device=device, dtype=dtype)
+    places = torch.arange(T, device=device).expand(B, T)
+    work = Work(4 * B * T * heads * D, _bytes(q, k, v, q))
+    return _Case(
+        lambda backend: ops.cached_attention(q, k, v, query_index=places[:, -1:], key_index=places, backend=backend),
+        [],
+        work,
+        trains=False,
     )
 
 
-def _cross_entropy(op: Callable[..., object]) -> Callable[[torch.device, torch.dtype], Call]:
-    def build(device: torch.device, dtype: torch.dtype) -> Call:
+def _cross_entropy(op: Callable[..., Any], *, trains: bool) -> Callable[[int, int, torch.device, torch.dtype], _Case]:
+    def build(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
         hidden, weight = _normal(B, T, H, device=device, dtype=dtype), _normal(V, H, device=device, dtype=dtype)
-        labels = torch.arange(T, device=device)[None].expand(B, T) % V
-        return lambda backend: op(hidden, weight, labels, backend=backend)
+        labels = torch.arange(T, device=device).expand(B, T) % V
+        work = Work(2 * B * T * H * V, _bytes(hidden, weight, labels))
+        return _Case(lambda backend: op(hidden, weight, labels, backend=backend), [hidden, weight], work, trains)
 
     return build
 
 
-_CALLS: dict[str, Callable[[torch.device, torch.dtype], Call]] = {
+_CASES: dict[str, Callable[[int, int, torch.device, torch.dtype], _Case]] = {
     "ssd_scan": _ssd_scan,
     "selective_scan": _selective_scan,
     "causal_conv1d": _causal_conv1d,
     "local_global_attention": _local_global_attention,
     "cached_attention": _cached_attention,
-    "linear_cross_entropy": _cross_entropy(ops.linear_cross_entropy),
-    "token_cross_entropy": _cross_entropy(ops.token_cross_entropy),
+    "linear_cross_entropy": _cross_entropy(ops.linear_cross_entropy, trains=True),
+    "token_cross_entropy": _cross_entropy(ops.token_cross_entropy, trains=False),
 }

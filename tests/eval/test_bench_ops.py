@@ -1,0 +1,47 @@
+"""Times and bytes of the ops' backends against the least possible."""
+
+from __future__ import annotations
+
+import torch
+
+from fusiontree.eval.bench_ops import Rates, Work, _Traffic, time_ops
+from fusiontree.ops.backends import available_backends
+
+
+def test_the_floor_is_the_slower_of_computing_and_moving() -> None:
+    rates = Rates(operations=100.0, bytes=10.0)
+    assert rates.floor(Work(200.0, 10.0)) == 2.0
+    assert rates.floor(Work(200.0, 50.0)) == 5.0
+    assert rates.floor(Work(200.0, 50.0) * 3) == 15.0
+
+
+def test_traffic_counts_what_is_read_and_written_and_no_views() -> None:
+    a = torch.ones(10, 4)
+    with _Traffic() as traffic:
+        a.t()[:2].reshape(2, 10)
+    assert traffic.bytes in (0, 2 * 20 * 4)  # a view, or a copy of the 20 numbers
+    with _Traffic() as traffic:
+        a.view(40)[::2].unsqueeze(0)
+    assert traffic.bytes == 0
+    with _Traffic() as traffic:
+        a.t() @ torch.ones(10, 3)
+    assert traffic.bytes == (40 + 30 + 12 + 30) * 4  # both factors and the product, and the ones when they were made
+    with _Traffic() as traffic:
+        a.add_(a)
+    assert traffic.bytes == 40 * 4
+
+
+def test_every_backend_moves_at_least_what_the_op_must() -> None:
+    torch.set_num_threads(1)
+    timings, _ = time_ops(torch.device("cpu"), tokens=80, rounds=1)
+    found = {(timing.op, timing.backend): timing for timing in timings}
+    assert set(found) == {(op, name) for op, backends in available_backends().items() for name in backends}
+    for timing in timings:
+        assert (timing.forward is not None) == timing.usable
+        for measured in (timing.forward, timing.training):
+            if measured is not None:
+                assert measured.seconds > 0 and measured.floor_seconds > 0
+                assert measured.bytes > 0.9 * measured.floor_bytes
+    for op in ("ssd_scan", "selective_scan", "local_global_attention"):
+        fast, naive = found[op, "torch"].training, found[op, "reference"].training
+        assert fast is not None and naive is not None and fast.bytes < naive.bytes
