@@ -51,20 +51,6 @@ def identity(name: str, learning_rate: float, options: argparse.Namespace, data:
     return run | {"state_size": options.state_size}
 
 
-def check_revisions(path: Path, revision: str) -> None:
-    """Refuse to put runs of different code of ours beside each other.
-
-    Raises:
-        SystemExit: `path` holds runs of ours of another revision.
-    """
-    found = {record["revision"] for record in records.read_records(path) if record["run"]["model"] == OURS}
-    if found - {revision}:
-        raise SystemExit(
-            f"error: {path.name} holds FusionTree runs of revision {', '.join(sorted(found - {revision}))}, the code "
-            f"is now {revision}: remove those lines with --discard-old-revisions, or write elsewhere with --results"
-        )
-
-
 def report(path: Path, *, steps: int, size: str) -> str:
     """Markdown table of the recorded runs of `steps` steps at `size`, each model at its best learning rate."""
     runs = [r for r in records.read_records(path) if r["run"]["steps"] == steps and r["run"]["size"] == size]
@@ -178,7 +164,7 @@ def main(argv: list[str]) -> None:
     for name, rate in plan:
         run = identity(name, rate, options, data)
         if name == OURS:
-            check_revisions(results, revision)
+            records.check_revisions(results, revision, lambda r: r["run"]["model"] == OURS)
         if any(record["run"] == run for record in records.read_records(results)):
             print(f"{name} {rate:g}: recorded already", flush=True)
             continue

@@ -52,7 +52,8 @@ def accuracy(model: HybridLanguageModel, task: MQARTask, recipe: Recipe, rows: i
 
 
 def train(branches: str, task: MQARTask, recipe: Recipe) -> dict:
-    """Train one model and return what was measured: `accuracy` on unseen rows, and its `curve` [[step, accuracy]]."""
+    """Train one model and return what was measured: `accuracy` on unseen rows (None if the loss left the finite
+    numbers), and its `curve` [[step, accuracy]]."""
     model = build(branches, task, recipe.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model), betas=BETAS, fused=True)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -72,41 +73,54 @@ def train(branches: str, task: MQARTask, recipe: Recipe) -> dict:
             print(f"{branches} {recipe.learning_rate:g} step {step} loss {loss.item():.3f} {curve[-1][1]}", flush=True)
         if not math.isfinite(loss.item()):
             break
+    finite = math.isfinite(loss.item())
     return {
         "parameters": count_parameters(model),
-        "accuracy": round(accuracy(model, task, recipe, TEST_ROWS), 4),
+        "accuracy": round(accuracy(model, task, recipe, TEST_ROWS), 4) if finite else None,
         "curve": curve,
         "cpu_seconds": round(time.process_time() - started),
     }
 
 
 def report(path: Path) -> str:
-    """The table of the recorded runs, saved beside them as Markdown."""
+    """The tables of the recorded runs, each kind of layers at its best learning rate, saved beside them as Markdown."""
     runs = records.read_records(path)
     if not runs:
         raise SystemExit(f"error: {path} holds no runs yet: run this script without --report first")
-    lines = ["# Associative recall", ""]
-    for task in {json.dumps(r["run"]["task"]): r["run"]["task"] for r in runs}.values():
-        group = [r for r in runs if r["run"]["task"] == task]
-        lines += [
-            f"{task['pairs']} pairs in {task['length']} tokens of {task['vocab_size']} ids; {TEST_ROWS} rows judge.",
-            "",
-            "| layers | parameters | steps x rows | learning rate | accuracy | CPU seconds |",
+    parts = ["# Associative recall\n"]
+    same = ("task", "steps", "batch_size", "dtype")
+    for setting in dict.fromkeys(json.dumps([r["run"][key] for key in same]) for r in runs):
+        task, steps, batch_size, dtype = json.loads(setting)
+        group = [r for r in runs if json.dumps([r["run"][key] for key in same]) == setting]
+        parts.append(
+            f"## {task['pairs']} pairs in {task['length']} tokens of {task['vocab_size']} ids, {steps} steps of "
+            f"{batch_size} rows, {dtype}; {TEST_ROWS} unseen rows judge\n"
+        )
+        lines = [
+            "| layers | seed | parameters | accuracy | rates tried | CPU seconds |",
             "|---|---|---|---|---|---|",
         ]
-        for r in sorted(group, key=lambda r: (-r["accuracy"], r["run"]["branches"])):
-            run = r["run"]
+        for branches, seed in dict.fromkeys((r["run"]["branches"], r["run"]["seed"]) for r in group):
+            tried = [r for r in group if (r["run"]["branches"], r["run"]["seed"]) == (branches, seed)]
+            tried.sort(key=lambda r: r["run"]["learning_rate"])
+            best = max(tried, key=lambda r: r["accuracy"] or 0.0)
+            rates = ", ".join(f"{r['run']['learning_rate']:g}: {_percent(r['accuracy'])}" for r in tried)
             lines.append(
-                f"| {LAYERS[run['branches']]} x {run['branches']} | {r['parameters'] / 1e6:.3f} M "
-                f"| {run['steps']} x {run['batch_size']} | {run['learning_rate']:g} | {100 * r['accuracy']:.1f} % "
-                f"| {r['cpu_seconds']} |"
+                f"| {LAYERS[branches]} x {branches} | {seed} | {best['parameters'] / 1e6:.3f} M "
+                f"| {_percent(best['accuracy'])} | {rates} | {best['cpu_seconds']} |"
             )
-        last = group[-1]
-        lines += ["", f"{last['cpu']}; {last['versions']}; commit {last['commit']}, code revision {last['revision']}; "]
-        lines[-1] += f"{last['date']}; `{last['command']}`"
-    text = "\n".join(lines) + "\n"
+        parts.append("\n".join(lines) + "\n")
+        where = {f"{r['cpu']}, {r['threads']} thread(s), torch {r['versions']['torch']}" for r in group}
+        code = {f"code revision {r['revision']} (commit {r['commit']})" for r in group}
+        days = sorted(r["date"] for r in group)
+        parts.append(f"{'; '.join(sorted(where | code))}; {days[0]} to {days[-1]}; `{group[-1]['command']}`.\n")
+    text = "\n".join(parts)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
+
+
+def _percent(accuracy: float | None) -> str:
+    return "diverged" if accuracy is None else f"{100 * accuracy:.1f} %"
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -122,7 +136,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=records.RESULTS)
-    parser.add_argument("--report", action="store_true", help="only write the table of the recorded runs")
+    parser.add_argument("--report", action="store_true", help="only write the tables of the recorded runs")
+    parser.add_argument("--discard-old-revisions", action="store_true", help="drop the runs of older code")
     return parser.parse_args(argv)
 
 
@@ -135,6 +150,9 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(options.threads)
     task = MQARTask(length=options.length, pairs=options.pairs, vocab_size=options.vocab_size)
     revision = records.code_revision(*OUR_CODE)
+    if options.discard_old_revisions:
+        records.keep_records(path, lambda r: r["revision"] == revision)
+    records.check_revisions(path, revision, lambda r: True)
     for branches in options.branches:
         for rate in options.learning_rates:
             recipe = Recipe(
@@ -151,7 +169,7 @@ def main(argv: list[str]) -> None:
                 "task": {"length": task.length, "pairs": task.pairs, "vocab_size": task.vocab_size},
                 **{key: getattr(recipe, key) for key in ("learning_rate", "steps", "batch_size", "seed", "dtype")},
             }
-            if any(r["run"] == run and r["revision"] == revision for r in records.read_records(path)):
+            if any(r["run"] == run for r in records.read_records(path)):
                 print(f"{branches} {rate:g}: recorded already", flush=True)
                 continue
             records.append_record(
@@ -166,7 +184,9 @@ def main(argv: list[str]) -> None:
                     "revision": revision,
                     "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
                     "command": f"python benchmarks/recall.py --branches {branches} --learning-rates {rate:g} "
-                    f"--steps {options.steps} --dtype {options.dtype} --threads {options.threads}",
+                    f"--steps {options.steps} --batch-size {options.batch_size} --length {options.length} "
+                    f"--pairs {options.pairs} --vocab-size {options.vocab_size} --seed {options.seed} "
+                    f"--dtype {options.dtype} --threads {options.threads}",
                 },
             )
 

@@ -53,6 +53,20 @@ def keep_records(path: Path, wanted: Callable[[dict], bool]) -> None:
         handle.writelines(kept)
 
 
+def check_revisions(path: Path, revision: str, ours: Callable[[dict], bool]) -> None:
+    """Refuse to put runs of different code of `ours` beside each other.
+
+    Raises:
+        SystemExit: `path` holds runs of ours of another revision.
+    """
+    others = {record["revision"] for record in read_records(path) if ours(record)} - {revision}
+    if others:
+        raise SystemExit(
+            f"error: {path.name} holds FusionTree runs of revision {', '.join(sorted(others))}, the code is now "
+            f"{revision}: remove those lines with --discard-old-revisions, or write elsewhere with --results"
+        )
+
+
 def cpu_model() -> str:
     """Name of the processor and what decides its speed in bf16, without anything that names the machine."""
     info = Path("/proc/cpuinfo")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -36,6 +37,8 @@ __all__ = [
     "RunManifest",
     "atomic_directory",
     "atomic_write",
+    "checkpoint_name",
+    "checkpoint_step",
     "git_revision",
     "library_versions",
     "make_directory",
@@ -43,7 +46,20 @@ __all__ = [
 
 BranchKind = Literal["both", "mamba", "attention"]
 
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+
 CORE_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of the checkpoint after `step` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """The step in a checkpoint directory's name; None for another name."""
+    match = _STEP_NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else None
 
 
 class _Record(BaseModel):

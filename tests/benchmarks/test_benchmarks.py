@@ -43,7 +43,7 @@ def test_quality_records_each_run_once_and_reports_them(
 ) -> None:
     where = ("--results", str(tmp_path), "--corpus", "numbers")
     settings = (*TINY, *where, "--train", str(corpus), "--valid", str(corpus), "--cache", str(tmp_path / "cache"))
-    settings += ("--steps", "2", "--warmup", "1", "--length", "64", "--learning-rates", "2e-3")
+    settings += ("--steps", "2", "--warmup", "1", "--length", "64", "--learning-rates", "1e-3")
     first = run_script("quality.py", *settings, "--models", "fusiontree", "llama")
     assert first.returncode == 0, first.stderr
     path = tmp_path / "quality_numbers.jsonl"
@@ -87,7 +87,11 @@ def test_recall_measures_branches_of_equal_size(tmp_path: Path, benchmark_module
 
     recall.main([*settings, "--branches", "both"])
     assert len(path.read_text().splitlines()) == 3  # recorded already
-    assert "| 3 x attention |" in recall.report(path) and "| 2 x both |" in path.with_suffix(".md").read_text()
+    assert "| 3 x attention | 0 |" in recall.report(path) and "| 2 x both | 0 |" in path.with_suffix(".md").read_text()
+    assert "--pairs 4 --vocab-size 64" in found[0]["command"]
+    path.write_text(json.dumps(found[0] | {"revision": "0" * 12}) + "\n")
+    with pytest.raises(SystemExit, match="revision 000000000000"):
+        recall.main([*settings, "--branches", "both"])
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(

@@ -50,6 +50,20 @@ def test_a_checkpoint_stands_for_its_run(run: Path, checkpoint: str, capsys: pyt
     assert (run / "gates.json").is_file() and not (run / checkpoint / "gates.json").exists()
 
 
+def test_an_earlier_checkpoint_shows_what_was_recorded_until_then(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["gates", str(run / "checkpoints" / "step_00000003")]) == 0
+    assert "Gates at step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["checkpoints/step_00000099", "no/such"])
+def test_a_path_that_is_not_there_is_no_checkpoint(run: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gates", str(run / path)]) == 2
+    assert f"run directory {run / path} does not exist" in capsys.readouterr().err
+    assert not (run / "gates.json").exists()
+
+
 def test_the_heat_maps_are_pictures(run: Path) -> None:
     shutil.rmtree(run / "plots", ignore_errors=True)
     assert main(["gates", str(run)]) == 0

@@ -163,6 +163,9 @@ def test_mistakes_are_one_sentence(train: Train, tmp_path: Path, arguments: list
         ("seed: 1\ntraining: {betas: [0.9, x]}\n", (), "{file}, line 2: training.betas.1: input should be a valid num"),
         ("seed: 1\n\ntraining: 5\n", (), "{file}, line 3: training is a section"),
         ("training:\n  batch_size: 2\n", ("training.batch_size=x",), "error: training.batch_size: input should be"),
+        ("training:\n  betas: [0.9, 0.95]\n", ("training.betas=[0.9, x]",), "error: training.betas.1: input should be"),
+        ("training:\n  batch_size: 2\n", ("training={batch_size: x}",), "error: training.batch_size: input should be"),
+        ("system:\n  device: cpu\n", ("system.offload_params=true",), "error: system: offload_params needs zero_stage"),
     ],
 )
 def test_a_mistake_in_the_file_is_told_with_its_line(

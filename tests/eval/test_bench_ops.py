@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fusiontree.eval.bench_ops import Rates, Work, _Traffic, time_ops
@@ -12,14 +13,18 @@ def test_the_floor_is_the_slower_of_computing_and_moving() -> None:
     rates = Rates(operations=100.0, bytes=10.0)
     assert rates.floor(Work(200.0, 10.0)) == 2.0
     assert rates.floor(Work(200.0, 50.0)) == 5.0
-    assert rates.floor(Work(200.0, 50.0) * 3) == 15.0
+    assert Work(200.0, 50.0).with_backward() == Work(600.0, 100.0)
 
 
 def test_traffic_counts_what_is_read_and_written_and_no_views() -> None:
     a = torch.ones(10, 4)
     with _Traffic() as traffic:
-        a.t()[:2].reshape(2, 10)
-    assert traffic.bytes in (0, 2 * 20 * 4)  # a view, or a copy of the 20 numbers
+        torch.empty(100)
+        a[:1].expand(10, 4)
+    assert traffic.bytes == 0
+    with _Traffic() as traffic:
+        a[:1].expand(10, 4) + a
+    assert traffic.bytes == (4 + 40 + 40) * 4
     with _Traffic() as traffic:
         a.view(40)[::2].unsqueeze(0)
     assert traffic.bytes == 0
@@ -29,6 +34,14 @@ def test_traffic_counts_what_is_read_and_written_and_no_views() -> None:
     with _Traffic() as traffic:
         a.add_(a)
     assert traffic.bytes == 40 * 4
+
+
+def test_long_inputs_leave_the_naive_backends_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusiontree.eval.bench_ops.NAIVE_TOKENS", 8)
+    timings, _ = time_ops(torch.device("cpu"), tokens=16, rounds=1)
+    for timing in timings:
+        assert (timing.forward is None) == (timing.backend == "reference")
+        assert timing.reason == ("not measured beyond 8 tokens" if timing.backend == "reference" else "")
 
 
 def test_every_backend_moves_at_least_what_the_op_must() -> None:

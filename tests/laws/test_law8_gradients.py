@@ -67,7 +67,7 @@ def test_under_bfloat16_autocast(name):
         return gradients(model)
 
     want = run(slice(None))
-    assert_gradients_equal(run(slice(0, 1), slice(1, 4)), want, 0.02)
+    assert_gradients_equal(run(slice(0, 1), slice(1, 4)), want, 0.005)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_gradients_equal(run(slice(None)), want, 1e-6)
 

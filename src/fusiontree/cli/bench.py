@@ -206,7 +206,7 @@ def _bench_ops(device: torch.device, dtype: str, batch: int, tokens: int) -> Non
         column.justify = "right"
     for timing in timings:
         cells = [*_against_floor(timing.forward), *_against_floor(timing.training)]
-        table.add_row(timing.op, timing.backend, *cells, "" if timing.usable else timing.reason)
+        table.add_row(timing.op, timing.backend, *cells, timing.reason)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)

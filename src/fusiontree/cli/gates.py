@@ -13,20 +13,21 @@ if TYPE_CHECKING:
 
 
 def gates(
-    run: Path = typer.Argument(..., help="Directory of a training run, or one of its checkpoints."),
-    step: int = typer.Option(None, "--step", help="The record to tabulate: the last one up to this step."),
+    run: Path = typer.Argument(..., help="Directory of a training run, or a checkpoint of one."),
+    step: int = typer.Option(None, "--step", help="Leave out what was recorded after this step."),
 ) -> None:
     """Show what the gates of a run did: a table of one record, and heat maps of all of them.
 
     Writes gates.json (the record tabulated), plots/gates_by_step.png (layer x step) and plots/gates_by_channel.png
     (layer x channel) into the run directory. A gate of 1 takes the Mamba branch alone, 0 the attention branch.
     """
+    from fusiontree.artifacts import checkpoint_step
     from fusiontree.errors import InputError
     from fusiontree.plots import plot_gates, read_gates
 
-    owner = run.resolve().parent.parent  # of RUN/checkpoints/step_…, and of RUN/latest, which is a link to one
-    if not (run / "gates.jsonl").exists() and (owner / "gates.jsonl").exists():
-        run = owner
+    at_checkpoint = checkpoint_step(run.resolve()) if (run / "config.json").is_file() else None
+    if at_checkpoint is not None:  # RUN/checkpoints/step_…, or RUN/latest, which is a link to one
+        run, step = run.resolve().parent.parent, at_checkpoint if step is None else min(step, at_checkpoint)
     records = read_gates(run)
     upto = [record for record in records if step is None or record.step <= step]
     if not upto:

@@ -1,16 +1,19 @@
 """Which backends each op has on this machine, how long they take and how much they move, against the least possible.
 
 The least possible (`Work`) counts the multiplications and additions that no algorithm for the op avoids, and every
-input and output once. Divided by what the machine reaches on a large matrix product and on a large copy, measured in
-the same run, it gives the floor under the time.
+input and output once (with a backward pass, their gradients too). Divided by what the machine reaches on a large matrix
+product and on a large copy, measured in the same run, it gives the floor under the time; what fits into a cache may be
+moved faster than that.
 
 Shapes: B batch, T tokens, H hidden, h Mamba heads, P head width, N state, D attention head width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,6 +30,8 @@ GLOBAL_HEADS = 2
 SIZES = f"H={H} P={P} N={N} (16 for selective_scan) D={D} V={V} window={WINDOW} global heads={GLOBAL_HEADS}"
 #: A backend is not called again once its calls have taken this long.
 SECONDS_ENOUGH = 2.0
+#: Beyond this length the naive `reference` takes minutes a call, or all memory.
+NAIVE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,9 @@ class Work:
     operations: float
     bytes: float
 
-    def __mul__(self, factor: float) -> Work:
-        return Work(self.operations * factor, self.bytes * factor)
+    def with_backward(self) -> Work:
+        """Backward repeats each product twice, reads the outputs' gradients and writes the inputs'."""
+        return Work(3 * self.operations, 2 * self.bytes)
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,11 @@ class OpTiming:
     backend: str
     usable: bool
     reason: str
-    """Why it is usable here or not."""
+    """Why it was not measured; empty if it was."""
     forward: Measured | None = None
-    """None if it is not usable."""
+    """None if it is not usable or needs more memory than there is."""
     training: Measured | None = None
-    """Forward and backward; None if it is not usable, or the op is for decoding alone."""
+    """Forward and backward; None as above, and for ops that carry no gradient."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +106,18 @@ def time_ops(
     for op, backends in available_backends().items():
         case = _CASES[op](batch, tokens, device, dtype)
         usable = [name for name, (works, _) in backends.items() if works]
+        if tokens > NAIVE_TOKENS:
+            usable.remove("reference")
         forward = _measure(case, usable, case.work, rates, rounds, device, trains=False)
         training = {}
         if case.trains:
-            # Backward repeats each product twice, reads what forward read, and writes as much again.
-            training = _measure(case, usable, case.work * 3, rates, rounds, device, trains=True)
+            training = _measure(case, list(forward), case.work.with_backward(), rates, rounds, device, trains=True)
         for name, (works, reason) in backends.items():
+            if works and name not in usable:
+                reason = f"not measured beyond {NAIVE_TOKENS} tokens"
+            elif works:
+                measured = name in (training if case.trains else forward)
+                reason = "" if measured else "needs more memory than there is"
             timings.append(OpTiming(op, name, works, reason, forward.get(name), training.get(name)))
     return timings, rates
 
@@ -136,15 +148,27 @@ def _measure(
     moved: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in backends}
     for name in backends:
-        with _Traffic() as traffic:
+        with _where_memory_suffices(), _Traffic() as traffic:
             call(name)
-        moved[name] = traffic.bytes
+            moved[name] = traffic.bytes
     for _ in range(rounds):
-        for name in backends:
+        for name in moved:
             if sum(seconds[name]) < SECONDS_ENOUGH:
                 seconds[name].append(_seconds(lambda name=name: call(name), device))  # type: ignore[misc]
     floor = rates.floor(work)
-    return {name: Measured(median(seconds[name]), moved[name], floor, work.bytes) for name in backends}
+    return {name: Measured(median(seconds[name]), moved[name], floor, work.bytes) for name in moved}
+
+
+@contextmanager
+def _where_memory_suffices() -> Iterator[None]:
+    """Leaves its block where memory does not suffice; on CPU torch raises a plain RuntimeError for that."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -159,7 +183,9 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 class _Traffic(TorchDispatchMode):
-    """Adds up what tensor operations read and write; views move nothing, and a tensor read twice by one counts once."""
+    """Adds up what tensor operations read and write. Views and `empty` move nothing, a tensor that one operation reads
+    twice counts once, and so does a number that is expanded.
+    """
 
     bytes = 0
 
@@ -167,11 +193,16 @@ class _Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         returns = func._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if not is_view:
+        if not is_view and "empty" not in func._schema.name:
             leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
             unique = {id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
+            self.bytes += sum(_held(tensor) * tensor.element_size() for tensor in unique.values())
         return out
+
+
+def _held(tensor: torch.Tensor) -> int:
+    """Numbers of a tensor, each counted once however far it is expanded."""
+    return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0)
 
 
 def _normal(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -187,7 +218,9 @@ def _ssd_scan(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case
     dt = torch.rand(B, T, HEADS, device=device) * 0.1
     A = -torch.rand(HEADS, device=device)
     b, c = (_normal(B, T, 1, N, device=device, dtype=dtype) for _ in range(2))
-    work = Work(4 * B * T * HEADS * P * N, _bytes(x, dt, b, c, x))  # each token into the state, the state read out
+    recurrent = 4 * T * HEADS * P * N  # each token into the state, the state read out
+    quadratic = T * (T + 1) * (N + HEADS * P)  # each pair of tokens weighed, and weighted
+    work = Work(B * min(recurrent, quadratic), _bytes(x, dt, b, c, x))
     return _Case(lambda backend: ops.ssd_scan(x, dt, A, b, c, backend=backend), [x, dt, A, b, c], work)
 
 

@@ -15,7 +15,7 @@ import torch
 from fusiontree.data.batch import IGNORED_LABEL, Batch
 from fusiontree.errors import InputError
 
-#: Exponent of the gap between a key's pair and its question: weights gap^(POWER - 1), as published.
+#: The k-th place behind the list of pairs is drawn for a question with weight k^(POWER - 1), as published.
 POWER = 0.01
 
 

@@ -4,7 +4,8 @@ Linear maps: normal with standard deviation 0.5 / sqrt(fan-in); biases 0; norms 
 residual stream are divided by sqrt(2 L), so that its growth does not depend on the depth (Radford et al. 2019).
 Embeddings and head: standard deviation 0.02 / 4, and the norm that the head reads starts at 4 instead of 1. The logits
 start as they would without the two factors, but a step of Adam, as large for a small weight as for a large one, moves
-them 4 times as far: tables want a higher learning rate than matrices do (Yang et al. 2022, "Tensor Programs V").
+them 4 times as far: tables want a higher learning rate than matrices do (Yang et al. 2022, "Tensor Programs V"). The
+table of a learned time encoding stays at 0.02.
 Mamba: time steps softplus(dt_bias) log-uniform in [1e-3, 1e-1]; A = -(1 … N) per channel for version 1 (S4D-real, Gu et
 al. 2022) and -uniform(1, 16) per head for version 2 (Dao & Gu 2024); D = 1; convolution uniform within 1/sqrt(K).
 """

@@ -269,8 +269,8 @@ class SRTE(nn.Module):
     table of `max_position_embeddings` rows of `srte_rank`.
 
     A position's sinusoids are scaled to length 1. Most of them hardly change from token to token, so a step of the
-    optimizer on `proj` moves every token's input alike, by the learning rate times the sum of the features; at length
-    sqrt(srte_rank / 2) that was 0.16 a step at a rate of 2e-3, a noise on the input of every layer.
+    optimizer on `proj` moves every token's input alike, by up to the learning rate times the sum of their sizes; at
+    length sqrt(srte_rank / 2) = 8 that was 0.16 at a rate of 2e-3, a noise on the input of every layer.
     """
 
     def __init__(self, config: HybridLanguageModelConfig):

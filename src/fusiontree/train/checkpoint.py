@@ -14,7 +14,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fusiontree.artifacts import atomic_directory
+from fusiontree.artifacts import atomic_directory, checkpoint_name, checkpoint_step
 from fusiontree.errors import InputError
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.hybrid_model import HybridLanguageModel
@@ -44,8 +43,6 @@ SHAPE_FIELDS = (
     *("gate_rank", "use_alignment", "srte_encoding", "srte_rank", "rope_theta", "norm_eps", "layer_branches"),
     "tie_word_embeddings",
 )
-
-_STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 @dataclass
@@ -62,17 +59,6 @@ class TrainingState:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """Optimizer moments `optimizer.<parameter>.<key>` and RNG states `rng.<library>`."""
     python_rng: list[Any] = field(default_factory=list)
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory name of the checkpoint after `step` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def checkpoint_step(path: Path) -> int | None:
-    """The step in a checkpoint directory's name; None for another name."""
-    match = _STEP_NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

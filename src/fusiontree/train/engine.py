@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
-from fusiontree.artifacts import RunManifest, make_directory
+from fusiontree.artifacts import RunManifest, checkpoint_name, make_directory
 from fusiontree.config import dump_yaml
 from fusiontree.data.batch import Batch
 from fusiontree.data.loader import Loader, build_loader
@@ -22,7 +22,6 @@ from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.train.checkpoint import (
     TrainingState,
-    checkpoint_name,
     load_model,
     load_state,
     optimizer_tensors,

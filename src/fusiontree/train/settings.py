@@ -132,15 +132,17 @@ def load_run_settings(config_path: str | os.PathLike[str], overrides: Sequence[s
 
     Raises:
         InputError: the file is missing or broken, a key is unknown (the nearest is named) or a value impossible; a
-            mistake in the file is told with its line.
+            mistake in the file is told with its line. The section `model` is checked where the model is built.
     """
     mapping = apply_overrides(load_yaml(config_path), list(overrides))
     mapping.setdefault("output_dir", f"runs/{Path(config_path).stem}")
     try:
         return RunSettings.parse(mapping, where="")
     except SettingError as error:
-        overridden = {override.partition("=")[0].strip() for override in overrides}
-        place = None if error.key in overridden else place_in_yaml(config_path, error.key)
+        # A mistake that an override may have made, above or below its key, is not the file's.
+        given = [f"{override.partition('=')[0].strip()}." for override in overrides]
+        is_overridden = any(f"{error.key}.".startswith(key) or key.startswith(f"{error.key}.") for key in given)
+        place = None if is_overridden else place_in_yaml(config_path, error.key)
         if place is None:
             raise
         raise SettingError(f"{place}: {error}", error.key) from error
