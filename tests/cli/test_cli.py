@@ -44,6 +44,20 @@ def run_failing_command(body: str, **environment: str) -> subprocess.CompletedPr
 
 @pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "fusiontree"]])
 @pytest.mark.parametrize("arguments", [["--help"], []])
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+    ids=str,
+)
+def test_waiting_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
+    script = "import os, sys; from fusiontree.cli import main; main(['--version']); sys.stdout.flush(); "
+    script += "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    kept = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", script, "fusiontree"]
+    done = subprocess.run(command, capture_output=True, text=True, env=kept | given)
+    assert done.stdout.splitlines()[-1].split()[0] == spins, done.stderr
+
+
 def test_help_lists_every_command(command: list[str], arguments: list[str]) -> None:
     shown = run(*arguments, command=command)
     assert shown.returncode == 0

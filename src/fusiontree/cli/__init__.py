@@ -125,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 for bad input, 130 when interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch loads GNU OpenMP. Its threads spin for milliseconds wherever they wait, which costs most of a
+        # training step when another process wants the core; spinning for tens of microseconds costs next to nothing.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     show_traceback = os.environ.get("FUSIONTREE_TRACEBACK", "0") not in ("", "0")
     try:
         code = typer.main.get_command(app).main(given or ["--help"], prog_name="fusiontree", standalone_mode=False)
