@@ -42,8 +42,6 @@ def run_failing_command(body: str, **environment: str) -> subprocess.CompletedPr
     return run(*arguments, command=(sys.executable, "-c"), **environment)
 
 
-@pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "fusiontree"]])
-@pytest.mark.parametrize("arguments", [["--help"], []])
 @pytest.mark.parametrize(
     ("given", "spins"),
     [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
@@ -58,6 +56,8 @@ def test_waiting_threads_do_not_spin_for_long(given: dict[str, str], spins: str)
     assert done.stdout.splitlines()[-1].split()[0] == spins, done.stderr
 
 
+@pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "fusiontree"]])
+@pytest.mark.parametrize("arguments", [["--help"], []])
 def test_help_lists_every_command(command: list[str], arguments: list[str]) -> None:
     shown = run(*arguments, command=command)
     assert shown.returncode == 0
