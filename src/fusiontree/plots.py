@@ -49,6 +49,8 @@ def read_gates(run: Path) -> list[GateStatistics]:
 def _lines(run: Path, name: str) -> list[tuple[str, str]]:
     """(`FILE:LINE`, text) of each row that is whole."""
     path = run / name
+    if run.is_file():
+        raise InputError(f"{run} is a file; name the directory of a training run")
     if not run.is_dir():
         raise InputError(f"run directory {run} does not exist")
     if not path.is_file():

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +74,31 @@ def test_the_heat_maps_are_pictures(run: Path) -> None:
     for name in ("gates_by_step.png", "gates_by_channel.png"):
         pixels = imread(run / "plots" / name)
         assert pixels.shape[0] > 100 and pixels.std() > 0.01
+
+
+def test_an_earlier_step_leaves_the_pictures_whole(run: Path) -> None:
+    assert main(["gates", str(run)]) == 0
+    picture = run / "plots" / "gates_by_step.png"
+    before = imread(picture)
+    assert main(["gates", str(run), "--step", "2"]) == 0
+    assert GateStatistics.load(run / "gates.json").step == 2 and (imread(picture) == before).all()
+
+
+def test_a_narrow_terminal_cuts_no_figure(run: Path) -> None:
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "fusiontree", "gates", str(run)]
+    subprocess.run(command, stdout=follower, env=os.environ | {"COLUMNS": "80", "TERM": "xterm"}, check=True)
+    os.close(follower)
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    record = GateStatistics.load(run / "gates.json")
+    assert f"{record.layers[0].mean:.3f}" in shown and f"{record.layers[0].entropy:.3f}" in shown
+    assert "…" not in shown.split("entropy in nats")[0].split("Gates at step")[1]
+
+
+def test_a_file_is_no_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gates", str(run / "config.yaml")]) == 2
+    assert f"{run / 'config.yaml'} is a file; name the directory of a training run" in capsys.readouterr().err
 
 
 def test_an_earlier_step_can_be_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def gates(
         raise InputError(f"{run} has no gate record up to step {step}; its first one is of step {records[0].step}")
     _print_table(upto[-1])
     upto[-1].save(run / "gates.json")
-    for path in [run / "gates.json", *plot_gates(upto, run / "plots")]:
+    for path in [run / "gates.json", *plot_gates(records, run / "plots")]:
         print(path)
 
 
@@ -42,23 +42,26 @@ def _print_table(record: GateStatistics) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    quantiles = [f"{100 * level:.0f}%" for level in record.quantile_levels]
+    console = Console()
+    # All columns where the output is a file; a narrow terminal gets the median alone rather than figures cut short.
+    if not console.is_terminal:
+        console = Console(width=140)
+    is_narrow = console.width < 110
+    shown = [i for i, level in enumerate(record.quantile_levels) if not is_narrow or level == 0.5]
+    quantiles = [f"{100 * record.quantile_levels[i]:.0f}%" for i in shown]
     margin = record.saturation_margin
     table = Table(title=f"Gates at step {record.step}, over {record.tokens:,} tokens (1 = Mamba, 0 = attention)")
     heads = ["layer", "branches", "mean", "std", *quantiles, "entropy", f"<{margin:g} >{1 - margin:g}"]
-    for head in [*heads, "‖mamba‖", "‖attention‖"]:
+    norms = ["‖m‖", "‖a‖"] if is_narrow else ["‖mamba‖", "‖attention‖"]
+    for head in [*heads, *norms]:
         table.add_column(head, justify="left" if head == "branches" else "right")
     for index, layer in enumerate(record.layers):
-        table.add_row(str(index), *_cells(layer, len(quantiles)))
-    # Wide enough for every column where the output is a file; a terminal decides for itself.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)
+        table.add_row(str(index), *_cells(layer, shown))
     console.print(table)
     print("entropy in nats (ln 2 = 0.693 at a gate of 0.5); norms are means over tokens of each branch's output")
 
 
-def _cells(layer: LayerGateStatistics, quantiles: int) -> list[str]:
+def _cells(layer: LayerGateStatistics, quantiles: list[int]) -> list[str]:
     def number(value: float, digits: int = 3) -> str:
         return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
@@ -66,7 +69,7 @@ def _cells(layer: LayerGateStatistics, quantiles: int) -> list[str]:
         layer.branches,
         number(layer.mean),
         number(layer.std),
-        *([f"{value:.2f}" for value in layer.quantiles] or ["–"] * quantiles),
+        *(f"{layer.quantiles[i]:.2f}" if layer.quantiles else "–" for i in quantiles),
         number(layer.entropy),
         "–" if math.isnan(layer.saturation) else f"{100 * layer.saturation:.1f} %",
         number(layer.mamba_norm, 2),

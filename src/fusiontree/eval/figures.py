@@ -29,6 +29,8 @@ def plot_perplexity_by_position(report: EvalReport, path: Path) -> Path:
     axes.set_xticks(range(len(ranges) + 1), [str(ranges[0].start), *(str(bucket.end) for bucket in ranges)])
     axes.set_yscale("log")
     axes.margins(y=0.12)
+    if min(values) == max(values) == report.perplexity:  # nothing for the axis to span
+        axes.set_ylim(report.perplexity / 2, report.perplexity * 2)
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.set(xlabel="place of the predicted token in its document", ylabel="perplexity per token")

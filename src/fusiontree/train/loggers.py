@@ -103,9 +103,9 @@ class ProgressView:
                 BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[numbers]}"),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),  # last, so that a narrow terminal cuts the learning rate
                 console=self._console,
             )
             self._task = self._bar.add_task("train", total=max_steps, completed=start, numbers="")
