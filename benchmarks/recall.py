@@ -20,7 +20,7 @@ from pathlib import Path
 
 import records
 import torch
-from training_run import BETAS, CLIP, Recipe, parameter_groups
+from training_run import BETAS, Recipe, parameter_groups, update
 
 from fusiontree.eval.mqar import MQARTask, mqar_accuracy
 from fusiontree.eval.peers import count_parameters
@@ -63,11 +63,7 @@ def train(branches: str, task: MQARTask, recipe: Recipe) -> dict:
         with recipe.autocast():
             loss = model(batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, optimizer, recipe.rate(step))
         if step % max(1, recipe.steps // 20) == 0:
             curve.append([step, round(accuracy(model, task, recipe, TEST_ROWS // 5), 3)])
             print(f"{branches} {recipe.learning_rate:g} step {step} loss {loss.item():.3f} {curve[-1][1]}", flush=True)

@@ -84,6 +84,15 @@ def accumulate(candidate: Candidate, batch: Rows, recipe: Recipe) -> float:
     return total
 
 
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """One step of the optimizer with the gradients at hand, clipped and then dropped."""
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Rows, unfinished: Path) -> dict:
     """Train `candidate` and return what was measured.
 
@@ -112,11 +121,7 @@ def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Ro
             continue
         wall, cpu = time.perf_counter(), time.process_time()
         loss = accumulate(candidate, batch, recipe)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(model, optimizer, recipe.rate(step))
         state["wall"] += time.perf_counter() - wall
         state["cpu"] += time.process_time() - cpu
         state["step"] = step

@@ -13,7 +13,6 @@ import torch
 
 from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.data.batch import Batch
-from fusiontree.models.layout import count_labels
 from fusiontree.train.losses import HybridModelLoss, StepTotals
 from fusiontree.train.optim import build_optimizer
 from fusiontree.train.settings import LossSettings, TrainingSettings
@@ -41,8 +40,7 @@ def losses(case: str) -> list[float]:
         ids = (torch.randint(64, (4, 1), generator=generator) + 3 * torch.arange(64)) % 64
         batch = Batch(ids, ids, positions)
         output = model(ids, position_ids=positions, labels=ids)
-        totals = StepTotals(labels=float(count_labels(ids, positions)), rows=4.0, tokens=256.0)
-        loss = composite(output, batch, totals).total
+        loss = composite(output, batch, StepTotals.of(StepTotals.local([batch]))).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
