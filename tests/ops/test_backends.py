@@ -33,17 +33,19 @@ def test_every_op_has_a_reference_and_a_torch_backend_that_work_here():
 
 def test_auto_takes_the_first_that_can_and_never_the_reference(registry):
     backends.register("op", "reference", "slow")
-    backends.register("op", "kernel", "kernel", unusable="needs CUDA")
-    backends.register("op", "picky", "picky", refuses=lambda *tensors: "it has no reset" if tensors else None)
+    backends.register("op", "kernel", "kernel", unusable=lambda: "needs CUDA")
+    backends.register(
+        "op", "picky", "picky", refuses=lambda *tensors, reset=None: "it has no reset" if reset is not None else None
+    )
     backends.register("op", "torch", "torch")
     assert resolve("op", "auto") == "picky"
-    assert resolve("op", "auto", torch.zeros(1)) == "torch"
+    assert resolve("op", "auto", reset=torch.zeros(1)) == "torch"
     assert resolve("op", "reference") == "slow"
     assert available_backends()["op"]["kernel"] == (False, "needs CUDA")
 
 
 def test_a_named_backend_is_never_replaced(registry):
-    backends.register("op", "kernel", "kernel", unusable="needs CUDA")
+    backends.register("op", "kernel", "kernel", unusable=lambda: "needs CUDA")
     backends.register("op", "picky", "picky", refuses=lambda *tensors: "it has no reset")
     backends.register("op", "torch", "torch")
     with pytest.raises(BackendError, match="'kernel' of op cannot run this call: needs CUDA"):
@@ -54,9 +56,19 @@ def test_a_named_backend_is_never_replaced(registry):
         resolve("op", "triton")
 
 
+def test_a_library_is_looked_for_once_and_only_when_it_is_considered(registry):
+    looks = []
+    backends.register("op", "torch", "torch")
+    backends.register("op", "kernel", "kernel", unusable=lambda: looks.append(1))
+    resolve("op", "auto")
+    assert looks == []
+    assert resolve("op", "kernel") == resolve("op", "kernel") == "kernel"
+    assert looks == [1]
+
+
 def test_auto_says_why_nothing_can_run(registry):
     backends.register("op", "reference", "slow")
-    backends.register("op", "kernel", "kernel", unusable="needs CUDA")
+    backends.register("op", "kernel", "kernel", unusable=lambda: "needs CUDA")
     with pytest.raises(BackendError, match="No backend of op can run this call .kernel: needs CUDA"):
         resolve("op", "auto")
 

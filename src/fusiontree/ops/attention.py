@@ -74,7 +74,7 @@ def local_global_attention(
         raise ValueError("local_global_attention: give position_ids or layout, not both")
     elif layout.length != length:
         raise ValueError(f"local_global_attention: the layout is for {layout.length} tokens, not {length}")
-    run = resolve("local_global_attention", backend, q, k, v)
+    run = resolve("local_global_attention", backend, q, k, v, layout=layout)
     q, k, v = _autocast(q, k, v)
     with without_autocast(q):
         return run(q, k, v, window_size=window_size, num_global_heads=num_global_heads, layout=layout)
@@ -132,7 +132,7 @@ def cached_attention(
             f"cached_attention: the layout is for [B,T,S] = {list(layout.shape)}, not "
             f"{[q.shape[0], q.shape[1], k.shape[1]]}"
         )
-    run = resolve("cached_attention", backend, q, k, v)
+    run = resolve("cached_attention", backend, q, k, v, layout=layout)
     q, k, v = _autocast(q, k, v)
     with without_autocast(q):
         return run(q, k, v, layout=layout)

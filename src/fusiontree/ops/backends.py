@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,15 +27,19 @@ class BackendError(ValueError):
 @dataclass(frozen=True)
 class _Backend:
     function: Callable[..., Any]
-    unusable: str | None
+    find_unusable: Callable[[], str | None]
     refuses: Callable[..., str | None]
+
+    @cached_property
+    def unusable(self) -> str | None:
+        return self.find_unusable()
 
 
 _REGISTRY: dict[str, dict[str, _Backend]] = {}
 _announced: set[tuple[str, str]] = set()
 
 
-def refuse_other_dtypes(*tensors: torch.Tensor | None) -> str | None:
+def refuse_other_dtypes(*tensors: torch.Tensor | None, **arguments: Any) -> str | None:
     """The refusal shared by the `reference` and `torch` backends: anything but the four floating dtypes."""
     for tensor in tensors:
         if tensor is not None and tensor.dtype not in FLOATING:
@@ -47,19 +52,22 @@ def register(
     backend: str,
     function: Callable[..., Any],
     *,
-    unusable: str | None = None,
+    unusable: Callable[[], str | None] = lambda: None,
     refuses: Callable[..., str | None] = refuse_other_dtypes,
 ) -> None:
     """Add a backend to an op; the order of registration is the order in which `"auto"` tries them.
 
-    `unusable` says why it cannot run on this machine (None: it can). `refuses(*tensors)` looks at the tensor
-    arguments of one call (None where absent) and says why the backend cannot honour them (None: it can).
+    `unusable()` says why it cannot run on this machine (None: it can); it is asked once, when the backend is first
+    considered, so that looking for an optional library costs nothing before. `refuses(*tensors, **arguments)` looks at
+    the arguments of one call, as `resolve` got them, and says why the backend cannot honour them (None: it can).
     """
     _REGISTRY.setdefault(op, {})[backend] = _Backend(function, unusable, refuses)
 
 
-def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> Callable[..., Any]:
-    """The function that runs `op`, for the backend asked for and the tensor arguments of this call.
+def resolve(op: str, backend: str, *tensors: torch.Tensor | None, **arguments: Any) -> Callable[..., Any]:
+    """The function that runs `op`, for the backend asked for and the arguments of this call.
+
+    `tensors` are those of a floating dtype (None where absent), `arguments` whatever else a backend may refuse.
 
     Raises BackendError when a named backend is unknown, unusable here, or refuses these arguments, and when `"auto"`
     finds none.
@@ -68,7 +76,7 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> Callable[..
     if backend == "auto":
         reasons = []
         for name, candidate in candidates.items():
-            reason = candidate.unusable or candidate.refuses(*tensors)
+            reason = candidate.unusable or candidate.refuses(*tensors, **arguments)
             if name != "reference" and reason is None:
                 return _take(op, name, candidate, "auto")
             if reason is not None:
@@ -76,7 +84,7 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None) -> Callable[..
         raise BackendError(f"No backend of {op} can run this call ({'; '.join(reasons)}).")
     if backend not in candidates:
         raise BackendError(f"{op} has no backend {backend!r}; choose one of {', '.join(candidates)} or auto.")
-    reason = candidates[backend].unusable or candidates[backend].refuses(*tensors)
+    reason = candidates[backend].unusable or candidates[backend].refuses(*tensors, **arguments)
     if reason is not None:
         raise BackendError(f"Backend {backend!r} of {op} cannot run this call: {reason}.")
     return _take(op, backend, candidates[backend], "named")

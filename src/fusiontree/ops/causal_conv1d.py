@@ -64,7 +64,7 @@ def causal_conv1d(
     check_sequence("causal_conv1d", length, reset)
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
-    run = resolve("causal_conv1d", backend, x, weight, bias, initial_state)
+    run = resolve("causal_conv1d", backend, x, weight, bias, initial_state, reset=reset)
     return run(
         x,
         weight,

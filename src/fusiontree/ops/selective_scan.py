@@ -75,7 +75,7 @@ def selective_scan(
     }
     check_shapes("selective_scan", expected)
     check_sequence("selective_scan", length, reset)
-    run = resolve("selective_scan", backend, u, delta, A, B, C, D, z, initial_state)
+    run = resolve("selective_scan", backend, u, delta, A, B, C, D, z, initial_state, reset=reset)
     return run(
         u,
         delta,

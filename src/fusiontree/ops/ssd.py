@@ -62,7 +62,7 @@ def ssd_scan(
         BackendError: a named backend that is missing or cannot run this call.
     """
     _check_shapes(x, dt, A, B, C, D, reset, initial_state, chunk_size)
-    run = resolve("ssd_scan", backend, x, dt, A, B, C, D, initial_state)
+    run = resolve("ssd_scan", backend, x, dt, A, B, C, D, initial_state, reset=reset)
     return run(
         x,
         dt,
