@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Largest error allowed, relative to the largest element of the reference's tensor.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 
 
 def run_with_gradients(op: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def run_with_gradients(op: Callable[..., Any], arguments: dict[str, Any], **opti
     outputs = op(**(arguments | leaves), **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     draw = torch.Generator().manual_seed(0)
-    loss = sum((out * torch.randn(out.shape, generator=draw).to(out.dtype)).sum() for out in outputs)
+    loss = sum((out * torch.randn(out.shape, generator=draw).to(out)).sum() for out in outputs)
     assert isinstance(loss, Tensor)
     loss.backward()
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
@@ -45,15 +45,17 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance * scale, f"{name}: error {error:.2e} at scale {scale:.2e}"
 
 
-def assert_agrees_with_reference(op: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> None:
-    """torch = reference, in the dtype of the arguments; the reference computes in float64."""
+def assert_agrees_with_reference(
+    op: Callable[..., Any], arguments: dict[str, Any], *, backend: str = "torch", **options: Any
+) -> None:
+    """backend = reference, in the dtype of the arguments; the reference computes in float64."""
     dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
     in_double = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
     expected = run_with_gradients(op, in_double, backend="reference", **options)
-    actual = run_with_gradients(op, arguments, backend="torch", **options)
+    actual = run_with_gradients(op, arguments, backend=backend, **options)
     assert_close(actual, expected, TOLERANCE[dtype])
 
 
@@ -68,6 +70,13 @@ def nan_in_fresh_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def fill_freed_memory_with_nan(device: torch.device) -> None:
+    """What a kernel's outputs are allocated from then holds NaN, also where no torch operation allocates them."""
+    numbers = (2**7, 2**10, 2**13, 2**16, 2**19, 2**22)
+    blocks = [torch.full((n,), float("nan"), device=device) for n in numbers for _ in range(16)]
+    del blocks
 
 
 class LargestTensor(TorchDispatchMode):

@@ -125,7 +125,7 @@ def test_token_losses(chunk_size):
         ({"weight": torch.rand(11, 5)}, "weight has shape"),
         ({"labels": torch.zeros(2, 8, dtype=torch.int64)}, "labels have shape"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"backend": "liger"}, "no backend 'liger'"),
+        ({"backend": "quack"}, "no backend 'quack'"),
     ],
 )
 def test_bad_arguments_are_refused(op, change, message):

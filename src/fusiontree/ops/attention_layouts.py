@@ -5,7 +5,9 @@ Shapes: B batch, T queries, S keys, t and s the queries and keys of one block.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,13 @@ class AttentionLayout:
         self._blocks: dict[int | None, list[Block]] = {}
         self._kept: dict[tuple[int | None, int, int, int, int, torch.dtype], Tensor] = {}
         self._kept_elements = 0
+        self._shared: dict[Hashable, Any] = {}
+
+    def share(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What `build` makes of these documents, made once for all layers that ask with this key."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        return self._shared[key]
 
     def local_blocks(self, window_size: int) -> list[Block]:
         """Blocks for heads that see `window_size` keys."""

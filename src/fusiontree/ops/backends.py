@@ -2,7 +2,7 @@
 
 Every op is registered under one or more backend names with one signature. `resolve` picks one: a named backend is
 used or refused with a `BackendError`, never replaced in silence; `"auto"` takes the first registered backend that
-works here and honours the arguments, and never the naive `reference`. What was taken is logged once.
+works here, honours the arguments and pays for them, and never the naive `reference`. What was taken is logged once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class _Backend:
     function: Callable[..., Any]
     find_unusable: Callable[[], str | None]
     refuses: Callable[..., str | None]
+    auto_declines: Callable[..., str | None]
 
     @cached_property
     def unusable(self) -> str | None:
@@ -54,14 +55,16 @@ def register(
     *,
     unusable: Callable[[], str | None] = lambda: None,
     refuses: Callable[..., str | None] = refuse_other_dtypes,
+    auto_declines: Callable[..., str | None] = lambda *tensors, **arguments: None,
 ) -> None:
     """Add a backend to an op; the order of registration is the order in which `"auto"` tries them.
 
     `unusable()` says why it cannot run on this machine (None: it can); it is asked once, when the backend is first
     considered, so that looking for an optional library costs nothing before. `refuses(*tensors, **arguments)` looks at
     the arguments of one call, as `resolve` got them, and says why the backend cannot honour them (None: it can).
+    `auto_declines`, with the same arguments, says why `"auto"` leaves to a later backend what this one could do.
     """
-    _REGISTRY.setdefault(op, {})[backend] = _Backend(function, unusable, refuses)
+    _REGISTRY.setdefault(op, {})[backend] = _Backend(function, unusable, refuses, auto_declines)
 
 
 def resolve(op: str, backend: str, *tensors: torch.Tensor | None, **arguments: Any) -> Callable[..., Any]:
@@ -77,6 +80,7 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None, **arguments: A
         reasons = []
         for name, candidate in candidates.items():
             reason = candidate.unusable or candidate.refuses(*tensors, **arguments)
+            reason = reason or candidate.auto_declines(*tensors, **arguments)
             if name != "reference" and reason is None:
                 return _take(op, name, candidate, "auto")
             if reason is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops import reference
+from fusiontree.ops import liger, reference
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.precision import autocast_dtype, product_dtype, state_dtype, without_autocast
 
@@ -36,7 +36,8 @@ def linear_cross_entropy(
         labels: [B,T] int64 aligned with hidden: labels[b,t] is what hidden[b,t] should predict.
         chunk_size: tokens projected at a time; changes speed and memory, not the result.
         ignore_index: the label that does not count.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "liger", "torch" or "reference"; "auto" takes the fused kernels of "liger" on CUDA where they
+            are installed, whose chunks have a size of their own choice.
 
     Returns:
         A float32 scalar (float64 for float64 inputs). Under autocast the projections run in its dtype, the softmax
@@ -167,6 +168,13 @@ def _token_cross_entropy_torch(hidden, weight, labels, *, chunk_size, ignore_ind
     return losses.view(labels.shape)
 
 
+register(
+    "linear_cross_entropy",
+    "liger",
+    liger.linear_cross_entropy_liger,
+    unusable=liger.find_unusable,
+    refuses=liger.refuses,
+)
 register("linear_cross_entropy", "torch", _linear_cross_entropy_torch)
 register("linear_cross_entropy", "reference", reference.linear_cross_entropy)
 register("token_cross_entropy", "torch", _token_cross_entropy_torch)

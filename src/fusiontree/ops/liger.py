@@ -1,0 +1,95 @@
+"""Backend `liger` of `linear_cross_entropy`: the fused kernels of Liger Kernel (Hsu et al. 2024).
+
+Shapes: B batch, T tokens, H hidden, V vocabulary, M tokens whose label counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from importlib import metadata
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# The first that sums the weight's gradient in a dtype of the caller's choice.
+OLDEST = Version("0.6.2")
+
+
+def find_unusable() -> str | None:
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "the package liger-kernel is not installed"
+    version = metadata.version("liger-kernel")
+    if Version(version) < OLDEST:
+        return f"liger-kernel {version} is installed, {OLDEST} or newer is needed"
+    try:
+        _fused_loss()
+    except Exception as error:  # a version for another triton or transformers fails in many ways
+        return f"liger-kernel {version} is installed but cannot be imported: {error}"
+    return None
+
+
+def refuses(hidden: Tensor, weight: Tensor) -> str | None:
+    if hidden.device.type != "cuda":
+        return f"it runs on CUDA tensors, not on {hidden.device.type}"
+    return refuses_dtypes(hidden, weight)
+
+
+def refuses_dtypes(hidden: Tensor, weight: Tensor) -> str | None:
+    for dtype in (hidden.dtype, weight.dtype):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it does not support dtype {dtype}"
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        return f"it does not multiply {hidden.dtype} with a weight of {weight.dtype} without autocast"
+    return None
+
+
+def _fused_loss() -> Callable[..., Tensor]:
+    return importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
+
+
+def linear_cross_entropy_liger(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk_size: int, ignore_index: int
+) -> Tensor:
+    del chunk_size  # it chooses its own
+    labels = labels.reshape(-1)
+    counted = (labels != ignore_index).nonzero().squeeze(1)
+    hidden_MH, labels_M = hidden.reshape(-1, hidden.shape[-1]), labels
+    if len(counted) < len(labels):
+        # Left in, an ignored token that holds NaN would reach the weight's gradient.
+        hidden_MH, labels_M = hidden_MH[counted], labels[counted]
+    if len(counted) == 0:
+        # Liger Kernel does not take an empty batch. Sums over nothing give 0 with gradients of 0.
+        return hidden_MH.sum(dtype=torch.float32) + weight[:0].sum(dtype=torch.float32)
+    # The sum and not the mean: divided by their number, the gradients of many tokens underflow in half precision.
+    return _SumOfLosses.apply(hidden_MH, weight, labels_M, torch.is_grad_enabled()) / len(counted)
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """Takes the gradients along with the loss. Liger Kernel's own backward pass scales them in place, so that a second
+    one would scale twice, and it has none for the weight where hidden needs none.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_MH, weight, labels_M, with_gradient):
+        needed = ctx.needs_input_grad[:2] if with_gradient else (False, False)
+        leaves = hidden_MH.detach().requires_grad_(any(needed)), weight.detach().requires_grad_(needed[1])
+        with torch.set_grad_enabled(any(needed)):
+            loss = _fused_loss()(*leaves, labels_M, reduction="sum", accum_dtype=torch.float32)
+        dhidden = dweight = None
+        if needed[1]:
+            dhidden, dweight = torch.autograd.grad(loss, leaves)
+        elif needed[0]:
+            (dhidden,) = torch.autograd.grad(loss, leaves[:1])
+        ctx.save_for_backward(dhidden if needed[0] else None, dweight)
+        return loss.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss):
+        return *(None if saved is None else saved * dloss.to(saved.dtype) for saved in ctx.saved_tensors), None, None
