@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusiontree.eval.bench_ops import Rates, Work, _Traffic, time_ops
+from fusiontree.ops import backends
 from fusiontree.ops.backends import available_backends
 
 
@@ -40,17 +41,59 @@ def test_long_inputs_leave_the_naive_backends_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fusiontree.eval.bench_ops.NAIVE_TOKENS", 8)
     timings, _ = time_ops(torch.device("cpu"), tokens=16, rounds=1)
     for timing in timings:
-        assert (timing.forward is None) == (timing.backend == "reference")
-        assert timing.reason == ("not measured beyond 8 tokens" if timing.backend == "reference" else "")
+        if timing.backend == "reference":
+            assert timing.forward is None and timing.reason == "not measured beyond 8 tokens"
+        elif timing.backend == "torch":
+            assert timing.forward is not None and timing.reason == ""
+
+
+def test_what_a_backend_refuses_or_fails_at_leaves_the_others_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        if q.requires_grad:
+            raise AttributeError("no such kernel\nwith details")
+        return q
+
+    table = dict.fromkeys(["reference", "torch"], backends._REGISTRY["local_global_attention"]["torch"])
+    monkeypatch.setattr(backends, "_REGISTRY", {"local_global_attention": table})
+    backends.register("local_global_attention", "breaks", fail)
+    backends.register("local_global_attention", "picky", fail, refuses=lambda *_, **__: "it has no window")
+    backends.register("local_global_attention", "missing", fail, unusable=lambda: "it needs a CUDA device")
+    timings, _ = time_ops(torch.device("cpu"), tokens=16, rounds=1)
+    found = {timing.backend: (timing.forward is None, timing.training is None, timing.reason) for timing in timings}
+    assert found == {
+        "torch": (False, False, ""),
+        "reference": (False, False, ""),
+        "breaks": (False, True, "with backward: AttributeError: no such kernel"),
+        "picky": (True, True, "refused: it has no window"),
+        "missing": (True, True, "not usable: it needs a CUDA device"),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_memory_is_what_a_call_holds() -> None:
+    timings, _ = time_ops(torch.device("cuda"), torch.bfloat16, tokens=300, rounds=1)
+    for timing in timings:
+        for measured in (timing.forward, timing.training):
+            if measured is not None:
+                assert measured.seconds > 0
+                # All gradients but that of the output itself are there at the end.
+                assert measured.bytes > 0.7 * measured.floor_bytes
+        if timing.backend == "torch":
+            assert timing.reason == "" and timing.forward is not None
 
 
 def test_every_backend_moves_at_least_what_the_op_must() -> None:
     torch.set_num_threads(1)
     timings, _ = time_ops(torch.device("cpu"), tokens=80, rounds=1)
     found = {(timing.op, timing.backend): timing for timing in timings}
-    assert set(found) == {(op, name) for op, backends in available_backends().items() for name in backends}
+    assert set(found) == {(op, name) for op, names in available_backends().items() for name in names}
     for timing in timings:
-        assert (timing.forward is not None) == timing.usable
+        assert (timing.forward is None) == bool(timing.reason)
+        if not timing.usable:
+            assert timing.reason.startswith("not usable: ")
+        elif timing.backend in ("torch", "reference"):
+            assert timing.forward is not None
         for measured in (timing.forward, timing.training):
             if measured is not None:
                 assert measured.seconds > 0 and measured.floor_seconds > 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,6 +27,8 @@ class Dtype(str, Enum):
 
 # The vocabulary of a configuration that names neither its size nor a tokenizer that is there.
 _VOCABULARY = 4096
+# Columns of the names of backends, with their indent.
+_NAMES = 16
 
 
 def bench(
@@ -194,37 +198,38 @@ def _print_report(report: BenchReport) -> None:
 
 def _bench_ops(device: torch.device, dtype: str, batch: int, tokens: int) -> None:
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     from fusiontree.eval.bench_ops import SIZES, time_ops
 
     timings, rates = time_ops(device, getattr(torch, dtype), batch=batch, tokens=tokens)
-    heads = ("op", "backend", "forward", "floor", "moved", "floor", "with backward", "floor", "moved", "floor", "")
-    table = Table(*heads, title=f"Op backends on {device.type}, {dtype}, {batch} x {tokens} tokens")
-    for column in table.columns[2:-1]:
-        column.justify = "right"
-    for timing in timings:
-        cells = [*_against_floor(timing.forward), *_against_floor(timing.training)]
-        table.add_row(timing.op, timing.backend, *cells, timing.reason)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    console.print(table)
-    print(
-        f"medians of up to 5 calls; the columns `floor` say how many times the least time, or bytes, a cell is; "
-        f"here a matrix product reaches {rates.operations / 1e9:.0f} GFLOP/s and a copy {rates.bytes / 1e9:.1f} GB/s; "
+    print(f"Op backends on {device.type}, {dtype}, {batch} x {tokens} tokens")
+    print(f"{'':{_NAMES}}{'forward':^31}{'with backward':^31}".rstrip())
+    print(f"{'':{_NAMES}}" + 2 * f"{'ms':>9}{'floor':>7}{'MB':>8}{'floor':>7}")
+    for op, timings_of_op in groupby(timings, key=lambda timing: timing.op):
+        print(op)
+        for timing in timings_of_op:
+            name = f"  {timing.backend}"
+            if timing.forward is not None:
+                print(f"{name:{_NAMES}}{_against_floor(timing.forward)}{_against_floor(timing.training)}".rstrip())
+                name = ""
+            if timing.reason:
+                print(fill(timing.reason, 80, initial_indent=f"{name:{_NAMES}}", subsequent_indent=" " * _NAMES))
+    held = "the most they hold at a time" if device.type == "cuda" else "what their operations read and write"
+    note = (
+        f"ms: medians of up to 5 calls; MB: {held}; floor: how many times the least time, or bytes, that is. "
+        f"Here a matrix product reaches {rates.operations / 1e9:.0f} GFLOP/s and a copy {rates.bytes / 1e9:.1f} GB/s. "
         f"{SIZES}"
     )
+    print(fill(note, 80))
 
 
-def _against_floor(measured: Measured | None) -> list[str]:
+def _against_floor(measured: Measured | None) -> str:
     """Milliseconds, MB, and each against the floor."""
     if measured is None:
-        return ["–"] * 4
-    return [
-        f"{1e3 * measured.seconds:.2f} ms",
-        f"{measured.seconds / measured.floor_seconds:.1f}x",
-        f"{measured.bytes / 1e6:.1f} MB",
-        f"{measured.bytes / measured.floor_bytes:.1f}x",
-    ]
+        return ""
+    time, size = measured.seconds / measured.floor_seconds, measured.bytes / measured.floor_bytes
+    return f"{1e3 * measured.seconds:9.2f}{_times(time):>7}{measured.bytes / 1e6:8.1f}{_times(size):>7}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"

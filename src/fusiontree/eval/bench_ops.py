@@ -5,6 +5,9 @@ input and output once (with a backward pass, their gradients too). Divided by wh
 product and on a large copy, measured in the same run, it gives the floor under the time; what fits into a cache may be
 moved faster than that.
 
+The bytes set against the least possible are those that the tensor operations read and write on CPU, and on CUDA, where
+kernels are not seen from here, the most that was allocated at a time, inputs included.
+
 Shapes: B batch, T tokens, H hidden, h Mamba heads, P head width, N state, D attention head width, V vocabulary.
 """
 
@@ -12,9 +15,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree import ops
-from fusiontree.ops.backends import available_backends
+from fusiontree.ops.backends import BackendError, available_backends
 
 H, P, N, D, V, WINDOW, TAPS = 384, 64, 64, 64, 4096, 256, 4
 HEADS = H // P
@@ -32,6 +35,8 @@ SIZES = f"H={H} P={P} N={N} (16 for selective_scan) D={D} V={V} window={WINDOW} 
 SECONDS_ENOUGH = 2.0
 #: Beyond this length the naive `reference` takes minutes a call, or all memory.
 NAIVE_TOKENS = 2048
+#: Compiled at the first call, for longer than all else here takes; on CPU `auto` never takes them.
+COMPILED = ("flex",)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of calling a backend. seconds: median of the calls; bytes: read and written by its tensor operations."""
+    """One way of calling a backend. seconds: median of the calls; bytes: moved on CPU, held on CUDA, see the module."""
 
     seconds: float
     bytes: float
@@ -76,11 +81,10 @@ class OpTiming:
     backend: str
     usable: bool
     reason: str
-    """Why it was not measured; empty if it was."""
+    """Why a figure is missing; empty if none is."""
     forward: Measured | None = None
-    """None if it is not usable or needs more memory than there is."""
     training: Measured | None = None
-    """Forward and backward; None as above, and for ops that carry no gradient."""
+    """Forward and backward; None also for ops that carry no gradient."""
 
 
 @dataclass(frozen=True)
@@ -104,22 +108,49 @@ def time_ops(
     """
     rates, timings = measure_rates(device, dtype), []
     for op, backends in available_backends().items():
+        held_before = _allocated(device)
         case = _CASES[op](batch, tokens, device, dtype)
-        usable = [name for name, (works, _) in backends.items() if works]
-        if tokens > NAIVE_TOKENS:
-            usable.remove("reference")
-        forward = _measure(case, usable, case.work, rates, rounds, device, trains=False)
+        reasons = {name: _left_out(name, works, why, device, tokens) for name, (works, why) in backends.items()}
+        forward = _measure(case, reasons, rates, rounds, device, held_before, trains=False)
         training = {}
         if case.trains:
-            training = _measure(case, list(forward), case.work.with_backward(), rates, rounds, device, trains=True)
-        for name, (works, reason) in backends.items():
-            if works and name not in usable:
-                reason = f"not measured beyond {NAIVE_TOKENS} tokens"
-            elif works:
-                measured = name in (training if case.trains else forward)
-                reason = "" if measured else "needs more memory than there is"
-            timings.append(OpTiming(op, name, works, reason, forward.get(name), training.get(name)))
+            training = _measure(case, reasons, rates, rounds, device, held_before, trains=True)
+        for name, (works, _) in backends.items():
+            timings.append(OpTiming(op, name, works, reasons[name], forward.get(name), training.get(name)))
+        del case  # or the next op would hold its inputs too
     return timings, rates
+
+
+def _measure(
+    case: _Case,
+    reasons: dict[str, str],
+    rates: Rates,
+    rounds: int,
+    device: torch.device,
+    held_before: int,
+    *,
+    trains: bool,
+) -> dict[str, Measured]:
+    """The backends that have no reason yet not to be measured; one whose call fails gets one."""
+    for leaf in case.leaves:
+        leaf.requires_grad_(trains)
+    calls = {name: partial(_call, case, name, trains) for name, reason in reasons.items() if not reason}
+    failures, moved = _first_calls(calls, device, held_before)
+    reasons.update({name: f"with backward: {why}" if trains else why for name, why in failures.items()})
+    seconds = _take_turns({name: calls[name] for name in moved}, rounds, device)
+    work = case.work.with_backward() if trains else case.work
+    return {name: Measured(median(seconds[name]), moved[name], rates.floor(work), work.bytes) for name in moved}
+
+
+def _left_out(name: str, works: bool, why: str, device: torch.device, tokens: int) -> str:
+    """Why a backend is not called at all; empty if it is."""
+    if not works:
+        return f"not usable: {why}"
+    if name == "reference" and tokens > NAIVE_TOKENS:
+        return f"not measured beyond {NAIVE_TOKENS} tokens"
+    if name in COMPILED and device.type == "cpu":
+        return "not measured on CPU: compiling it takes longer than all else here, and `auto` does not take it there"
+    return ""
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -133,42 +164,55 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(operations=2 * size**3 / product, bytes=2 * source.numel() * 4 / copy)
 
 
-def _measure(
-    case: _Case, backends: list[str], work: Work, rates: Rates, rounds: int, device: torch.device, *, trains: bool
-) -> dict[str, Measured]:
-    for leaf in case.leaves:
-        leaf.requires_grad_(trains)
+def _call(case: _Case, backend: str, trains: bool) -> None:
+    with torch.set_grad_enabled(trains):
+        out = case.call(backend)
+        if trains:
+            torch.autograd.grad(out, case.leaves, torch.ones_like(out))
 
-    def call(backend: str) -> None:
-        with torch.set_grad_enabled(trains):
-            out = case.call(backend)
-            if trains:
-                torch.autograd.grad(out, case.leaves, torch.ones_like(out))
 
-    moved: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in backends}
-    for name in backends:
-        with _where_memory_suffices(), _Traffic() as traffic:
-            call(name)
-            moved[name] = traffic.bytes
+def _first_calls(
+    calls: Mapping[str, Callable[[], None]], device: torch.device, held_before: int
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Why calls fail, and the bytes of those that do not. One backend's failure leaves the others in the table."""
+    failures, moved = {}, {}
+    for name, call in calls.items():
+        try:
+            moved[name] = _bytes_of_call(call, device, held_before)
+        except BackendError as error:
+            failures[name] = "refused: " + str(error).partition("cannot run this call: ")[2].rstrip(".")
+        except Exception as error:
+            # On CPU torch raises a plain RuntimeError where memory does not suffice.
+            full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            first_line = str(error).strip().partition("\n")[0]
+            failures[name] = "needs more memory than there is" if full else f"{type(error).__name__}: {first_line}"
+    return failures, moved
+
+
+def _bytes_of_call(call: Callable[[], None], device: torch.device, held_before: int) -> float:
+    if device.type != "cuda":
+        with _Traffic() as traffic:
+            call()
+        return traffic.bytes
+    call()  # what compiling or tuning a kernel allocates is not the call's
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return float(torch.cuda.max_memory_allocated(device) - held_before)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _take_turns(calls: Mapping[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name in moved:
+        for name, call in calls.items():
             if sum(seconds[name]) < SECONDS_ENOUGH:
-                seconds[name].append(_seconds(lambda name=name: call(name), device))  # type: ignore[misc]
-    floor = rates.floor(work)
-    return {name: Measured(median(seconds[name]), moved[name], floor, work.bytes) for name in moved}
-
-
-@contextmanager
-def _where_memory_suffices() -> Iterator[None]:
-    """Leaves its block where memory does not suffice; on CPU torch raises a plain RuntimeError for that."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
+                seconds[name].append(_seconds(call, device))
+    return seconds
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
