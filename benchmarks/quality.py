@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                              # every model at its learning rates: what is missing
     python benchmarks/quality.py --models llama --learning-rates 2e-3 --threads 1
+    python benchmarks/quality.py --variants all --steps 200   # our block beside itself with one choice made otherwise
     python benchmarks/quality.py --report                     # the table, from the recorded runs
 
 Each finished run is one line of `benchmarks/results/quality_<corpus>.jsonl`; a run that is there is skipped and an
@@ -24,6 +25,7 @@ import yaml
 from candidates import MODELS, OURS, SIZES, build
 from packed_text import load_streams, pack
 from training_run import Recipe, train
+from variants import VARIANTS
 
 from fusiontree.eval.peers import count_parameters
 
@@ -32,7 +34,7 @@ OUR_RATES = (2e-3,)
 OUR_CODE = ("models", "ops", "train/losses.py")
 
 
-def identity(name: str, learning_rate: float, options: argparse.Namespace, data: str) -> dict:
+def identity(name: str, learning_rate: float, variant: str | None, options: argparse.Namespace, data: str) -> dict:
     """The settings that make two runs the same run."""
     run = {
         "model": name,
@@ -47,7 +49,7 @@ def identity(name: str, learning_rate: float, options: argparse.Namespace, data:
         "data": data,
     }
     if name == OURS:
-        return run | {"overrides": options.ours}
+        return run | {"overrides": options.ours} | ({"variant": variant} if variant else {})
     return run | {"state_size": options.state_size}
 
 
@@ -57,7 +59,8 @@ def report(path: Path, *, steps: int, size: str) -> str:
     groups: dict[tuple, list[dict]] = {}
     for record in runs:
         overrides = " ".join(f"{k}={v}" for k, v in record["run"].get("overrides", {}).items())
-        groups.setdefault((f"{record['title']} {overrides}".strip(), record["run"]["seed"]), []).append(record)
+        variant = f": {record['run']['variant']}" if "variant" in record["run"] else ""
+        groups.setdefault((f"{record['title']}{variant} {overrides}".strip(), record["run"]["seed"]), []).append(record)
     rows = []
     for (title, seed), group in groups.items():
         tried = ", ".join(
@@ -122,6 +125,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rates", nargs="+", type=float, help=f"default: {OUR_RATES}, peers {PEER_RATES}")
     parser.add_argument("--size", choices=SIZES, default="6.6M")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings of our configuration")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=("all", "default", *VARIANTS),
+        default=["default"],
+        help="our block with one choice made otherwise",
+    )
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -156,17 +166,19 @@ def main(argv: list[str]) -> None:
     )
     train_rows, valid_rows = pack(train_stream, options.length), pack(valid_stream, options.length)
     print(f"{len(train_rows)} training and {len(valid_rows)} validation rows of {options.length} tokens", flush=True)
+    variants = ("default", *VARIANTS) if "all" in options.variants else options.variants
     plan = [
-        (name, rate)
+        (name, rate, None if variant == "default" else variant)
         for name in options.models
+        for variant in (variants if name == OURS else ("default",))
         for rate in options.learning_rates or (OUR_RATES if name == OURS else PEER_RATES)
     ]
-    for name, rate in plan:
-        run = identity(name, rate, options, data)
+    for name, rate, variant in plan:
+        run = identity(name, rate, variant, options, data)
         if name == OURS:
             records.check_revisions(results, revision, lambda r: r["run"]["model"] == OURS)
         if any(record["run"] == run for record in records.read_records(results)):
-            print(f"{name} {rate:g}: recorded already", flush=True)
+            print(f"{name} {variant or ''} {rate:g}: recorded already", flush=True)
             continue
         torch.manual_seed(options.seed)
         candidate = build(
@@ -176,6 +188,7 @@ def main(argv: list[str]) -> None:
             state_size=options.state_size,
             chunk_size=options.chunk_size,
             overrides=options.ours,
+            variant=variant,
         )
         recipe = Recipe(
             learning_rate=rate,
@@ -204,7 +217,8 @@ def main(argv: list[str]) -> None:
             "commit": records.git_commit(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
-            f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}",
+            f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
+            + (f" --variants '{variant}'" if variant else ""),
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

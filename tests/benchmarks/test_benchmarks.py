@@ -71,6 +71,43 @@ def test_quality_records_each_run_once_and_reports_them(
         quality.main([*settings, "--models", "fusiontree"])
 
 
+def test_variants_are_recorded_beside_the_default_and_keep_the_size(
+    corpus: Path, tmp_path: Path, benchmark_modules: None
+) -> None:
+    import candidates
+    import quality
+    from variants import VARIANTS
+
+    settings = [
+        "--results",
+        str(tmp_path),
+        "--corpus",
+        "numbers",
+        *TINY,
+        "--train",
+        str(corpus),
+        "--valid",
+        str(corpus),
+    ]
+    settings += ["--cache", str(tmp_path / "cache"), "--steps", "1", "--length", "16", "--learning-rates", "1e-3"]
+    quality.main([*settings, "--models", "fusiontree", "--variants", "default", "gate 0.5", "sequential SwiGLU"])
+    found = [json.loads(line) for line in (tmp_path / "quality_numbers.jsonl").read_text().splitlines()]
+    assert [record["run"].get("variant") for record in found] == [None, "gate 0.5", "sequential SwiGLU"]
+    assert len({record["val_loss"] for record in found}) == 3
+    assert "| FusionTree: gate 0.5 | 0 |" in quality.write_report(tmp_path / "quality_numbers.jsonl")
+
+    rows = candidates.Rows(*(torch.randint(1, 300, (1, 280)) for _ in range(3)))
+    rows.position_ids[:] = torch.arange(280)  # further than the window
+    losses = {}
+    for variant in VARIANTS:
+        candidate = candidates.build("fusiontree", candidates.SIZES["6.6M"], seed=0, variant=variant)  # checks the size
+        candidate.training_loss(rows, candidates.StepTotals(labels=279, rows=1, tokens=280)).backward()
+        without = [n for n, p in candidate.model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not without, variant
+        losses[variant] = candidate.logits(rows).detach().sum().item()
+    assert len(set(losses.values())) == len(VARIANTS)  # each is another model
+
+
 def test_recall_measures_branches_of_equal_size(tmp_path: Path, benchmark_modules: None) -> None:
     settings = ("--results", str(tmp_path), "--threads", "1", "--steps", "2", "--batch-size", "4", "--length", "32")
     settings += ("--pairs", "4", "--vocab-size", "64", "--learning-rates", "1e-3")
