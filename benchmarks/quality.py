@@ -60,9 +60,10 @@ def report(path: Path, *, steps: int, size: str) -> str:
     for record in runs:
         overrides = " ".join(f"{k}={v}" for k, v in record["run"].get("overrides", {}).items())
         variant = f": {record['run']['variant']}" if "variant" in record["run"] else ""
-        groups.setdefault((f"{record['title']}{variant} {overrides}".strip(), record["run"]["seed"]), []).append(record)
+        title = f"{record['title']}{variant} {overrides}".strip()
+        groups.setdefault((title, record["run"]["dtype"], record["run"]["seed"]), []).append(record)
     rows = []
-    for (title, seed), group in groups.items():
+    for (title, dtype, seed), group in groups.items():
         tried = ", ".join(
             f"{r['run']['learning_rate']:g}: " + (f"{r['val_loss']:.3f}" if r["val_loss"] is not None else "diverged")
             for r in sorted(group, key=lambda r: r["run"]["learning_rate"])
@@ -70,17 +71,43 @@ def report(path: Path, *, steps: int, size: str) -> str:
         finished = [r for r in group if r["val_loss"] is not None]
         if finished:
             best = min(finished, key=lambda r: r["val_loss"])
-            rows.append((best["val_loss"], title, seed, best, tried))
+            rows.append((best["val_loss"], title, dtype, seed, best, tried))
     lines = [
-        "| model | seed | parameters | validation loss | perplexity | best rate | rates tried | tokens / CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | seed | dtype | parameters | val loss | perplexity | best rate | rates tried | tokens / CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss, title, seed, best, tried in sorted(rows, key=lambda row: row[:3]):
+    for loss, title, dtype, seed, best, tried in sorted(rows, key=lambda row: row[:4]):
         lines.append(
-            f"| {title} | {seed} | {best['parameters'] / 1e6:.2f} M | {loss:.3f} | {torch.tensor(loss).exp():.1f} "
-            f"| {best['run']['learning_rate']:g} | {tried} | {best['train_tokens_per_cpu_second']} |"
+            f"| {title} | {seed} | {dtype} | {best['parameters'] / 1e6:.2f} M | {loss:.3f} "
+            f"| {torch.tensor(loss).exp():.1f} | {best['run']['learning_rate']:g} | {tried} "
+            f"| {best['train_tokens_per_cpu_second']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + equal_time([row[-2] for row in rows])) + "\n"
+
+
+def equal_time(runs: list[dict]) -> list[str]:
+    """For each run of a peer, how far our default came in the CPU time that the peer took for all of its steps.
+
+    Ours is read off its curve (the first validation rows, every 50 steps), at the last point within that time; its
+    learning rate had not come down by then, so the figure is an upper bound of what a run of that length reaches.
+    """
+    ours = [r for r in runs if r["run"]["model"] == OURS and not r["run"]["overrides"] and "variant" not in r["run"]]
+    lines = []
+    for mine in ours:
+        for peer in runs:
+            same = all(peer["run"][key] == mine["run"][key] for key in ("dtype", "seed", "data"))
+            if peer["run"]["model"] == OURS or not same or (peer["cpu"], peer["gpu"]) != (mine["cpu"], mine["gpu"]):
+                continue
+            share = mine["train_tokens_per_cpu_second"] / peer["train_tokens_per_cpu_second"]
+            within = [point for point in mine["val_curve"] if point[0] <= share * mine["run"]["steps"]]
+            if share < 1 and within and peer["val_loss"] is not None:
+                step, loss = within[-1]
+                lines.append(
+                    f"- In the CPU time of {peer['title']}'s run ({mine['run']['dtype']}, seed {mine['run']['seed']}) "
+                    f"FusionTree comes to step {share * mine['run']['steps']:.0f}; at step {step} its loss is "
+                    f"{loss:.3f}, {peer['title']}'s at the end {peer['val_loss']:.3f}."
+                )
+    return ["", *lines] if lines else []
 
 
 def write_report(path: Path) -> str:
@@ -93,7 +120,7 @@ def write_report(path: Path) -> str:
         group = [r for r in runs if (r["run"]["size"], r["run"]["steps"]) == (size, steps)]
         first = group[0]["run"]
         batch = f"{first['batch_size']} x {first['length']} tokens"
-        parts.append(f"## {size} parameters, {steps} steps of {batch}, {first['dtype']}\n")
+        parts.append(f"## {size} parameters, {steps} steps of {batch}\n")
         parts.append(report(path, steps=steps, size=size))
         where = {
             (

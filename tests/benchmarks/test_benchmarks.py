@@ -64,7 +64,7 @@ def test_quality_records_each_run_once_and_reports_them(
     assert len(path.read_text().splitlines()) == 2
 
     quality.main([*where, "--report"])
-    assert f"| Llama | 0 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
+    assert f"| Llama | 0 | float32 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
 
     path.write_text(json.dumps(ours | {"revision": "0" * 12}) + "\n")
     with pytest.raises(SystemExit, match="revision 000000000000"):
@@ -94,7 +94,7 @@ def test_variants_are_recorded_beside_the_default_and_keep_the_size(
     found = [json.loads(line) for line in (tmp_path / "quality_numbers.jsonl").read_text().splitlines()]
     assert [record["run"].get("variant") for record in found] == [None, "gate 0.5", "sequential SwiGLU"]
     assert len({record["val_loss"] for record in found}) == 3
-    assert "| FusionTree: gate 0.5 | 0 |" in quality.write_report(tmp_path / "quality_numbers.jsonl")
+    assert "| FusionTree: gate 0.5 | 0 | float32 |" in quality.write_report(tmp_path / "quality_numbers.jsonl")
 
     rows = candidates.Rows(*(torch.randint(1, 300, (1, 280)) for _ in range(3)))
     rows.position_ids[:] = torch.arange(280)  # further than the window
