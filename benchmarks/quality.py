@@ -96,7 +96,7 @@ def equal_time(runs: list[dict]) -> list[str]:
     for mine in ours:
         for peer in runs:
             same = all(peer["run"][key] == mine["run"][key] for key in ("dtype", "seed", "data"))
-            if peer["run"]["model"] == OURS or not same or (peer["cpu"], peer["gpu"]) != (mine["cpu"], mine["gpu"]):
+            if peer["run"]["model"] == OURS or not same or any(peer.get(k) != mine.get(k) for k in ("cpu", "gpu")):
                 continue
             share = mine["train_tokens_per_cpu_second"] / peer["train_tokens_per_cpu_second"]
             within = [point for point in mine["val_curve"] if point[0] <= share * mine["run"]["steps"]]
