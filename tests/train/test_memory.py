@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
-from fusiontree.train.memory import MemoryEstimate, LiveBytes, dry_run, estimate_activations, estimate_memory
+from fusiontree.train.memory import LiveBytes, MemoryEstimate, dry_run, estimate_activations, estimate_memory
 from fusiontree.train.settings import RunSettings, SystemSettings
 from fusiontree.train.setup import enable_gradient_checkpointing
 
