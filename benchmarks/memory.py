@@ -3,11 +3,11 @@
     python benchmarks/memory.py                        # 20M parameters, 4096x1, bf16 autocast
     python benchmarks/memory.py --shape 1024x4 --dtype float32
 
-Bytes are counted, not sampled: those that autograd saves for the backward pass (every storage once, parameters left
-out), those alive when the forward pass ends, and the most alive at a time in either pass. Time is CPU time of whole
-training steps, the scopes in turns in one process. Bytes are counted in processes of their own, `--jobs` at a time;
-more than one only saves waiting on a busy machine. Peak resident memory is that of a process for each scope. The record
-goes to `results/memory_<cpu>.json`, its tables to the `.md` beside it.
+Bytes are counted, not sampled, on tensors that have sizes but no memory, without head and loss: those that autograd
+saves for the backward pass (every storage once, parameters left out), those alive when the forward pass ends, and the
+most alive at a time in either pass. Time is CPU time of whole training steps, the scopes in turns in one process. Peak
+resident memory is that of a process for each scope. The record goes to `results/memory_<cpu>.json`, its tables to the
+`.md` beside it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,16 @@ from training_run import BETAS, Recipe, accumulate, parameter_groups, update
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig, local_global_attn
 from fusiontree.models.layout import SinusoidTable
-from fusiontree.train.losses import StepTotals
 from fusiontree.train.memory import LiveBytes, estimate_activations
 from fusiontree.train.settings import RunSettings
 from fusiontree.train.setup import enable_gradient_checkpointing
 
 AS_IT_SHIPS = "as it ships"
 SCOPES = ("off", "mamba", "attention", "branches", "block")
-#: Each economy is looked at with and without recomputation.
-VARIANTS = (
-    (AS_IT_SHIPS, "off"),
-    ("own tables", "off"),
-    ("scores", "off"),
-    *((name, "branches") for name in (AS_IT_SHIPS, "scores")),
-)
-#: The micro-batch of the original 8-GPU recipe, whose model is the default one.
+#: What is counted beside the scopes.
+VARIANTS = (("own tables", "off"), ("scores", "off"), ("scores", "branches"))
+#: The original 8-GPU recipe's model is the default one; this is its micro-batch.
+RECIPE = HybridLanguageModelConfig()
 RECIPE_SHAPE = (4, 1024)
 
 
@@ -115,8 +110,8 @@ def _saved(model: HybridLanguageModel, forward: Callable[[], torch.Tensor]) -> d
 def variant(model: HybridLanguageModel, name: str) -> Iterator[None]:
     """The model as it ships, or without one of its economies.
 
-    `own tables`: each layer has a rotary table of its own. `scores`: attention as a softmax over a [B, h, T, T] tensor,
-    as in `transformers`' eager attention.
+    `own tables`: each layer has a rotary table of its own, beside the shared one, which nobody reads. `scores`:
+    attention as a softmax over a [B, h, T, T] tensor, as in `transformers`' eager attention.
     """
     with ExitStack() as stack:
         if name == "own tables":
@@ -149,20 +144,23 @@ def _attention_with_scores(q, k, v, *, window_size, num_global_heads, layout):
     return (torch.softmax(scores, dim=-1, dtype=torch.float32).to(dtype) @ v).transpose(1, 2)
 
 
-def recipe_bytes(name: str, scope: str) -> dict:
-    """`count` of the original recipe's model without head and loss, in bf16 autocast, on tensors that hold nothing.
+def count_layers(config: HybridLanguageModelConfig, shape: tuple[int, int], dtype: str, name: str, scope: str) -> dict:
+    """`count` of a model without head and loss, at [batch, tokens].
 
     Layers are alike, so two and three of them tell what each adds.
     """
     found = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         for layers in (2, 3):
-            model = HybridLanguageModel(HybridLanguageModelConfig(vocab_size=64, num_layers=layers)).train()
+            fields = config.to_diff_dict() | {"num_layers": layers, "layer_branches": None, "vocab_size": 64}
+            fields |= {"num_kv_heads": config.num_kv_heads, "mamba_state_size": config.mamba_state_size}
+            names = HybridLanguageModelConfig.__dataclass_fields__.keys() & fields.keys()
+            model = HybridLanguageModel(HybridLanguageModelConfig(**{key: fields[key] for key in names})).train()
             set_scope(model, scope)
-            input_ids = torch.zeros(RECIPE_SHAPE, dtype=torch.long)
+            input_ids = torch.zeros(shape, dtype=torch.long)
 
             def forward(model: HybridLanguageModel = model, input_ids: torch.Tensor = input_ids) -> torch.Tensor:
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                     output = model.backbone(input_ids=input_ids)
                 gates = output.gate_stats
                 return output.last_hidden_state.sum() + gates.mean.sum() + gates.entropy.sum()
@@ -170,8 +168,11 @@ def recipe_bytes(name: str, scope: str) -> dict:
             with variant(model, name):
                 found.append(count(model, forward))
     two, three = found
-    more = HybridLanguageModelConfig().num_layers - 2
-    return {key: two[key] + more * (three[key] - two[key]) for key in ("saved", "weight_copies", "held", "peak")}
+    more = config.num_layers - 2
+    whole = {key: two[key] + more * (three[key] - two[key]) for key in ("saved", "weight_copies", "held", "peak")}
+    each = {what: two["largest"].get(what, 0) for what in three["largest"]}
+    whole["largest"] = {what: size + more * (three["largest"][what] - size) for what, size in each.items()}
+    return whole
 
 
 class Run:
@@ -191,17 +192,6 @@ class Run:
         )
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=BETAS, fused=True)
 
-    def loss(self) -> torch.Tensor:
-        batch, length = self.rows.input_ids.shape
-        totals = StepTotals(labels=batch * (length - 1), rows=batch, tokens=batch * length)
-        with self.recipe.autocast():
-            return self.candidate.training_loss(self.rows, totals)
-
-    def sizes(self, name: str, scope: str) -> dict:
-        set_scope(self.model, scope)
-        with variant(self.model, name):
-            return count(self.model, self.loss)
-
     def step(self, scope: str) -> float:
         """CPU seconds of a training step."""
         set_scope(self.model, scope)
@@ -211,16 +201,19 @@ class Run:
         return time.process_time() - started
 
 
-def work(job: tuple[str, str, str, argparse.Namespace]) -> dict | int:
-    """One job in a process of its own; `process`: most resident bytes of two steps, less what the imports hold."""
-    kind, name, scope, options = job
+def peak_of_process(options: argparse.Namespace, scope: str) -> int:
+    """Most resident bytes of a process that takes two steps, less what its imports hold.
+
+    It is forked, so call this before this process has built anything.
+    """
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(_two_steps, (options, scope))
+
+
+def _two_steps(options: argparse.Namespace, scope: str) -> int:
     torch.set_num_threads(options.threads)
-    if kind == "recipe":
-        return recipe_bytes(name, scope)
     baseline = resident_bytes()
     run = Run(options)
-    if kind == "bytes":
-        return run.sizes(name, scope)
     for _ in range(2):
         run.step(scope)
     return peak_bytes() - baseline
@@ -233,8 +226,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each scope, after one to warm up")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that count at a time, beside the timing if > 1")
     parser.add_argument("--no-recipe", action="store_true", help="leave out the original recipe's shape")
+    parser.add_argument("--no-processes", action="store_true", help="leave out the peak of a process for each scope")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     options = parser.parse_args(argv)
     shape = re.fullmatch(r"(\d+)x(\d+)", options.shape)
@@ -247,36 +240,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
-    load = os.getloadavg()[0]
-    jobs = [("bytes", name, scope) for name, scope in dict.fromkeys((*((AS_IT_SHIPS, s) for s in SCOPES), *VARIANTS))]
-    jobs += [("process", AS_IT_SHIPS, scope) for scope in SCOPES]
-    jobs += [] if options.no_recipe else [("recipe", *chosen) for chosen in VARIANTS]
-    # Workers come from a process that has done nothing but the imports, so that each starts from the same memory.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fusiontree.eval.peers", "fusiontree.train.memory"])
-    with context.Pool(options.jobs, maxtasksperchild=1) as pool:
-        counting = pool.map_async(work, [(*job, options) for job in jobs], chunksize=1)
-        if options.jobs == 1:
-            counting.wait()
-        seconds = time_scopes(options)
-        found = dict(zip(jobs, counting.get(), strict=True))
-    scopes = {}
-    for scope in SCOPES:
-        own, off = seconds[scope][1:], seconds["off"][1:]
-        scopes[scope] = found["bytes", AS_IT_SHIPS, scope] | {
-            "dry_run": predicted(options, scope),
-            "peak_of_process": found["process", AS_IT_SHIPS, scope],
-            "cpu_seconds": median(own),
-            "time_to_off": median(mine / other for mine, other in zip(own, off, strict=True)),
-        }
+    config, shape = our_config(SIZES[options.size], {}), (options.batch, options.length)
     record = {
         "settings": {key: getattr(options, key) for key in ("size", "shape", "dtype", "threads")},
-        "rounds": options.rounds,
-        "jobs": options.jobs,
-        "load_before": round(load, 2),
-        "scopes": scopes,
-        "variants": [[name, scope, found["bytes", name, scope]] for name, scope in VARIANTS],
-        "recipe": [[name, scope, found[kind, name, scope]] for kind, name, scope in jobs if kind == "recipe"],
+        "load_before": round(os.getloadavg()[0], 2),
         "cpu": records.cpu_model(),
         "versions": records.versions(),
         "allocator": records.allocator(),
@@ -284,19 +251,35 @@ def main(argv: list[str]) -> None:
         "revision": records.code_revision("models", "ops", "train/losses.py"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python benchmarks/memory.py", *records.shown_arguments(argv)]),
+        "rounds": 0,
     }
-    print(memory_report.save(options.results, record))
-
-
-def time_scopes(options: argparse.Namespace) -> dict[str, list[float]]:
-    """CPU seconds of the steps of each scope, which take turns; the first of each warms up."""
+    peaks = {} if options.no_processes else {scope: peak_of_process(options, scope) for scope in SCOPES}
+    scopes = {}
+    for scope in SCOPES:
+        scopes[scope] = count_layers(config, shape, options.dtype, AS_IT_SHIPS, scope)
+        scopes[scope] |= {"dry_run": predicted(options, scope), "peak_of_process": peaks.get(scope)}
+        print(f"{scope} saves {scopes[scope]['saved'] / 1e6:.1f} MB for backward", flush=True)
+    record["scopes"] = scopes
+    record["variants"] = [[*pair, count_layers(config, shape, options.dtype, *pair)] for pair in VARIANTS]
+    record["recipe"] = []
+    if not options.no_recipe:
+        pairs = ((AS_IT_SHIPS, "off"), (AS_IT_SHIPS, "branches"), (AS_IT_SHIPS, "block"), *VARIANTS)
+        record["recipe"] = [[*pair, count_layers(RECIPE, RECIPE_SHAPE, "bf16", *pair)] for pair in pairs]
+    shown = memory_report.save(options.results, record)
     run = Run(options)
+    run.step("off")  # warms up
     seconds: dict[str, list[float]] = {scope: [] for scope in SCOPES}
-    for number in range(1 + options.rounds):
+    for number in range(options.rounds):
         for scope in SCOPES:
             seconds[scope].append(run.step(scope))
             print(f"round {number} {scope} {seconds[scope][-1]:.2f} CPU s", flush=True)
-    return seconds
+        # Each round's end leaves a complete record: a long run that is stopped keeps what it measured.
+        record["rounds"] = number + 1
+        for scope in SCOPES:
+            ratios = [own / off for own, off in zip(seconds[scope], seconds["off"], strict=True)]
+            scopes[scope] |= {"cpu_seconds": median(seconds[scope]), "time_to_off": median(ratios)}
+        shown = memory_report.save(options.results, record)
+    print(shown)
 
 
 def predicted(options: argparse.Namespace, scope: str) -> int:

@@ -32,18 +32,17 @@ def tables(record: dict) -> str:
         _scopes(record["scopes"]),
         "What `off` saves for the backward pass, largest first:\n",
         _largest(record["scopes"]["off"]),
-        "The model as it ships, with a rotary table for each layer, with attention that holds scores; MB:\n",
+        "With a rotary table for each layer, and with attention that holds scores; MB:\n",
         _variants(record["variants"]),
     ]
     if record["recipe"]:
         parts += [
-            "The same for the original recipe (hidden size 1536, 18 layers, 1024x4, bf16), without head and loss, "
-            "counted on tensors that have sizes but no memory: nothing was run; MB:\n",
+            "The original recipe (hidden size 1536, 18 layers, 1024x4, bf16), of which nothing was run; MB:\n",
             _variants(record["recipe"]),
         ]
     parts.append(
-        f"{record['cpu']}; CPU time: medians of {record['rounds']} rounds, scopes in turns, beside "
-        f"{record['jobs'] if record['jobs'] > 1 else 0} counting processes; torch "
+        f"{record['cpu']}; CPU time: medians of {record['rounds']} rounds, scopes in turns. Bytes of the "
+        "first three columns: counted, without head and loss. torch "
         f"{record['versions']['torch']}, transformers {record['versions']['transformers']}; commit {record['commit']}, "
         f"code revision {record['revision']}; {record['date']}; `{record['command']}`. Load average before: "
         f"{record['load_before']}. Allocator: {records.shown_allocator(record['allocator'])}.\n"
@@ -63,8 +62,10 @@ def _scopes(scopes: dict[str, dict]) -> str:
         for key in ("saved", "held", "peak"):
             cells += [_mb(found[key]), f"{found[key] / off[key]:.2f}"]
         cells.append(_mb(found["dry_run"]))
-        cells += [_mb(found["peak_of_process"]), f"{found['peak_of_process'] / off['peak_of_process']:.2f}"]
-        cells += [f"{found['cpu_seconds']:.2f}", f"{found['time_to_off']:.2f}"]
+        for key, shown in (("peak_of_process", _mb), ("cpu_seconds", "{:.2f}".format)):
+            measured = found.get(key) is not None
+            ratio = "time_to_off" if key == "cpu_seconds" else key
+            cells += [shown(found[key]), f"{found[ratio] / off[ratio]:.2f}"] if measured else ["", ""]
         lines.append(f"| {scope} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
