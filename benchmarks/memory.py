@@ -252,20 +252,19 @@ def main(argv: list[str]) -> None:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python benchmarks/memory.py", *records.shown_arguments(argv)]),
         "rounds": 0,
+        "recipe": [],
     }
     peaks = {} if options.no_processes else {scope: peak_of_process(options, scope) for scope in SCOPES}
-    scopes = {}
+    scopes = record["scopes"] = {}
     for scope in SCOPES:
         scopes[scope] = count_layers(config, shape, options.dtype, AS_IT_SHIPS, scope)
         scopes[scope] |= {"dry_run": predicted(options, scope), "peak_of_process": peaks.get(scope)}
         print(f"{scope} saves {scopes[scope]['saved'] / 1e6:.1f} MB for backward", flush=True)
-    record["scopes"] = scopes
     record["variants"] = [[*pair, count_layers(config, shape, options.dtype, *pair)] for pair in VARIANTS]
-    record["recipe"] = []
+    memory_report.save(options.results, record)  # a long run that is stopped keeps what it measured
     if not options.no_recipe:
-        pairs = ((AS_IT_SHIPS, "off"), (AS_IT_SHIPS, "branches"), (AS_IT_SHIPS, "block"), *VARIANTS)
+        pairs = (*((AS_IT_SHIPS, scope) for scope in ("off", "branches", "block")), *VARIANTS)
         record["recipe"] = [[*pair, count_layers(RECIPE, RECIPE_SHAPE, "bf16", *pair)] for pair in pairs]
-    shown = memory_report.save(options.results, record)
     run = Run(options)
     run.step("off")  # warms up
     seconds: dict[str, list[float]] = {scope: [] for scope in SCOPES}
@@ -273,7 +272,6 @@ def main(argv: list[str]) -> None:
         for scope in SCOPES:
             seconds[scope].append(run.step(scope))
             print(f"round {number} {scope} {seconds[scope][-1]:.2f} CPU s", flush=True)
-        # Each round's end leaves a complete record: a long run that is stopped keeps what it measured.
         record["rounds"] = number + 1
         for scope in SCOPES:
             ratios = [own / off for own, off in zip(seconds[scope], seconds["off"], strict=True)]

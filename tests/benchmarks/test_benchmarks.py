@@ -149,7 +149,7 @@ def test_speed_records_rates_ratios_and_memory(tmp_path: Path) -> None:
 
 
 def test_memory_counts_what_each_scope_saves_and_times_it(tmp_path: Path) -> None:
-    settings = (*TINY, "--shape", "128x1", "--rounds", "1", "--jobs", "2", "--no-recipe", "--results", tmp_path)
+    settings = (*TINY, "--shape", "128x1", "--rounds", "1", "--no-recipe", "--results", tmp_path)
     finished = run_script("memory.py", *settings)
     assert finished.returncode == 0, finished.stderr
     (path,) = tmp_path.glob("memory_*.json")
@@ -161,14 +161,12 @@ def test_memory_counts_what_each_scope_saves_and_times_it(tmp_path: Path) -> Non
     assert max(saved["mamba"], saved["attention"]) < saved["off"]
     assert all(found["saved"] < found["held"] < found["peak"] and found["time_to_off"] > 0 for found in scopes.values())
     off = scopes["off"]
-    assert off["dry_run"] == pytest.approx(off["peak"], rel=0.15) and off["peak_of_process"] > off["peak"]
-    assert sum(off["largest"].values()) > 0.5 * off["saved"]
+    assert off["peak_of_process"] > off["peak"]
+    assert 0.8 * off["saved"] < sum(off["largest"].values()) <= off["saved"]
     bytes_of = {(name, scope): sizes for name, scope, sizes in record["variants"]}
-    # Softmax weights of 2 layers and 4 heads at the least; a second table of cos and sin, at least 256 x 16 each.
-    scores = bytes_of["scores", "off"]["saved"] - bytes_of["as it ships", "off"]["saved"]
-    assert scores > 2 * 4 * 128 * 128 * 4 - 2 * 4 * 128 * 8 * 4
-    tables = bytes_of["own tables", "off"]["held"] - bytes_of["as it ships", "off"]["held"]
-    assert tables >= 2 * 256 * 16 * 4
+    # 2 layers and 4 heads keep softmax weights [128, 128] in float32; a table is cos and sin, 256 x 16 each.
+    assert bytes_of["scores", "off"]["saved"] - off["saved"] > 0.9 * 2 * 4 * 128 * 128 * 4
+    assert bytes_of["own tables", "off"]["held"] - off["held"] == 2 * 2 * 256 * 16 * 4
     assert "| block |" in path.with_suffix(".md").read_text()
     assert str(tmp_path) not in path.read_text()
 
