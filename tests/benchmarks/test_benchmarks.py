@@ -185,6 +185,29 @@ def test_speed_records_rates_ratios_and_memory(tmp_path: Path) -> None:
     assert str(tmp_path) not in path.read_text()
 
 
+def test_memory_counts_what_each_scope_saves_and_times_it(tmp_path: Path) -> None:
+    settings = (*TINY, "--shape", "128x1", "--rounds", "1", "--no-recipe", "--results", tmp_path)
+    finished = run_script("memory.py", *settings)
+    assert finished.returncode == 0, finished.stderr
+    (path,) = tmp_path.glob("memory_*.json")
+    (record,) = json.loads(path.read_text())
+    scopes = record["scopes"]
+    assert list(scopes) == ["off", "mamba", "attention", "branches", "block"]
+    saved = {scope: found["saved"] for scope, found in scopes.items()}
+    assert saved["block"] < saved["branches"] < min(saved["mamba"], saved["attention"])
+    assert max(saved["mamba"], saved["attention"]) < saved["off"]
+    assert all(found["saved"] < found["held"] < found["peak"] and found["time_to_off"] > 0 for found in scopes.values())
+    off = scopes["off"]
+    assert off["peak_of_process"] > off["peak"]
+    assert 0.8 * off["saved"] < sum(off["largest"].values()) <= off["saved"]
+    bytes_of = {(name, scope): sizes for name, scope, sizes in record["variants"]}
+    # 2 layers and 4 heads keep softmax weights [128, 128] in float32; a table is cos and sin, 256 x 16 each.
+    assert bytes_of["scores", "off"]["saved"] - off["saved"] > 0.9 * 2 * 4 * 128 * 128 * 4
+    assert bytes_of["own tables", "off"]["held"] - off["held"] == 2 * 2 * 256 * 16 * 4
+    assert "| block |" in path.with_suffix(".md").read_text()
+    assert str(tmp_path) not in path.read_text()
+
+
 @pytest.mark.parametrize("name", ["fusiontree", "llama"])
 def test_documents_of_a_row_do_not_see_each_other(benchmark_modules: None, name: str) -> None:
     import candidates
