@@ -107,9 +107,8 @@ class _Pass(NamedTuple):
     with_details: bool
 
 
-_Pair = tuple[
-    torch.Tensor | None, torch.Tensor | None
-]  # of the Mamba and the attention branch, None where it is absent
+# Of the Mamba and of the attention branch; None where it is absent.
+_Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class HybridBlock(nn.Module):
