@@ -13,6 +13,7 @@ import torch
 from packed_text import Rows
 from torch import nn
 from torch.nn import functional as F
+from variants import VARIANTS, Variant
 
 from fusiontree.eval.peers import PEERS, PeerSize, build_peer, count_parameters
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
@@ -117,16 +118,25 @@ def build(
     state_size: int = 64,
     chunk_size: int = 32,
     overrides: Mapping[str, Any] | None = None,
+    variant: str | None = None,
 ) -> Candidate:
     """Model `name` at `size`, freshly initialised from `seed`, float32, in training mode.
 
     Args:
         state_size, chunk_size: of the peers' Mamba layers.
         overrides: settings of our configuration, for studies of its choices.
+        variant: one of `VARIANTS`: our block with one choice made otherwise.
+
+    Raises:
+        ValueError: the number of parameters is not within the size's tolerance.
     """
     if name == OURS:
         torch.manual_seed(seed)
-        return _ours(HybridLanguageModel(our_config(size, overrides or {})).train())
+        chosen = VARIANTS[variant] if variant else Variant()
+        model = HybridLanguageModel(our_config(size, {**chosen.settings, **(overrides or {})}))
+        for edit in chosen.edits:
+            edit(model)
+        return _ours(model.train())
     peer_size = PeerSize(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,

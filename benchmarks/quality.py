@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py                              # every model at its learning rates: what is missing
     python benchmarks/quality.py --models llama --learning-rates 2e-3 --threads 1
+    python benchmarks/quality.py --variants all --steps 200   # our block beside itself with one choice made otherwise
     python benchmarks/quality.py --report                     # the table, from the recorded runs
 
 Each finished run is one line of `benchmarks/results/quality_<corpus>.jsonl`; a run that is there is skipped and an
@@ -24,6 +25,7 @@ import yaml
 from candidates import MODELS, OURS, SIZES, build
 from packed_text import load_streams, pack
 from training_run import Recipe, train
+from variants import VARIANTS
 
 from fusiontree.eval.peers import count_parameters
 
@@ -32,7 +34,7 @@ OUR_RATES = (2e-3,)
 OUR_CODE = ("models", "ops", "train/losses.py")
 
 
-def identity(name: str, learning_rate: float, options: argparse.Namespace, data: str) -> dict:
+def identity(name: str, learning_rate: float, variant: str | None, options: argparse.Namespace, data: str) -> dict:
     """The settings that make two runs the same run."""
     run = {
         "model": name,
@@ -47,7 +49,7 @@ def identity(name: str, learning_rate: float, options: argparse.Namespace, data:
         "data": data,
     }
     if name == OURS:
-        return run | {"overrides": options.ours}
+        return run | {"overrides": options.ours} | ({"variant": variant} if variant else {})
     return run | {"state_size": options.state_size}
 
 
@@ -57,9 +59,11 @@ def report(path: Path, *, steps: int, size: str) -> str:
     groups: dict[tuple, list[dict]] = {}
     for record in runs:
         overrides = " ".join(f"{k}={v}" for k, v in record["run"].get("overrides", {}).items())
-        groups.setdefault((f"{record['title']} {overrides}".strip(), record["run"]["seed"]), []).append(record)
+        variant = f": {record['run']['variant']}" if "variant" in record["run"] else ""
+        title = f"{record['title']}{variant} {overrides}".strip()
+        groups.setdefault((title, record["run"]["dtype"], record["run"]["seed"]), []).append(record)
     rows = []
-    for (title, seed), group in groups.items():
+    for (title, dtype, seed), group in groups.items():
         tried = ", ".join(
             f"{r['run']['learning_rate']:g}: " + (f"{r['val_loss']:.3f}" if r["val_loss"] is not None else "diverged")
             for r in sorted(group, key=lambda r: r["run"]["learning_rate"])
@@ -67,17 +71,43 @@ def report(path: Path, *, steps: int, size: str) -> str:
         finished = [r for r in group if r["val_loss"] is not None]
         if finished:
             best = min(finished, key=lambda r: r["val_loss"])
-            rows.append((best["val_loss"], title, seed, best, tried))
+            rows.append((best["val_loss"], title, dtype, seed, best, tried))
     lines = [
-        "| model | seed | parameters | validation loss | perplexity | best rate | rates tried | tokens / CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | seed | dtype | parameters | val loss | perplexity | best rate | rates tried | tokens / CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss, title, seed, best, tried in sorted(rows, key=lambda row: row[:3]):
+    for loss, title, dtype, seed, best, tried in sorted(rows, key=lambda row: row[:4]):
         lines.append(
-            f"| {title} | {seed} | {best['parameters'] / 1e6:.2f} M | {loss:.3f} | {torch.tensor(loss).exp():.1f} "
-            f"| {best['run']['learning_rate']:g} | {tried} | {best['train_tokens_per_cpu_second']} |"
+            f"| {title} | {seed} | {dtype} | {best['parameters'] / 1e6:.2f} M | {loss:.3f} "
+            f"| {torch.tensor(loss).exp():.1f} | {best['run']['learning_rate']:g} | {tried} "
+            f"| {best['train_tokens_per_cpu_second']} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + equal_time([row[-2] for row in rows])) + "\n"
+
+
+def equal_time(runs: list[dict]) -> list[str]:
+    """For each run of a peer, how far our default came in the CPU time that the peer took for all of its steps.
+
+    Ours is read off its curve (the first validation rows, every 50 steps), at the last point within that time; its
+    learning rate had not come down by then, so the figure is an upper bound of what a run of that length reaches.
+    """
+    ours = [r for r in runs if r["run"]["model"] == OURS and not r["run"]["overrides"] and "variant" not in r["run"]]
+    lines = []
+    for mine in ours:
+        for peer in runs:
+            same = all(peer["run"][key] == mine["run"][key] for key in ("dtype", "seed", "data"))
+            if peer["run"]["model"] == OURS or not same or any(peer.get(k) != mine.get(k) for k in ("cpu", "gpu")):
+                continue
+            share = mine["train_tokens_per_cpu_second"] / peer["train_tokens_per_cpu_second"]
+            within = [point for point in mine["val_curve"] if point[0] <= share * mine["run"]["steps"]]
+            if share < 1 and within and peer["val_loss"] is not None:
+                step, loss = within[-1]
+                lines.append(
+                    f"- In the CPU time of {peer['title']}'s run ({mine['run']['dtype']}, seed {mine['run']['seed']}) "
+                    f"FusionTree comes to step {share * mine['run']['steps']:.0f}; at step {step} its loss is "
+                    f"{loss:.3f}, {peer['title']}'s at the end {peer['val_loss']:.3f}."
+                )
+    return ["", *lines] if lines else []
 
 
 def write_report(path: Path) -> str:
@@ -90,7 +120,7 @@ def write_report(path: Path) -> str:
         group = [r for r in runs if (r["run"]["size"], r["run"]["steps"]) == (size, steps)]
         first = group[0]["run"]
         batch = f"{first['batch_size']} x {first['length']} tokens"
-        parts.append(f"## {size} parameters, {steps} steps of {batch}, {first['dtype']}\n")
+        parts.append(f"## {size} parameters, {steps} steps of {batch}\n")
         parts.append(report(path, steps=steps, size=size))
         where = {
             (
@@ -122,6 +152,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rates", nargs="+", type=float, help=f"default: {OUR_RATES}, peers {PEER_RATES}")
     parser.add_argument("--size", choices=SIZES, default="6.6M")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings of our configuration")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=("all", "default", *VARIANTS),
+        default=["default"],
+        help="our block with one choice made otherwise",
+    )
     parser.add_argument("--steps", type=int, default=350)
     parser.add_argument("--warmup", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -156,17 +193,19 @@ def main(argv: list[str]) -> None:
     )
     train_rows, valid_rows = pack(train_stream, options.length), pack(valid_stream, options.length)
     print(f"{len(train_rows)} training and {len(valid_rows)} validation rows of {options.length} tokens", flush=True)
+    variants = ("default", *VARIANTS) if "all" in options.variants else options.variants
     plan = [
-        (name, rate)
+        (name, rate, None if variant == "default" else variant)
         for name in options.models
+        for variant in (variants if name == OURS else ("default",))
         for rate in options.learning_rates or (OUR_RATES if name == OURS else PEER_RATES)
     ]
-    for name, rate in plan:
-        run = identity(name, rate, options, data)
+    for name, rate, variant in plan:
+        run = identity(name, rate, variant, options, data)
         if name == OURS:
             records.check_revisions(results, revision, lambda r: r["run"]["model"] == OURS)
         if any(record["run"] == run for record in records.read_records(results)):
-            print(f"{name} {rate:g}: recorded already", flush=True)
+            print(f"{name} {variant or ''} {rate:g}: recorded already", flush=True)
             continue
         torch.manual_seed(options.seed)
         candidate = build(
@@ -176,6 +215,7 @@ def main(argv: list[str]) -> None:
             state_size=options.state_size,
             chunk_size=options.chunk_size,
             overrides=options.ours,
+            variant=variant,
         )
         recipe = Recipe(
             learning_rate=rate,
@@ -204,7 +244,8 @@ def main(argv: list[str]) -> None:
             "commit": records.git_commit(),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
-            f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}",
+            f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
+            + (f" --variants '{variant}'" if variant else ""),
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,6 +80,21 @@ def cpu_model() -> str:
     return f"{fields.get('model name', platform.machine())} ({', '.join(bf16) or 'no avx512'})"
 
 
+def cpu_slug(cpu: str) -> str:
+    """`cpu_model()` as a part of a file's name; what stands in parentheses stays: equal names hide processors with and
+    without bfloat16."""
+    name = re.sub(r"\(r\)|\(tm\)|@|processor|cpu", " ", cpu.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def shown_arguments(argv: list[str]) -> list[str]:
+    """The arguments, without the directory of the results."""
+    if "--results" in argv:
+        at = argv.index("--results")
+        return argv[:at] + argv[at + 2 :]
+    return argv
+
+
 def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
 
@@ -88,6 +104,10 @@ def allocator() -> dict[str, str]:
     return {
         key: value for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_") or key in ALLOCATOR_KEYS
     }
+
+
+def shown_allocator(variables: dict[str, str]) -> str:
+    return "`" + " ".join(f"{key}={value}" for key, value in variables.items()) + "`" if variables else "as it comes"
 
 
 def git_commit() -> str:

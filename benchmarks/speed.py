@@ -209,18 +209,10 @@ def _record(options: argparse.Namespace, argv: list[str], rounds: int, measureme
         "commit": records.git_commit(),
         "revision": records.code_revision("models", "ops", "train/losses.py"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": "python benchmarks/speed.py " + " ".join(_shown(argv)),
+        "command": "python benchmarks/speed.py " + " ".join(records.shown_arguments(argv)),
         "summary": speed_report.summarise(measurements),
         "measurements": measurements,
     }
-
-
-def _shown(argv: list[str]) -> list[str]:
-    """The arguments, without the directory of the results."""
-    if "--results" in argv:
-        at = argv.index("--results")
-        return argv[:at] + argv[at + 2 :]
-    return argv
 
 
 if __name__ == "__main__":

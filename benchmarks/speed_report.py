@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from statistics import median
 
@@ -87,10 +86,7 @@ def save(directory: Path, record: dict) -> str:
     Returns:
         The record's own table.
     """
-    # What `records.cpu_model` puts in parentheses stays: equal names hide processors with and without bfloat16.
-    name = re.sub(r"\(r\)|\(tm\)|@|processor|cpu", " ", record["cpu"].lower())
-    stem = "speed_" + re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-    path = directory / f"{stem}.json"
+    path = directory / f"speed_{records.cpu_slug(record['cpu'])}.json"
     directory.mkdir(parents=True, exist_ok=True)
     with records.file_lock(path):
         kept = json.loads(path.read_text(encoding="utf-8") or "[]")
@@ -106,11 +102,7 @@ def save(directory: Path, record: dict) -> str:
                 f"transformers {entry['versions']['transformers']}; commit {entry['commit']}, "
                 f"code revision {entry['revision']}; {entry['date']}; `{entry['command']}`. "
                 f"Load average before the measurements: {min(loads)} to {max(loads)}. "
-                f"Allocator: {_variables(entry['allocator'])}.\n"
+                f"Allocator: {records.shown_allocator(entry['allocator'])}.\n"
             )
         path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
     return table(record["summary"])
-
-
-def _variables(allocator: dict[str, str]) -> str:
-    return "`" + " ".join(f"{key}={value}" for key, value in allocator.items()) + "`" if allocator else "as it comes"

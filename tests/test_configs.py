@@ -86,3 +86,15 @@ def test_mixed_precision_can_be_switched_off_without_quotes(tmp_path: Path, writ
     path.write_text(f"training:\n  mixed_precision: {written}\n")
     assert load_run_settings(path).training.mixed_precision == "no"
     assert load_run_settings(path, [f"training.mixed_precision={written}"]).training.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("written", "scope"),
+    [("true", "branches"), ("false", None), ("off", None), ("mamba", "mamba"), ("attention", "attention")]
+    + [("branches", "branches"), ("block", "block")],
+)
+def test_gradient_checkpointing_takes_a_switch_or_a_scope(tmp_path: Path, written: str, scope: str | None) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"training:\n  gradient_checkpointing: {written}\n")
+    assert load_run_settings(path).training.checkpointing_scope == scope
+    assert load_run_settings(path, [f"training.gradient_checkpointing={written}"]).training.checkpointing_scope == scope

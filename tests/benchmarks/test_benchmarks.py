@@ -64,11 +64,48 @@ def test_quality_records_each_run_once_and_reports_them(
     assert len(path.read_text().splitlines()) == 2
 
     quality.main([*where, "--report"])
-    assert f"| Llama | 0 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
+    assert f"| Llama | 0 | float32 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
 
     path.write_text(json.dumps(ours | {"revision": "0" * 12}) + "\n")
     with pytest.raises(SystemExit, match="revision 000000000000"):
         quality.main([*settings, "--models", "fusiontree"])
+
+
+def test_variants_are_recorded_beside_the_default_and_keep_the_size(
+    corpus: Path, tmp_path: Path, benchmark_modules: None
+) -> None:
+    import candidates
+    import quality
+    from variants import VARIANTS
+
+    settings = [
+        "--results",
+        str(tmp_path),
+        "--corpus",
+        "numbers",
+        *TINY,
+        "--train",
+        str(corpus),
+        "--valid",
+        str(corpus),
+    ]
+    settings += ["--cache", str(tmp_path / "cache"), "--steps", "1", "--length", "16", "--learning-rates", "1e-3"]
+    quality.main([*settings, "--models", "fusiontree", "--variants", "default", "gate 0.5", "sequential SwiGLU"])
+    found = [json.loads(line) for line in (tmp_path / "quality_numbers.jsonl").read_text().splitlines()]
+    assert [record["run"].get("variant") for record in found] == [None, "gate 0.5", "sequential SwiGLU"]
+    assert len({record["val_loss"] for record in found}) == 3
+    assert "| FusionTree: gate 0.5 | 0 | float32 |" in quality.write_report(tmp_path / "quality_numbers.jsonl")
+
+    rows = candidates.Rows(*(torch.randint(1, 300, (1, 280)) for _ in range(3)))
+    rows.position_ids[:] = torch.arange(280)  # further than the window
+    losses = {}
+    for variant in VARIANTS:
+        candidate = candidates.build("fusiontree", candidates.SIZES["6.6M"], seed=0, variant=variant)  # checks the size
+        candidate.training_loss(rows, candidates.StepTotals(labels=279, rows=1, tokens=280)).backward()
+        without = [n for n, p in candidate.model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not without, variant
+        losses[variant] = candidate.logits(rows).detach().sum().item()
+    assert len(set(losses.values())) == len(VARIANTS)  # each is another model
 
 
 def test_recall_measures_branches_of_equal_size(tmp_path: Path, benchmark_modules: None) -> None:
@@ -145,6 +182,29 @@ def test_speed_records_rates_ratios_and_memory(tmp_path: Path) -> None:
     # Parameters, gradients and two moments in float32 at the least.
     assert ours["peak_bytes"] > 4 * 4 * ours["parameters"]
     assert "FusionTree" in path.with_suffix(".md").read_text()
+    assert str(tmp_path) not in path.read_text()
+
+
+def test_memory_counts_what_each_scope_saves_and_times_it(tmp_path: Path) -> None:
+    settings = (*TINY, "--shape", "128x1", "--rounds", "1", "--no-recipe", "--results", tmp_path)
+    finished = run_script("memory.py", *settings)
+    assert finished.returncode == 0, finished.stderr
+    (path,) = tmp_path.glob("memory_*.json")
+    (record,) = json.loads(path.read_text())
+    scopes = record["scopes"]
+    assert list(scopes) == ["off", "mamba", "attention", "branches", "block"]
+    saved = {scope: found["saved"] for scope, found in scopes.items()}
+    assert saved["block"] < saved["branches"] < min(saved["mamba"], saved["attention"])
+    assert max(saved["mamba"], saved["attention"]) < saved["off"]
+    assert all(found["saved"] < found["held"] < found["peak"] and found["time_to_off"] > 0 for found in scopes.values())
+    off = scopes["off"]
+    assert off["peak_of_process"] > off["peak"]
+    assert 0.8 * off["saved"] < sum(off["largest"].values()) <= off["saved"]
+    bytes_of = {(name, scope): sizes for name, scope, sizes in record["variants"]}
+    # 2 layers and 4 heads keep softmax weights [128, 128] in float32; a table is cos and sin, 256 x 16 each.
+    assert bytes_of["scores", "off"]["saved"] - off["saved"] > 0.9 * 2 * 4 * 128 * 128 * 4
+    assert bytes_of["own tables", "off"]["held"] - off["held"] == 2 * 2 * 256 * 16 * 4
+    assert "| block |" in path.with_suffix(".md").read_text()
     assert str(tmp_path) not in path.read_text()
 
 

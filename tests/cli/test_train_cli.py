@@ -79,6 +79,22 @@ def test_a_run_leaves_its_directory(config: Path, tmp_path: Path) -> None:
     assert "\x1b" not in done.stderr and "\r" not in done.stderr
 
 
+@pytest.mark.parametrize("scope", ["branches", "block"])
+def test_gradient_checkpointing_changes_no_loss(config: Path, tmp_path: Path, scope: str) -> None:
+    """Both kinds of dropout are on: what is recomputed must draw and drop as the first time."""
+    dropped = ["model.dropout=0.1", "model.drop_branch_prob=0.5", "training.save_interval=0"]
+    for name, chosen in (("plain", "off"), ("recomputed", scope)):
+        settings = [*dropped, f"training.gradient_checkpointing={chosen}", f"output_dir={tmp_path / name}"]
+        command = [sys.executable, "-m", "fusiontree", "train", "--config", str(config), *settings]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    plain, recomputed = metrics(tmp_path / "plain"), metrics(tmp_path / "recomputed")
+    assert len(plain) == len(recomputed) >= 6
+    for row, other in zip(plain, recomputed, strict=True):
+        for key in row.keys() & {"loss", "lm_loss", "eval_loss", "gate_mean", "grad_norm"}:
+            assert other[key] == pytest.approx(row[key], rel=1e-6), key
+
+
 def test_a_terminal_gets_a_live_line(config: Path, tmp_path: Path) -> None:
     """A pseudo-terminal stands in for one; the display is redrawn there."""
     leader, follower = pty.openpty()
@@ -129,6 +145,10 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
         (["model.vocab_size=100"], "has ids up to 299 but model.vocab_size is 100"),
         (["training.batch_size=0"], "training.batch_size"),
         (["training.learning_rate=fast"], "training.learning_rate"),
+        (
+            ["training.gradient_checkpointing=blok"],
+            "must be true, false or one of off, mamba, attention, branches, block (did you mean block?), got 'blok'",
+        ),
         (["training.betas=[0.9, 1.5]"], "betas must lie in [0, 1)"),
         (["data.train_paths=missing.jsonl"], "missing.jsonl"),
         (["data.eval_paths=missing/*.jsonl"], "missing/*.jsonl"),

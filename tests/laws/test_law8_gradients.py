@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest_laws import COMBINATIONS, FEW, build, packed_positions, tokens
 
+from fusiontree.errors import InputError
 from fusiontree.models.layout import count_labels, shift_labels
 from fusiontree.ops import linear_cross_entropy
 
 POSITIONS = packed_positions([7, 16], [23], [1, 2, 20], [11, 12])
+SCOPES = ("mamba", "attention", "branches", "block")
 BOTH = [name for name in sorted(COMBINATIONS) if not name.endswith("pruned")][:4] + FEW
 
 
@@ -40,17 +42,56 @@ def assert_gradients_equal(got, want, tolerance=2e-5):
         assert (got[name] - value).abs().max() <= tolerance * max(1.0, value.abs().max()), name
 
 
+def saved_bytes(run):
+    """Bytes that autograd keeps for the backward pass of what `run` computes."""
+    found = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in found.values())
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_checkpointing(name):
     model = build(**COMBINATIONS[name]).train()
     loss = loss_and_gradients(model)
     want = gradients(model)
     assert len(want) == len(list(model.parameters()))  # every parameter is reached
-    model.zero_grad()
     model.activation_checkpointing_enable()
-    again = loss_and_gradients(model)
-    assert abs(again - loss) <= 1e-6
-    assert_gradients_equal(gradients(model), want, 1e-6)
+    for scope in (None, *SCOPES):
+        if scope is not None:
+            model.gradient_checkpointing_enable({"scope": scope})
+        model.zero_grad()
+        assert loss_and_gradients(model) == loss
+        assert_gradients_equal(gradients(model), want, 1e-6)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_each_scope_keeps_less(version):
+    model, ids = build(mamba_version=version).train(), tokens(4, 23)
+    kept = {"off": saved_bytes(lambda: model(ids, labels=ids))}
+    for scope in SCOPES:
+        model.gradient_checkpointing_enable({"scope": scope})
+        kept[scope] = saved_bytes(lambda: model(ids, labels=ids))
+    assert kept["block"] < kept["branches"] < min(kept["mamba"], kept["attention"])
+    assert max(kept["mamba"], kept["attention"]) < kept["off"]
+    assert kept["branches"] < 0.7 * kept["off"]
+    model.gradient_checkpointing_enable()
+    assert saved_bytes(lambda: model(ids, labels=ids)) == kept["branches"]
+    model.gradient_checkpointing_enable({"scope": "block"}, every_n_layers=2)  # layers 0 and 2 of three
+    assert kept["block"] < saved_bytes(lambda: model(ids, labels=ids)) < kept["off"]
+    model.gradient_checkpointing_disable()
+    assert saved_bytes(lambda: model(ids, labels=ids)) == kept["off"]
+
+
+def test_an_unknown_scope_is_refused():
+    with pytest.raises(InputError, match="'blok'; did you mean 'block'"):
+        build().gradient_checkpointing_enable({"scope": "blok"})
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -68,17 +109,18 @@ def test_under_bfloat16_autocast(name):
 
     want = run(slice(None))
     assert_gradients_equal(run(slice(0, 1), slice(1, 4)), want, 0.005)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_gradients_equal(run(slice(None)), want, 1e-6)
+    for scope in SCOPES:
+        model.gradient_checkpointing_enable({"use_reentrant": False, "scope": scope})
+        assert_gradients_equal(run(slice(None)), want, 1e-6)
 
 
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, "branches", "block"])
 def test_on_a_state(name, checkpointing):
     """The gradient of a piece that is read on a state: as if the state were a constant of the same values."""
     model, ids = build(**COMBINATIONS[name]).train(), tokens(2, 12)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"scope": checkpointing})
 
     def state():
         with torch.no_grad():
@@ -137,26 +179,41 @@ def test_padding_changes_no_gradient():
 
     want = run(ids, mask)
     assert_gradients_equal(run(ids.masked_fill(mask == 0, 7), mask), want, 1e-6)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_gradients_equal(run(ids, mask), want, 1e-6)
+    for scope in SCOPES:
+        model.gradient_checkpointing_enable({"scope": scope})
+        assert_gradients_equal(run(ids, mask), want, 1e-6)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_with_branch_dropout(use_reentrant):
-    def run(checkpointing):
-        model = build(drop_branch_prob=0.6, dropout=0.0).train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpointing_with_dropout_of_both_kinds(version, use_reentrant):
+    """Two forwards stand before each backward: a recomputation must not see what the second did to running means."""
+
+    def run(scope):
+        model = build(drop_branch_prob=0.6, dropout=0.2, mamba_version=version).train()
+        if scope:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant, "scope": scope})
+        torch.manual_seed(3)
+        losses, details = [], {}
         for step in range(3):
             model.set_dropout_key(seed=5, step=step, micro_batch=0)
-            loss_and_gradients(model)
-        return gradients(model), dict(model.named_buffers())
+            for rows in (slice(0, 2), slice(2, 4)):
+                ids, positions = tokens(4, 23)[rows], POSITIONS[rows]
+                out = model(ids, position_ids=positions, labels=ids, output_gates=True)
+                losses.append(out.loss + out.gate_stats.mean.square().mean() + out.gate_stats.entropy.mean())
+                if out.gate_stats.details is not None:
+                    details |= vars(out.gate_stats.details)
+            (losses[-2] + losses[-1]).backward()
+        assert details
+        return torch.stack(losses).detach(), gradients(model), dict(model.named_buffers()) | details, torch.rand(1)
 
-    want, want_buffers = run(False)
-    got, got_buffers = run(True)
-    assert_gradients_equal(got, want, 1e-6)
-    for name, value in want_buffers.items():
-        assert torch.equal(got_buffers[name], value), name
+    losses, want, want_buffers, drawn = run(None)
+    for scope in SCOPES:
+        again, got, got_buffers, drawn_again = run(scope)
+        assert torch.equal(again, losses) and drawn_again == drawn
+        assert_gradients_equal(got, want, 1e-6)
+        for name, value in want_buffers.items():
+            assert torch.equal(got_buffers[name], value), name
 
 
 @pytest.mark.parametrize("name", FEW)

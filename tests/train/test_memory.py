@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
-from fusiontree.train.memory import MemoryEstimate, _LiveBytes, dry_run, estimate_activations, estimate_memory
+from fusiontree.train.memory import LiveBytes, MemoryEstimate, dry_run, estimate_activations, estimate_memory
 from fusiontree.train.settings import RunSettings, SystemSettings
 from fusiontree.train.setup import enable_gradient_checkpointing
 
@@ -31,17 +31,16 @@ def test_components_add_up_to_the_model() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"layer_branches": ["both", "mamba", "attention", "both", "mamba"]}])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_those_of_a_real_step(fields: dict[str, object], checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, "mamba", "attention", True, "block"])
+def test_activations_are_those_of_a_real_step(fields: dict[str, object], checkpointing: bool | str) -> None:
     config = HybridLanguageModelConfig(**SIZES, **fields)
     run = settings(gradient_checkpointing=checkpointing)
     model = HybridLanguageModel(config).train()
-    if checkpointing:
-        enable_gradient_checkpointing(model)
+    enable_gradient_checkpointing(model, run.training.checkpointing_scope)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     input_ids = torch.zeros(2, 128, dtype=torch.long)
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         model(input_ids=input_ids, labels=input_ids).loss.backward()
     assert estimate_activations(run, config) == pytest.approx(live.peak, rel=0.15)
 

@@ -5,13 +5,15 @@ Shapes: B batch, T tokens, H hidden, r gate rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fusiontree.models.cache import HybridLayerState
 from fusiontree.models.configuration import HybridLanguageModelConfig
@@ -22,6 +24,15 @@ from fusiontree.models.mamba_block import MambaBlock
 from fusiontree.ops.gated_mix import gated_mix
 
 _MEAN_MOMENTUM = 0.99
+
+#: What gradient checkpointing can recompute in the backward pass, with the branches that are recomputed by themselves.
+CHECKPOINTING_SCOPES: dict[str, tuple[str, ...]] = {
+    "mamba": ("mamba",),
+    "attention": ("attention",),
+    "branches": ("mamba", "attention"),
+    "block": (),  # the block as a whole instead
+}
+DEFAULT_SCOPE = "branches"
 
 
 class AlignmentMLP(nn.Module):
@@ -36,12 +47,12 @@ class AlignmentMLP(nn.Module):
         self.in_proj = nn.Linear(branches * hidden_size, 2 * hidden_size if hidden_layer else hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size) if hidden_layer else None
 
-    def forward(self, *branches: torch.Tensor) -> torch.Tensor:
-        """Branch outputs, each [B, T, H] -> z [B, T, H]."""
-        h = self.in_proj(torch.cat(branches, dim=-1))
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h [B, T, branches * H] -> z [B, T, H]."""
+        projected = self.in_proj(h)
         if self.out_proj is None:
-            return h
-        shortcut, inner = h.split(self.hidden_size, dim=-1)
+            return projected
+        shortcut, inner = projected.split(self.hidden_size, dim=-1)
         return shortcut + self.out_proj(F.silu(inner))
 
 
@@ -80,6 +91,26 @@ class BlockGates:
     details: dict[str, torch.Tensor] | None
 
 
+class _Pass(NamedTuple):
+    """What one forward pass gives every part of a block, beside x and the time encoding.
+
+    scope: of `CHECKPOINTING_SCOPES`; None recomputes nothing.
+    stand_in: [H] running mean of the branch that branch dropout removes.
+    """
+
+    layout: Layout
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    state: HybridLayerState | None
+    scope: str | None
+    drop: str | None
+    stand_in: torch.Tensor | None
+    with_details: bool
+
+
+# Of the Mamba and of the attention branch; None where it is absent.
+_Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
 class HybridBlock(nn.Module):
     """See `forward` for the equation. With one branch (`layer_branches`) the absent one is the constant 0."""
 
@@ -102,8 +133,10 @@ class HybridBlock(nn.Module):
             linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
+        # Set by the model's `_set_gradient_checkpointing`; the first has the name by which transformers asks for it.
         self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable | None = None
+        self.checkpointing_scope = DEFAULT_SCOPE
+        self.checkpoint: Callable = checkpoint
         self.tracks_means = branch == "both" and config.drop_branch_prob > 0
         if branch == "both":
             # Always there, so that branch dropout can be switched on or off for a trained model.
@@ -130,57 +163,103 @@ class HybridBlock(nn.Module):
             drop: "mamba" or "attention" when branch dropout replaces that branch by its running mean.
             with_details: also sum the statistics of `GateDetails`.
         """
-        u = self.ln_input(x)
-        h_m = self._run(self.mamba, state, u + time_encoding, layout) if self._runs("mamba", drop) else None
-        h_a = self._run(self.attention, state, u, layout, rotary) if self._runs("attention", drop) else None
-        h_m, h_a = self._fill_dropped(h_m, h_a, layout, drop)
-        z = self.alignment(*(h for h in (h_m, h_a) if h is not None))
+        # Not on a state: recomputation would read the one that the first run has left, and write it a second time.
+        recomputes = self.gradient_checkpointing and self.training and state is None
+        scope = self.checkpointing_scope if recomputes else None
+        # The running means are read before and written after what may run twice.
+        given = _Pass(layout, rotary, state, scope, drop, self._stand_in(drop), with_details)
+        compute = partial(self.checkpoint, self._compute) if scope == "block" else self._compute
+        out, gate_mean, gate_entropy, details, token_means = compute(x, time_encoding, given)
+        self._update_means(token_means)
+        return out, BlockGates(gate_mean, gate_entropy, self.branch == "both" and drop is None, details)
+
+    def _compute(
+        self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None, _Pair]:
+        """out, gate mean, gate entropy, details, the branches' token means; changes nothing but a state."""
+        h_m, h_a = self._branches(x, time_encoding, given)
+        token_means = self._token_means(h_m, h_a, given.layout)
+        h, h_m, h_a = _side_by_side(*_fill_dropped(h_m, h_a, given))
+        z = self.alignment(h)
         logits = self.gate(z)
         f, gate_mean, gate_entropy = gated_mix(
             logits, torch.zeros_like(logits) if h_m is None else h_m, torch.zeros_like(logits) if h_a is None else h_a
         )
         y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
-        active = self.branch == "both" and drop is None
         details = None
-        if with_details and active and h_m is not None and h_a is not None:
-            details = layer_details(logits, h_m, h_a, gate_entropy, layout.mask)
-        return self.ln_output(y), BlockGates(gate_mean, gate_entropy, active, details)
+        if given.with_details and given.drop is None and h_m is not None and h_a is not None:
+            details = layer_details(logits, h_m, h_a, gate_entropy, given.layout.mask)
+        return self.ln_output(y), gate_mean, gate_entropy, details, token_means
 
-    def _runs(self, branch: str, drop: str | None) -> bool:
-        return self.branch in ("both", branch) and drop != branch
+    def _branches(self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> _Pair:
+        """The branches that run on this layer, those of the scope recomputed in backward; [B, T, H] each."""
+        runs = [name for name in ("mamba", "attention") if self.branch in ("both", name) and given.drop != name]
+        covered = [name for name in runs if given.scope and name in CHECKPOINTING_SCOPES[given.scope]]
+        if not covered:
+            return self._normed_and_run(runs, x, time_encoding, given)[1:]
+        # The norm belongs to what is recomputed: a branch then keeps x alone, which all of them share.
+        u, *found = self.checkpoint(self._normed_and_run, covered, x, time_encoding, given)
+        others = self._run(set(runs).difference(covered), u, time_encoding, given)
+        h_m, h_a = (one if other is None else other for one, other in zip(found, others, strict=True))
+        return h_m, h_a
 
-    def _run(self, branch: nn.Module | None, state: HybridLayerState | None, *inputs: Any) -> torch.Tensor:
-        """A branch, recomputed in backward when gradient checkpointing is on; the rest of the block is kept.
+    def _normed_and_run(
+        self, names: Collection[str], x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        u = self.ln_input(x)
+        return u, *self._run(names, u, time_encoding, given)
 
-        Not on a state: recomputation would read the one that the first run has left, and write it a second time.
-        """
-        assert branch is not None
-        recompute = self.gradient_checkpointing and self.training and state is None
-        if recompute and self._gradient_checkpointing_func is not None:
-            return self._gradient_checkpointing_func(branch.__call__, *inputs)
-        return branch(*inputs, state)
+    def _run(self, names: Collection[str], u: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> _Pair:
+        h_m = h_a = None
+        if self.mamba is not None and "mamba" in names:
+            h_m = self.mamba(u + time_encoding, given.layout, given.state)
+        if self.attention is not None and "attention" in names:
+            h_a = self.attention(u, given.layout, given.rotary, given.state)
+        return h_m, h_a
 
-    def _fill_dropped(
-        self,
-        h_m: torch.Tensor | None,
-        h_a: torch.Tensor | None,
-        layout: Layout,
-        drop: str | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Branch dropout: a dropped branch's running mean stands in for it; the branches that ran update theirs."""
+    def _stand_in(self, drop: str | None) -> torch.Tensor | None:
+        """Branch dropout: what stands in for the dropped branch, a copy that later updates do not reach."""
+        if drop is None or not self.training or not self.tracks_means:
+            return None
+        return (self.mamba_mean if drop == "mamba" else self.attention_mean).clone()
+
+    def _token_means(self, h_m: torch.Tensor | None, h_a: torch.Tensor | None, layout: Layout) -> _Pair:
+        """[H] of each branch that ran, where running means are kept."""
         if not self.training or not self.tracks_means:
-            return h_m, h_a
-        for branch, (output, mean) in enumerate(((h_m, self.mamba_mean), (h_a, self.attention_mean))):
-            if output is not None:
+            return None, None
+        m_m, m_a = (None if h is None else _token_mean(h, layout.mask) for h in (h_m, h_a))
+        return m_m, m_a
+
+    def _update_means(self, token_means: _Pair) -> None:
+        for branch, (found, mean) in enumerate(zip(token_means, ("mamba_mean", "attention_mean"), strict=True)):
+            if found is not None:
+                running = getattr(self, mean)
                 self.mean_updates[branch] += 1
                 # A plain mean at first, so that it does not start out near zero.
-                weight = (1 / self.mean_updates[branch]).clamp(min=1 - _MEAN_MOMENTUM).to(mean.dtype)
-                mean.lerp_(_token_mean(output, layout.mask).to(mean.dtype), weight)
-        if drop == "mamba" and h_a is not None:
-            h_m = self.mamba_mean.to(h_a.dtype, copy=True).expand_as(h_a)
-        elif drop == "attention" and h_m is not None:
-            h_a = self.attention_mean.to(h_m.dtype, copy=True).expand_as(h_m)
+                weight = (1 / self.mean_updates[branch]).clamp(min=1 - _MEAN_MOMENTUM).to(running.dtype)
+                running.lerp_(found.to(running.dtype), weight)
+
+
+def _fill_dropped(h_m: torch.Tensor | None, h_a: torch.Tensor | None, given: _Pass) -> _Pair:
+    """The stand-in in place of the branch that branch dropout removed."""
+    kept = h_m if h_a is None else h_a
+    if given.stand_in is None or kept is None:
         return h_m, h_a
+    filled = given.stand_in.to(kept.dtype).expand_as(kept)
+    return (filled, h_a) if given.drop == "mamba" else (h_m, filled)
+
+
+def _side_by_side(
+    h_m: torch.Tensor | None, h_a: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The branches' outputs in one tensor [B, T, branches * H], and as its halves, so that they are kept once."""
+    if h_m is None or h_a is None:
+        alone = h_a if h_m is None else h_m
+        assert alone is not None
+        return alone, h_m, h_a
+    h = torch.cat((h_m, h_a), dim=-1)
+    h_m, h_a = h.chunk(2, dim=-1)
+    return h, h_m, h_a
 
 
 @torch.no_grad()

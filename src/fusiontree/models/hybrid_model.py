@@ -6,19 +6,22 @@ Shapes: B batch, T tokens, H hidden, V vocabulary, L layers.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, nearest
 from fusiontree.models.cache import HybridCache
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.gate_stats import GateDetails, GateStats
-from fusiontree.models.hybrid_block import BlockGates, HybridBlock
+from fusiontree.models.hybrid_block import CHECKPOINTING_SCOPES, DEFAULT_SCOPE, BlockGates, HybridBlock
 from fusiontree.models.initialization import initialize
 from fusiontree.models.layout import IGNORE_INDEX, SRTE, Layout, SinusoidTable, build_layout, shift_labels
 from fusiontree.ops import linear_cross_entropy
@@ -102,6 +105,31 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """What transformers' `gradient_checkpointing_enable` ends in; its kwargs may name a `scope` beside torch's own.
+
+        Raises:
+            InputError: a scope that is none of `CHECKPOINTING_SCOPES`.
+        """
+        # transformers binds the kwargs to the function, which would not know this one.
+        bound = gradient_checkpointing_func if isinstance(gradient_checkpointing_func, partial) else None
+        keywords = {"use_reentrant": False} | (bound.keywords if bound else {})
+        scope = keywords.pop("scope", DEFAULT_SCOPE)
+        if scope not in CHECKPOINTING_SCOPES:
+            close = nearest(str(scope), CHECKPOINTING_SCOPES)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise InputError(
+                f"the scope of gradient checkpointing must be one of {', '.join(CHECKPOINTING_SCOPES)}, got "
+                f"{scope!r}{hint}"
+            )
+        for layer, block in enumerate(self.layers):
+            assert isinstance(block, HybridBlock)
+            block.gradient_checkpointing = enable and layer % every_n_layers == 0
+            block.checkpointing_scope = scope
+            block.checkpoint = partial(bound.func if bound else gradient_checkpointing_func, **keywords)
 
     def set_dropout_key(self, seed: int, step: int, micro_batch: int) -> None:
         """Choose the branch dropout of the next training forward; equal keys drop equal branches on every rank.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusiontree.ops.attention_gradients import block_gradients
 from fusiontree.ops.precision import product_dtype, state_dtype
 
 _FORWARD_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -154,6 +155,8 @@ def _backward(
             again, _ = _forward(q, k, v, mask, causal)
         dq, dk, dv = torch.autograd.grad(again, (q, k, v), dout)
         return dq, dk, dv
+    if q.dtype == torch.bfloat16:  # then this CPU multiplies it fast (`product_dtype`)
+        return block_gradients(dout, q, k, v, out, logsumexp, mask, causal)
     group = q.shape[1] // k.shape[1]
     if group > 1 and not _CPU_KERNEL_GROUPS_HEADS:
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

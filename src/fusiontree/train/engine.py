@@ -103,8 +103,7 @@ class TrainingEngine:
         self.eval_loader = self._loader("eval") if self._evaluates else None
         seed_everything(settings.seed)
         model = load_model(checkpoint, config) if checkpoint else HybridLanguageModel(config)
-        if settings.training.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model, settings.training.checkpointing_scope)
         model.to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, settings.training))
         self.unwrapped: HybridLanguageModel = self.accelerator.unwrap_model(self.model)

@@ -169,14 +169,13 @@ def _trace(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = HybridLanguageModel(HybridLanguageModelConfig(**_own_fields(fields)))
         model.train()
-        if settings.training.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model, settings.training.checkpointing_scope)
         # Gradients exist beforehand, as in every micro-batch but the first, so that none is counted here.
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         input_ids = torch.zeros(settings.training.batch_size, length, dtype=torch.long)
         is_bf16 = settings.training.mixed_precision == "bf16"
-        with _LiveBytes() as live:
+        with LiveBytes() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
                 hidden = model.backbone(input_ids=input_ids).last_hidden_state
             kept = live.now
@@ -188,7 +187,7 @@ def _own_fields(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in HybridLanguageModelConfig.__dataclass_fields__}
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that ops made and that are still referenced."""
 
     def __init__(self) -> None:

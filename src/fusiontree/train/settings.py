@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fusiontree.config import Settings, apply_overrides, load_yaml, place_in_yaml
 from fusiontree.data.settings import DataSettings
-from fusiontree.errors import InputError, SettingError
+from fusiontree.errors import InputError, SettingError, nearest
 
 
 class TrainingSettings(Settings):
@@ -28,7 +28,9 @@ class TrainingSettings(Settings):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator term")
     grad_clip: float = Field(1.0, ge=0, description="largest L2 norm of all gradients together; 0 = never clip")
-    gradient_checkpointing: bool = Field(False, description="recompute the branches in the backward pass")
+    gradient_checkpointing: bool | Literal["off", "mamba", "attention", "branches", "block"] = Field(
+        False, description="what the backward pass recomputes; true = branches (both of them), false = off"
+    )
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="autocast dtype; parameters are float32 always")
     eval_interval: int = Field(500, ge=0, description="also at step 0 and at the end; 0 = never evaluate")
     eval_batches: int | None = Field(50, ge=1, description="batches of one evaluation; null = the whole eval set")
@@ -40,6 +42,23 @@ class TrainingSettings(Settings):
     @classmethod
     def _unquoted_no(cls, value: object) -> object:
         return "no" if value is False else value  # what YAML makes of a bare `no`
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _known_scope(cls, value: object) -> object:
+        scopes = ("off", "mamba", "attention", "branches", "block")
+        if isinstance(value, bool) or value in scopes:
+            return value
+        close = nearest(str(value), (*scopes, "true", "false"))
+        hint = f" (did you mean {close}?)" if close else ""
+        raise ValueError(f"must be true, false or one of {', '.join(scopes)}{hint}")
+
+    @property
+    def checkpointing_scope(self) -> str | None:
+        """What gradient checkpointing recomputes, by the model's names; None: nothing."""
+        if isinstance(self.gradient_checkpointing, bool):
+            return "branches" if self.gradient_checkpointing else None
+        return None if self.gradient_checkpointing == "off" else self.gradient_checkpointing
 
     @model_validator(mode="after")
     def _betas_below_one(self) -> TrainingSettings:

@@ -92,12 +92,20 @@ def check_system(system: SystemSettings) -> torch.device:
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def enable_gradient_checkpointing(model: HybridLanguageModel) -> None:
-    """Recompute the branches in the backward pass, without re-entering autograd (DDP and autocast need that)."""
+def enable_gradient_checkpointing(model: HybridLanguageModel, scope: str | None) -> None:
+    """Recompute `scope` in the backward pass, nothing if None.
+
+    It does not re-enter autograd, which DDP and autocast need.
+
+    Raises:
+        InputError: a scope that the model does not know.
+    """
+    if scope is None:
+        return
     with warnings.catch_warnings():
         # The old name works in every supported transformers; the newer ones only warn that it will go.
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "scope": scope})
 
 
 def seed_everything(seed: int) -> None:
