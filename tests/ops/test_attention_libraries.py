@@ -139,9 +139,11 @@ def test_an_installation_that_does_not_work_is_named(installed, version, code, r
         ({}, "runs on CUDA tensors, not on cpu"),
         ({"device": "cuda"}, "does not support dtype torch.float32"),
         ({"device": "cuda", "dtype": torch.bfloat16, "width": 264}, "heads of up to 256 channels, not 264"),
+        ({"device": "cuda", "dtype": torch.bfloat16}, "needs a GPU of compute capability 8.0, not 7.5"),
     ],
 )
-def test_what_it_cannot_honour_is_refused(change, reason):
+def test_what_it_cannot_honour_is_refused(change, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     change = {"width": 16, "dtype": torch.float32, "device": "cpu"} | change
     with FakeTensorMode():
         q = torch.empty(1, 3, 2, change.pop("width"), **change)

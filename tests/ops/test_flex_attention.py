@@ -125,6 +125,14 @@ def test_heads_too_narrow_or_too_wide_for_the_cuda_kernel_are_refused(width):
             resolve("local_global_attention", "flex", *qkv)
 
 
+def test_a_gpu_that_triton_does_not_compile_for_is_refused(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    with FakeTensorMode():
+        q = torch.empty(1, 3, 2, 16, device="cuda")
+    assert flex_attention.refuses(q, q, q) == "it needs a GPU of compute capability 7.0, not 6.1"
+
+
 def test_without_a_compiler_it_is_not_usable(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert flex_attention.find_unusable() == "torch.compile needs a C++ compiler and finds none"
@@ -133,8 +141,9 @@ def test_without_a_compiler_it_is_not_usable(monkeypatch):
 
 
 @needs_compiler
-def test_auto_takes_it_for_training_on_cuda_alone():
+def test_auto_takes_it_for_training_on_cuda_alone(monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     flex, plain = (
         resolve("local_global_attention", name, *[torch.zeros(1, 3, 2, 16)] * 3) for name in ("flex", "torch")
     )

@@ -107,7 +107,8 @@ def test_autocast_projects_in_its_dtype_and_sums_in_float32(interpreted):
         (torch.bfloat16, torch.bfloat16, None),
     ],
 )
-def test_what_it_cannot_honour_is_refused(hidden, weight, reason):
+def test_what_it_cannot_honour_is_refused(hidden, weight, reason, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with FakeTensorMode():
         found = liger.refuses(*(torch.empty(3, 3, dtype=dtype, device="cuda") for dtype in (hidden, weight)))
     assert found is None if reason is None else reason in found

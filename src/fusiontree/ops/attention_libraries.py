@@ -20,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from fusiontree.ops.attention_layouts import AttentionLayout
+from fusiontree.ops.checks import refuse_older_gpu
 from fusiontree.ops.precision import autocast_dtype
 
 # The first with a sliding window (2.3), a deterministic backward pass (2.4) and heads of 256 on every GPU (2.5.5).
@@ -52,10 +53,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
         return f"it does not support dtype {autocast_dtype(q)}"
     if q.shape[-1] > WIDEST_HEAD:
         return f"it takes heads of up to {WIDEST_HEAD} channels, not {q.shape[-1]}"
-    capability = torch.cuda.get_device_capability(q.device)
-    if torch.version.hip is None and capability < (8, 0):
-        return f"it needs a GPU of compute capability 8.0, not {capability[0]}.{capability[1]}"
-    return None
+    return refuse_older_gpu(q, (8, 0))
 
 
 def _library() -> ModuleType:

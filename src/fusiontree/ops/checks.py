@@ -21,3 +21,11 @@ def check_sequence(op: str, length: int, reset: Tensor | None) -> None:
         raise ValueError(f"{op}: needs at least one token")
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"{op}: reset must be bool, got {reset.dtype}")
+
+
+def refuse_older_gpu(x: Tensor, least: tuple[int, int]) -> str | None:
+    """The refusal of kernels that need a compute capability which x's GPU lacks; AMD's GPUs have none."""
+    found = torch.cuda.get_device_capability(x.device)
+    if torch.version.hip is None and found < least:
+        return "it needs a GPU of compute capability {}.{}, not {}.{}".format(*least, *found)
+    return None

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.attention_layouts import AttentionLayout
+from fusiontree.ops.checks import refuse_older_gpu
 from fusiontree.ops.precision import autocast_dtype
 
 # Queries and keys of one block of the mask; what FlexAttention takes unless told otherwise.
 BLOCK = 128
+# The oldest compute capability that Triton compiles for.
+TRITON_GPU = (7, 0)
 
 
 def find_unusable() -> str | None:
@@ -51,7 +54,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
         return f"on CUDA it takes heads of 16 to 256 channels, not {width}"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "on CUDA it needs triton, which is not installed"
-    return None
+    return refuse_older_gpu(q, TRITON_GPU) if device == "cuda" else None
 
 
 def auto_declines(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:

@@ -15,6 +15,8 @@ from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fusiontree.ops.checks import refuse_older_gpu
+
 # The first that sums the weight's gradient in a dtype of the caller's choice.
 OLDEST = Version("0.6.2")
 
@@ -37,7 +39,7 @@ def find_unusable() -> str | None:
 def refuses(hidden: Tensor, weight: Tensor) -> str | None:
     if hidden.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {hidden.device.type}"
-    return refuses_dtypes(hidden, weight)
+    return refuses_dtypes(hidden, weight) or refuse_older_gpu(hidden, (7, 0))  # Triton's oldest
 
 
 def refuses_dtypes(hidden: Tensor, weight: Tensor) -> str | None:
