@@ -6,6 +6,7 @@ import pytest
 import torch
 from op_comparison import TOLERANCE, assert_close
 from test_local_global_attention import arguments, packed_positions
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
@@ -70,6 +71,24 @@ def test_layers_share_the_mask_of_one_window(monkeypatch):
     for window_size in (5, 5, 7):
         local_global_attention(**case, window_size=window_size, num_global_heads=1, layout=layout, backend="flex")
     assert masks[0] is masks[1] and masks[1] is not masks[2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_of_other_windows_and_other_batches_share_what_was_compiled(packed, monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    counter = CompileCounter()  # compiles to the unfused form, in no time
+    monkeypatch.setattr(
+        flex_attention, "_flex_attention", lambda device: torch.compile(flex, backend=counter, fullgraph=True)
+    )
+    case = arguments(40, dtype=torch.float32)
+    for seed, window_size in enumerate((5, 9, 100)):
+        options = {"window_size": window_size, "num_global_heads": 1}
+        options["position_ids"] = packed_positions(40, seed=seed) if packed else None
+        actual = local_global_attention(**case, **options, backend="flex")
+        expected = local_global_attention(**case, **options, backend="reference")
+        assert_close({"output": actual}, {"output": expected}, TOLERANCE[torch.float32])
+    assert counter.frame_count == 1
 
 
 def check_forward(length, heads=6, kv_heads=3, *, packed=True, window_size=50, dtype=torch.float32):
