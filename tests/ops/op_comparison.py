@@ -46,9 +46,14 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 
 
 def assert_agrees_with_reference(
-    op: Callable[..., Any], arguments: dict[str, Any], *, backend: str = "torch", **options: Any
+    op: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    backend: str = "torch",
+    tolerance: float | None = None,
+    **options: Any,
 ) -> None:
-    """backend = reference, in the dtype of the arguments; the reference computes in float64."""
+    """The backend = the reference, in the dtype of the arguments; the reference computes in float64."""
     dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
     in_double = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -56,7 +61,7 @@ def assert_agrees_with_reference(
     }
     expected = run_with_gradients(op, in_double, backend="reference", **options)
     actual = run_with_gradients(op, arguments, backend=backend, **options)
-    assert_close(actual, expected, TOLERANCE[dtype])
+    assert_close(actual, expected, TOLERANCE[dtype] if tolerance is None else tolerance)
 
 
 @contextmanager

@@ -227,8 +227,10 @@ def _against_floor(measured: Measured | None) -> str:
     """Milliseconds, MB, and each against the floor."""
     if measured is None:
         return ""
-    time, size = measured.seconds / measured.floor_seconds, measured.bytes / measured.floor_bytes
-    return f"{1e3 * measured.seconds:9.2f}{_times(time):>7}{measured.bytes / 1e6:8.1f}{_times(size):>7}"
+    size = f"{'–':>15}"
+    if measured.bytes is not None:
+        size = f"{measured.bytes / 1e6:8.1f}{_times(measured.bytes / measured.floor_bytes):>7}"
+    return f"{1e3 * measured.seconds:9.2f}{_times(measured.seconds / measured.floor_seconds):>7}{size}"
 
 
 def _times(ratio: float) -> str:

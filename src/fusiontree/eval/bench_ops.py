@@ -5,8 +5,8 @@ input and output once (with a backward pass, their gradients too). Divided by wh
 product and on a large copy, measured in the same run, it gives the floor under the time; what fits into a cache may be
 moved faster than that.
 
-The bytes set against the least possible are those that the tensor operations read and write on CPU, and on CUDA, where
-kernels are not seen from here, the most that was allocated at a time, inputs included.
+The bytes set against the least possible are on CPU those that tensor operations read and write, on CUDA the most that
+was allocated at a time, inputs included.
 
 Shapes: B batch, T tokens, H hidden, h Mamba heads, P head width, N state, D attention head width, V vocabulary.
 """
@@ -35,6 +35,8 @@ SIZES = f"H={H} P={P} N={N} (16 for selective_scan) D={D} V={V} window={WINDOW} 
 SECONDS_ENOUGH = 2.0
 #: Beyond this length the naive `reference` takes minutes a call, or all memory.
 NAIVE_TOKENS = 2048
+#: The backends made of tensor operations.
+COUNTED_BACKENDS = ("torch", "reference")
 #: Compiled at the first call, for longer than all else here takes; on CPU `auto` never takes them.
 COMPILED = ("flex",)
 
@@ -65,10 +67,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of calling a backend. seconds: median of the calls; bytes: moved on CPU, held on CUDA, see the module."""
+    """One way of calling a backend. seconds: median of the calls; bytes: moved on CPU, held on CUDA, see the module;
+    None on CPU for a backend that is a kernel of its own, whose traffic cannot be seen from here."""
 
     seconds: float
-    bytes: float
+    bytes: float | None
     floor_seconds: float
     floor_bytes: float
 
@@ -173,12 +176,14 @@ def _call(case: _Case, backend: str, trains: bool) -> None:
 
 def _first_calls(
     calls: Mapping[str, Callable[[], None]], device: torch.device, held_before: int
-) -> tuple[dict[str, str], dict[str, float]]:
+) -> tuple[dict[str, str], dict[str, float | None]]:
     """Why calls fail, and the bytes of those that do not. One backend's failure leaves the others in the table."""
-    failures, moved = {}, {}
+    failures: dict[str, str] = {}
+    moved: dict[str, float | None] = {}
     for name, call in calls.items():
         try:
-            moved[name] = _bytes_of_call(call, device, held_before)
+            counted = _bytes_of_call(call, device, held_before)
+            moved[name] = counted if device.type == "cuda" or name in COUNTED_BACKENDS else None
         except BackendError as error:
             failures[name] = "refused: " + str(error).partition("cannot run this call: ")[2].rstrip(".")
         except Exception as error:
