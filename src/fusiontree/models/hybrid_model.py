@@ -207,6 +207,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             past=cache.seen if cache is not None else 0,
             past_length=cache.max_length if cache is not None else 0,
             past_position=cache.max_position if cache is not None else 0,
+            even=cache.even if cache is not None else True,
         )
         rotary = self.rotary(layout.position_ids, layout.max_position)
         time_encoding = self.srte(layout.position_ids, layout.max_position)
