@@ -158,9 +158,9 @@ class HybridCache(Cache):
         self.max_position = max(self.max_position, layout.max_position + 1)
         self.even = layout.even
 
-    def check(self, config: HybridLanguageModelConfig, batch: int) -> None:
+    def check(self, geometry: list[dict[str, int]], batch: int) -> None:
         """Raise InputError unless this state belongs to a model of this geometry and to `batch` rows."""
-        if self.geometry != cache_geometry(config):
+        if self.geometry != geometry:
             raise InputError(
                 "the cache belongs to a model of another geometry: build it with HybridCache(model.config)"
             )

@@ -19,7 +19,7 @@ from fusiontree.models.gate_stats import layer_details
 from fusiontree.models.layout import Layout
 from fusiontree.models.local_global_attn import LocalGlobalAttention
 from fusiontree.models.mamba_block import MambaBlock
-from fusiontree.ops.gated_mix import gated_mix
+from fusiontree.ops.gated_mix import mix_alone, mix_with_reductions
 
 _MEAN_MOMENTUM = 0.99
 
@@ -72,12 +72,19 @@ class SmallMLP(nn.Module):
 
 @dataclass
 class BlockGates:
-    """What a block's gate did: mean and entropy [B, T] with gradient, whether they count, sums when asked for."""
+    """What a block's gate did.
 
-    mean: torch.Tensor
-    entropy: torch.Tensor
+    Attributes:
+        reductions: gives the gate's mean and entropy [B, T], with their gradient.
+        active: whether they count.
+        details: sums, when asked for.
+        is_deferred: whether `reductions` has yet to compute them.
+    """
+
+    reductions: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     active: bool
     details: dict[str, torch.Tensor] | None
+    is_deferred: bool
 
 
 class HybridBlock(nn.Module):
@@ -136,15 +143,17 @@ class HybridBlock(nn.Module):
         h_m, h_a = self._fill_dropped(h_m, h_a, layout, drop)
         z = self.alignment(*(h for h in (h_m, h_a) if h is not None))
         logits = self.gate(z)
-        f, gate_mean, gate_entropy = gated_mix(
+        # In a step of decoding nobody may ever look at the gates: reducing them would cost as much as the mix.
+        deferred = state is not None and x.shape[1] == 1 and not with_details and not torch.is_grad_enabled()
+        f, reductions = (mix_alone if deferred else mix_with_reductions)(
             logits, torch.zeros_like(logits) if h_m is None else h_m, torch.zeros_like(logits) if h_a is None else h_a
         )
         y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
         active = self.branch == "both" and drop is None
         details = None
         if with_details and active and h_m is not None and h_a is not None:
-            details = layer_details(logits, h_m, h_a, gate_entropy, layout.mask)
-        return self.ln_output(y), BlockGates(gate_mean, gate_entropy, active, details)
+            details = layer_details(logits, h_m, h_a, reductions()[1], layout.mask)
+        return self.ln_output(y), BlockGates(reductions, active, details, deferred)
 
     def _runs(self, branch: str, drop: str | None) -> bool:
         return self.branch in ("both", branch) and drop != branch

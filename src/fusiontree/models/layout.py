@@ -85,7 +85,7 @@ class Layout:
 def _piece_mask(
     attention_mask: torch.Tensor | None, past: int, shape: tuple[int, int], read: torch.Tensor
 ) -> torch.Tensor | None:
-    """The last T columns of [B, past + T] as bool; None when nothing is masked as far as the caller says."""
+    """The last T columns of [B, past + T] as bool; None when nothing is masked."""
     if attention_mask is None:
         return None
     expected = (shape[0], past + shape[1])
@@ -105,7 +105,7 @@ def _piece_mask(
             "`attention_mask` has zeros between real tokens; padding may stand before a row's first token and at the "
             "end of a piece alone"
         )
-    return mask
+    return None if mask.all() else mask
 
 
 def build_layout(

@@ -221,7 +221,7 @@ class _WholeLayout(CachedLayout):
     sees_all = True
     window_size = None
 
-    def __init__(self, batch: int, slots: int, device: torch.device):
+    def __init__(self, batch: int, slots: int, device: torch.device | str):
         self.shape = (batch, 1, slots)
         self.device = device
         self.blocks = [Block(0, 1, 0, slots)]
@@ -238,6 +238,6 @@ class _WholeLayout(CachedLayout):
         return None
 
 
-def whole_layout(batch: int, slots: int, device: torch.device) -> CachedLayout:
+def whole_layout(batch: int, slots: int, device: torch.device | str) -> CachedLayout:
     """The layout of one query per row that sees all of its `slots` keys, known without looking at any tensor."""
     return _WholeLayout(batch, slots, device)

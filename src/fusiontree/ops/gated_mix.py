@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, H channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,3 +56,23 @@ def gated_mix(
         last two are float32 (float64 for float64 inputs). All three carry gradient.
     """
     return _GatedMix.apply(logits, a, b)
+
+
+Reductions = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+
+
+def mix_with_reductions(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, Reductions]:
+    """f of `gated_mix`, and what gives its two reductions."""
+    f, mean, entropy = gated_mix(logits, a, b)
+    return f, lambda: (mean, entropy)
+
+
+def mix_alone(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, Reductions]:
+    """As `mix_with_reductions`, without gradient; the reductions are computed when asked for."""
+
+    def reductions() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            _, mean, entropy = gated_mix(logits, logits, logits)
+        return mean, entropy
+
+    return torch.lerp(b, a, torch.sigmoid(logits.to(state_dtype(logits))).to(b.dtype)), reductions

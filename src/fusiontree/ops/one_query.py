@@ -1,7 +1,7 @@
 """Attention of one query per row: a step of decoding, which costs the reading of all keys and values.
 
-torch's fused kernel is made for many queries. In bfloat16 on CPU it rearranges keys and values first, which for a single
-query takes several times as long as reading them, so there:
+torch's fused kernel is made for many queries. In bfloat16 on CPU it rearranges keys and values first, which for a
+single query takes several times as long as reading them, so there:
 
 - few keys are converted to float32, in which the fused kernel rearranges nothing;
 - many are multiplied head by head, as vector times matrix, at about the speed of memory. Scores are rounded to
@@ -23,7 +23,7 @@ MANY_KEYS = 1024
 
 
 def attend_one_query(q_B1HD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v without gradient: [B,1,H,D]. Reads each key head in place, whatever its strides.
+    """softmax(q k^T / sqrt(D) + mask) v without gradient: [B,1,H,D]. Keys are read in place, fastest head by head.
 
     mask: [B,1,1,S] of 0 and -inf, in any floating dtype; None: every key is visible.
     """
