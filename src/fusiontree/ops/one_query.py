@@ -47,12 +47,14 @@ def _fused(q_BKgD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) 
 
 
 def _head_by_head(q_BKgD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None) -> Tensor:
-    scaled, out = q_BKgD * q_BKgD.shape[-1] ** -0.5, torch.empty_like(q_BKgD)
-    for row, keys_KSD in enumerate(k_BKSD):
-        for kv_head, (keys, values) in enumerate(zip(keys_KSD, v_BKSD[row], strict=True)):
-            for head, query in enumerate(scaled[row, kv_head]):  # two queries at once would be packed, not streamed
-                scores = F.linear(query[None], keys)  # [1,S]
-                if mask is not None:
-                    scores = scores + mask[row, 0].to(scores.dtype)
-                torch.mm(torch.softmax(scores, -1), values, out=out[row, kv_head, head : head + 1])
+    _, kv_heads, group, width = q_BKgD.shape
+    out = torch.empty(q_BKgD.shape, dtype=q_BKgD.dtype, device=q_BKgD.device)
+    # One query at a time: two would have the keys packed instead of streamed.
+    queries, outputs = (t.view(-1, 1, width).unbind(0) for t in (q_BKgD.contiguous() * width**-0.5, out))
+    keys, values = (t.flatten(0, 1).unbind(0) for t in (k_BKSD, v_BKSD))
+    for head, (query, output) in enumerate(zip(queries, outputs, strict=True)):
+        scores = F.linear(query, keys[head // group])  # [1,S]
+        if mask is not None:
+            scores = scores + mask[head // (group * kv_heads), 0].to(scores.dtype)
+        torch.mm(torch.softmax(scores, -1), values[head // group], out=output)
     return out
