@@ -8,7 +8,7 @@ from statistics import median
 
 import records
 
-REFERENCES = ("llama", "falcon_h1")
+REFERENCES = ("llama", "falcon_h1", "bamba")
 METRICS = {"train": ("train",), "generate": ("prefill", "decode")}
 
 
@@ -64,8 +64,8 @@ def summarise(measurements: list[dict]) -> list[dict]:
 
 def table(summary: list[dict]) -> str:
     lines = [
-        "| task | tokens x rows | model | parameters | tok/s | to Llama | to Falcon-H1 | peak GB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | tokens x rows | model | parameters | tok/s | to Llama | to Falcon-H1 | to Bamba | peak GB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     order = {name: place for place, name in enumerate(METRICS)}
     for entry in sorted(summary, key=lambda e: (order[e["task"]], e["length"], e["title"] != "FusionTree", e["title"])):

@@ -208,6 +208,24 @@ def test_memory_counts_what_each_scope_saves_and_times_it(tmp_path: Path) -> Non
     assert str(tmp_path) not in path.read_text()
 
 
+def test_decoding_records_the_cost_of_context(tmp_path: Path, benchmark_modules: None) -> None:
+    import decoding
+
+    settings = [*TINY, "--contexts", "48", "16", "--rounds", "2", "--steps", "2", "--results", str(tmp_path)]
+    for _ in range(2):  # the second record of equal settings takes the place of the first
+        decoding.main(settings)
+    (record,) = (json.loads(line) for line in (tmp_path / "decoding.jsonl").read_text().splitlines())
+    short, long = record["contexts"]
+    assert (short["context"], long["context"]) == (16, 48)
+    assert short["token_seconds"] > 0 and record["copy_bytes_per_second"] > 0
+    # Two layers, two global heads of width 32, keys and values in float32.
+    assert record["global_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
+    assert long["state_bytes"] - short["state_bytes"] == 32 * record["global_bytes_per_token"]
+    assert math.isfinite(long["extra_over_copy"]) and short["extra_over_copy"] is None
+    assert "| 48 |" in (tmp_path / "decoding.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "decoding.jsonl").read_text()
+
+
 @pytest.mark.parametrize("name", ["fusiontree", "llama"])
 def test_documents_of_a_row_do_not_see_each_other(benchmark_modules: None, name: str) -> None:
     import candidates

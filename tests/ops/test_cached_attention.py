@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_comparison import assert_agrees_with_reference, assert_close, nan_in_fresh_memory, run_with_gradients
 
-from fusiontree.ops import cached_attention, cached_layout, local_global_attention
+from fusiontree.ops import cached_attention, cached_layout, local_global_attention, whole_layout
 
 
 def arguments(length=5, slots=12, heads=4, kv_heads=2, batch=2, width=4, *, dtype=torch.float64, seed=0):
@@ -53,6 +53,28 @@ def test_agrees_with_reference_in_lower_precision(length, dtype):
     assert out.dtype == dtype
     expected = cached_attention(**exact, backend="reference")
     assert (out - expected).abs().max() <= (2e-6 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("slots", [5, 1100])
+def test_one_query_over_few_and_many_keys(slots, heads_first, dtype):
+    case = arguments(1, slots, 6, 2, width=16, dtype=dtype)
+    if heads_first:  # as a cache keeps them
+        for name in ("k", "v"):
+            case[name] = case[name].transpose(1, 2).contiguous().transpose(1, 2)
+    indices = {name: case.pop(name) for name in ("query_index", "key_index")}
+    everything = {"query_index": torch.full((2, 1), slots - 1), "key_index": torch.arange(slots).expand(2, -1)}
+    exact = {name: tensor.double() for name, tensor in case.items()}
+    with torch.no_grad():
+        for given, layout in ((indices, cached_layout(**indices)), (everything, whole_layout(2, slots, "cpu"))):
+            expected = cached_attention(**exact, **given, backend="reference")
+            out = cached_attention(**case, layout=layout)
+            assert out.dtype == dtype
+            bound = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+            assert (out - expected).abs().max() <= bound
+            by_reference = cached_attention(**exact, layout=layout, backend="reference")
+            torch.testing.assert_close(by_reference, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -50,8 +50,11 @@ def cache_geometry(config: HybridLanguageModelConfig) -> list[dict[str, int]]:
 
 
 class HybridLayerState:
-    """State of one layer: convolution tail [B,K-1,c], scan state, ring of local keys and values [B,W+1,heads,D],
-    growing buffer of global ones [B,S+1,heads,D]. Tensors are None until the first token."""
+    """State of one layer: convolution tail [B,K-1,c], scan state, ring of local keys and values [B,heads,W+1,D],
+    growing buffer of global ones [B,heads,S+1,D]. Tensors are None until the first token.
+
+    A head's keys lie one after the other: a step of decoding reads them all, and strides would slow that down.
+    """
 
     is_compileable = False
     is_croppable = False
@@ -91,17 +94,17 @@ class HybridLayerState:
         """Allocate the ring, and room for `length` tokens in the growing buffer (doubling, so growth is amortised)."""
         g = self.geometry
         if self.local_keys is None and g["local_kv_heads"]:
-            shape = (batch, g["window"] + 1, g["local_kv_heads"], g["head_dim"])
+            shape = (batch, g["local_kv_heads"], g["window"] + 1, g["head_dim"])
             self.local_keys, self.local_values = like.new_zeros(shape), like.new_zeros(shape)
         if not g["global_kv_heads"]:
             return
-        held = 0 if self.global_keys is None else self.global_keys.shape[1] - 1
+        held = 0 if self.global_keys is None else self.global_keys.shape[2] - 1
         if self.global_keys is None or held < length:
             room = max(length, 2 * held, self.capacity, _MINIMUM_CAPACITY)
             for name in ("global_keys", "global_values"):
-                grown = like.new_zeros(batch, room + 1, g["global_kv_heads"], g["head_dim"])
+                grown = like.new_zeros(batch, g["global_kv_heads"], room + 1, g["head_dim"])
                 if held:
-                    grown[:, :held] = getattr(self, name)[:, :held]
+                    grown[:, :, :held] = getattr(self, name)[:, :, :held]
                 setattr(self, name, grown)
 
 
@@ -128,6 +131,8 @@ class HybridCache(Cache):
         seen: columns read so far, padding included (`get_seq_length`).
         max_length: upper bound of `lengths`.
         max_position: upper bound of `next_position`.
+        even: every entry of `lengths` is `max_length`, and of `next_position` `max_position`. So it is until a row has
+            been padded or packed; what a token sees is then known without a look at any tensor.
     """
 
     layers: list[HybridLayerState]
@@ -143,6 +148,7 @@ class HybridCache(Cache):
         self.next_position: torch.Tensor | None = None
         self.read: torch.Tensor | None = None
         self.seen = self.max_length = self.max_position = 0
+        self.even = True
 
     def advance(self, layout: Layout, tokens: int) -> None:
         """Record that every layer has read the piece that `layout` describes."""
@@ -150,10 +156,11 @@ class HybridCache(Cache):
         self.seen += tokens
         self.max_length = layout.max_length
         self.max_position = max(self.max_position, layout.max_position + 1)
+        self.even = layout.even
 
-    def check(self, config: HybridLanguageModelConfig, batch: int) -> None:
+    def check(self, geometry: list[dict[str, int]], batch: int) -> None:
         """Raise InputError unless this state belongs to a model of this geometry and to `batch` rows."""
-        if self.geometry != cache_geometry(config):
+        if self.geometry != geometry:
             raise InputError(
                 "the cache belongs to a model of another geometry: build it with HybridCache(model.config)"
             )
@@ -246,7 +253,7 @@ class HybridCache(Cache):
         for layer in point.layers:
             for name in ("global_keys", "global_values"):
                 if (tensor := getattr(layer, name)) is not None:
-                    setattr(layer, name, tensor[:, : self.max_length + 1].clone())
+                    setattr(layer, name, tensor[:, :, : self.max_length + 1].clone())
         return point
 
     def rollback(self, snapshot: HybridCache) -> None:
@@ -257,10 +264,12 @@ class HybridCache(Cache):
         self.layers = copied.layers
         self.lengths, self.next_position, self.read = copied.lengths, copied.next_position, copied.read
         self.seen, self.max_length, self.max_position = copied.seen, copied.max_length, copied.max_position
+        self.even = copied.even
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that later tokens can read, by name, in canonical form: slots that hold nothing visible are zero and the
-        growing buffers end at the longest row. Two caches that behave alike have equal `state()`."""
+        """All that later tokens can read, by name, in canonical form: keys and values [B,slots,heads,D], where slots
+        that hold nothing visible are zero and the growing buffers end at the longest row. Two caches that behave alike
+        have equal `state()`."""
         if self.lengths is None or self.next_position is None:
             return {}
         result = {"lengths": self.lengths.clone(), "next_position": self.next_position.clone()}
@@ -274,7 +283,7 @@ class HybridCache(Cache):
                 else:
                     result[f"layers.{index}.{name}"] = tensor.clone()
                     continue
-                kept = tensor[:, : visible.shape[1]]
+                kept = tensor[:, :, : visible.shape[1]].transpose(1, 2)
                 result[f"layers.{index}.{name}"] = kept.masked_fill(~visible[..., None, None], 0).contiguous()
         return result
 
@@ -306,12 +315,13 @@ class HybridCache(Cache):
             return cache
         cache.lengths, cache.next_position, cache.read = (tensors.pop(name) for name in _ROW_COUNTS)
         cache.max_length, cache.max_position = int(cache.lengths.max()), int(cache.next_position.max())
+        cache.even = bool((cache.lengths == cache.max_length).all() & (cache.next_position == cache.max_position).all())
         for name, tensor in tensors.items():
             _, index, part = name.split(".")
             if part.startswith(("local", "global")):
-                # The slot that takes what is not kept.
-                tensor = torch.cat((tensor, torch.zeros_like(tensor[:, :1])), dim=1) if tensor.shape[1] else tensor
                 if not tensor.shape[1]:
                     continue
+                # One slot more, that takes what is not kept.
+                tensor = torch.cat((tensor, torch.zeros_like(tensor[:, :1])), dim=1).transpose(1, 2).contiguous()
             setattr(cache.layers[int(index)], part, tensor)
         return cache

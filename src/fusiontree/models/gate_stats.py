@@ -5,7 +5,9 @@ Shapes: L layers, B rows, T tokens, H channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +53,21 @@ class GateStats:
     tokens: torch.Tensor
     active: torch.Tensor
     details: GateDetails | None = None
+
+    @classmethod
+    def deferred(cls, build: Callable[[], GateStats]) -> GateStats:
+        """What `build` returns, made when an attribute is first read: a step of decoding need not pay for it."""
+        stats = cls.__new__(cls)
+        stats.__dict__["_build"] = build
+        return stats
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for attributes that are not there (yet).
+        build = self.__dict__.pop("_build", None) if name in self.__dataclass_fields__ else None
+        if build is None:
+            raise AttributeError(f"GateStats has no attribute {name!r}")
+        self.__dict__ |= vars(build())
+        return self.__dict__[name]
 
 
 @torch.no_grad()

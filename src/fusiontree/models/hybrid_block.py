@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ from fusiontree.models.gate_stats import layer_details
 from fusiontree.models.layout import Layout
 from fusiontree.models.local_global_attn import LocalGlobalAttention
 from fusiontree.models.mamba_block import MambaBlock
-from fusiontree.ops.gated_mix import gated_mix
+from fusiontree.ops.gated_mix import gate_reductions, gated_mix, mix_alone
 
 _MEAN_MOMENTUM = 0.99
 
@@ -83,12 +83,27 @@ class SmallMLP(nn.Module):
 
 @dataclass
 class BlockGates:
-    """What a block's gate did: mean and entropy [B, T] with gradient, whether they count, sums when asked for."""
+    """What a block's gate did.
 
-    mean: torch.Tensor
-    entropy: torch.Tensor
+    Attributes:
+        gate: its mean and entropy over channels, [B, T] each, with gradient; or its logits [B, T, H] alone, where these
+            are to be computed only if somebody asks.
+        active: whether they count.
+        details: sums, when asked for.
+    """
+
+    gate: tuple[torch.Tensor, ...]
     active: bool
     details: dict[str, torch.Tensor] | None
+
+    @property
+    def is_deferred(self) -> bool:
+        return len(self.gate) == 1
+
+    def reductions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gate's mean and entropy, [B, T] each."""
+        mean, entropy = gate_reductions(*self.gate) if self.is_deferred else self.gate
+        return mean, entropy
 
 
 class _Pass(NamedTuple):
@@ -96,6 +111,7 @@ class _Pass(NamedTuple):
 
     scope: of `CHECKPOINTING_SCOPES`; None recomputes nothing.
     stand_in: [H] running mean of the branch that branch dropout removes.
+    defers_gates: leave the gate's reductions to whoever reads them.
     """
 
     layout: Layout
@@ -105,6 +121,7 @@ class _Pass(NamedTuple):
     drop: str | None
     stand_in: torch.Tensor | None
     with_details: bool
+    defers_gates: bool
 
 
 # Of the Mamba and of the attention branch; None where it is absent.
@@ -167,29 +184,29 @@ class HybridBlock(nn.Module):
         recomputes = self.gradient_checkpointing and self.training and state is None
         scope = self.checkpointing_scope if recomputes else None
         # The running means are read before and written after what may run twice.
-        given = _Pass(layout, rotary, state, scope, drop, self._stand_in(drop), with_details)
+        # In a step of decoding nobody may ever look at the gates: reducing them would cost as much as the mix.
+        defers_gates = state is not None and x.shape[1] == 1 and not with_details and not torch.is_grad_enabled()
+        given = _Pass(layout, rotary, state, scope, drop, self._stand_in(drop), with_details, defers_gates)
         compute = partial(self.checkpoint, self._compute) if scope == "block" else self._compute
-        out, gate_mean, gate_entropy, details, token_means = compute(x, time_encoding, given)
+        out, details, token_means, *gate = compute(x, time_encoding, given)
         self._update_means(token_means)
-        return out, BlockGates(gate_mean, gate_entropy, self.branch == "both" and drop is None, details)
+        return out, BlockGates(tuple(gate), self.branch == "both" and drop is None, details)
 
-    def _compute(
-        self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None, _Pair]:
-        """out, gate mean, gate entropy, details, the branches' token means; changes nothing but a state."""
+    def _compute(self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> tuple[Any, ...]:
+        """out, details, the branches' token means, then `BlockGates.gate`; changes nothing but a state."""
         h_m, h_a = self._branches(x, time_encoding, given)
         token_means = self._token_means(h_m, h_a, given.layout)
         h, h_m, h_a = _side_by_side(*_fill_dropped(h_m, h_a, given))
         z = self.alignment(h)
         logits = self.gate(z)
-        f, gate_mean, gate_entropy = gated_mix(
+        f, *gate = (mix_alone if given.defers_gates else gated_mix)(
             logits, torch.zeros_like(logits) if h_m is None else h_m, torch.zeros_like(logits) if h_a is None else h_a
         )
         y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
         details = None
         if given.with_details and given.drop is None and h_m is not None and h_a is not None:
-            details = layer_details(logits, h_m, h_a, gate_entropy, given.layout.mask)
-        return self.ln_output(y), gate_mean, gate_entropy, details, token_means
+            details = layer_details(logits, h_m, h_a, gate[1], given.layout.mask)
+        return self.ln_output(y), details, token_means, *gate
 
     def _branches(self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> _Pair:
         """The branches that run on this layer, those of the scope recomputed in backward; [B, T, H] each."""

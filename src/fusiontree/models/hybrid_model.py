@@ -18,7 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fusiontree.errors import InputError, nearest
-from fusiontree.models.cache import HybridCache
+from fusiontree.models.cache import HybridCache, cache_geometry
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.gate_stats import GateDetails, GateStats
 from fusiontree.models.hybrid_block import CHECKPOINTING_SCOPES, DEFAULT_SCOPE, BlockGates, HybridBlock
@@ -87,6 +87,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         self.lm_head.is_head = True  # type: ignore[assignment]
         self.layers[-1].ln_output.feeds_head = True  # type: ignore[union-attr]
         self._dropout_key = (0, 0, 0)
+        self._geometry = cache_geometry(config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -235,6 +236,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             past=cache.seen if cache is not None else 0,
             past_length=cache.max_length if cache is not None else 0,
             past_position=cache.max_position if cache is not None else 0,
+            even=cache.even if cache is not None else True,
         )
         rotary = self.rotary(layout.position_ids, layout.max_position)
         time_encoding = self.srte(layout.position_ids, layout.max_position)
@@ -250,11 +252,12 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
                 hidden_states.append(x)
         if cache is not None:
             cache.advance(layout, tokens)
+        gather = partial(_gather_gates, gates, layout, batch)
         return BackboneOutput(
             last_hidden_state=x,
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if keep_hidden else None,
-            gate_stats=_gather_gates(gates, layout, batch),
+            gate_stats=GateStats.deferred(gather) if gates[0].is_deferred else gather(),
             layout=layout,
         )
 
@@ -269,7 +272,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
                 f"`past_key_values` must be a HybridCache, got {type(past_key_values).__name__}: build one with "
                 "HybridCache(model.config)"
             )
-        past_key_values.check(self.config, batch)
+        past_key_values.check(self._geometry, batch)
         return past_key_values
 
     def _choose_drops(self) -> list[str | None]:
@@ -371,8 +374,7 @@ def _last_real_columns(mask: torch.Tensor, cache: HybridCache | None) -> torch.T
 def _gather_gates(gates: list[BlockGates], layout: Layout, batch: int) -> GateStats:
     """Per-layer [B, T] reductions -> [L, B] means over each row's real tokens."""
     tokens = layout.real_tokens(batch)
-    mean = torch.stack([gate.mean for gate in gates])  # [L,B,T]
-    entropy = torch.stack([gate.entropy for gate in gates])
+    mean, entropy = (torch.stack(part) for part in zip(*(gate.reductions() for gate in gates), strict=True))  # [L,B,T]
     if layout.mask is None:
         mean, entropy = mean.mean(-1), entropy.mean(-1)
     else:

@@ -30,8 +30,10 @@ class Layout:
         mask: [B, T] bool, True for real tokens; None if all are real.
         place: [B, T] index of a real token among its document's real tokens, -1 for padding.
         final_place: [B, T] as `place`, but -1 also for tokens of documents that end inside the piece.
-        last_real: [B] index of each row's last real token, -1 if it has none.
-        last_reset: [B] index of each row's last document start in this piece; `NO_RESET` (before any token) if none.
+        last_real: [B] index of each row's last real token, -1 if it has none; None where neither mask nor positions
+            were given.
+        last_reset: [B] index of each row's last document start in this piece, `NO_RESET` (before any token) if none;
+            None as `last_real`.
         carried: [B] tokens of the row's current document that the cache held before this piece.
         read: [B] real tokens of the row that have been read, of all documents, this piece's included.
         lengths: [B] tokens of the row's current document after this piece.
@@ -40,6 +42,8 @@ class Layout:
         max_length: no entry of `lengths` exceeds it.
         past_length: no entry of `carried` exceeds it.
         explicit: whether the caller gave `position_ids`, so that documents may start anywhere.
+        even: every entry of `carried` is `past_length`, of `lengths` `max_length`, and every last position is
+            `max_position`, so that slots are known without a look at any tensor.
     """
 
     position_ids: torch.Tensor
@@ -47,8 +51,8 @@ class Layout:
     mask: torch.Tensor | None
     place: torch.Tensor
     final_place: torch.Tensor
-    last_real: torch.Tensor
-    last_reset: torch.Tensor
+    last_real: torch.Tensor | None
+    last_reset: torch.Tensor | None
     carried: torch.Tensor
     read: torch.Tensor
     lengths: torch.Tensor
@@ -57,6 +61,7 @@ class Layout:
     max_length: int
     past_length: int
     explicit: bool
+    even: bool
     _shared: dict = field(default_factory=dict)
 
     @property
@@ -80,7 +85,7 @@ class Layout:
 def _piece_mask(
     attention_mask: torch.Tensor | None, past: int, shape: tuple[int, int], read: torch.Tensor
 ) -> torch.Tensor | None:
-    """The last T columns of [B, past + T] as bool; None when nothing is masked as far as the caller says."""
+    """The last T columns of [B, past + T] as bool; None when nothing is masked."""
     if attention_mask is None:
         return None
     expected = (shape[0], past + shape[1])
@@ -100,7 +105,7 @@ def _piece_mask(
             "`attention_mask` has zeros between real tokens; padding may stand before a row's first token and at the "
             "end of a piece alone"
         )
-    return mask
+    return None if mask.all() else mask
 
 
 def build_layout(
@@ -115,6 +120,7 @@ def build_layout(
     past: int = 0,
     past_length: int = 0,
     past_position: int = 0,
+    even: bool = True,
 ) -> Layout:
     """Describe a piece of shape [B, T].
 
@@ -129,6 +135,7 @@ def build_layout(
         past: columns already cached.
         past_length: upper bound of `lengths`.
         past_position: upper bound of `next_position`.
+        even: the two bounds are the value of every row.
     """
     batch, tokens = shape
     zeros = torch.zeros(batch, dtype=torch.long, device=device)
@@ -151,15 +158,14 @@ def build_layout(
 
     if mask is None and position_ids is None:
         place = carried[:, None] + index
-        last = torch.full_like(zeros, tokens - 1)
         return Layout(
             position_ids=positions,
             reset=None,
             mask=None,
             place=place,
             final_place=place,
-            last_real=last,
-            last_reset=torch.full_like(zeros, NO_RESET),
+            last_real=None,
+            last_reset=None,
             carried=carried,
             read=read + tokens,
             lengths=carried + tokens,
@@ -168,6 +174,7 @@ def build_layout(
             max_length=past_length + tokens,
             past_length=past_length,
             explicit=False,
+            even=even,
         )
 
     real = torch.ones(batch, tokens, dtype=torch.bool, device=device) if mask is None else mask
@@ -200,6 +207,7 @@ def build_layout(
         max_length=int(new_lengths.max()) if explicit else past_length + tokens,
         past_length=past_length,
         explicit=explicit,
+        even=False,
     )
 
 

@@ -17,6 +17,7 @@ from fusiontree.ops import (
     cached_attention,
     cached_layout,
     local_global_attention,
+    whole_layout,
 )
 
 
@@ -81,13 +82,14 @@ class LocalGlobalAttention(nn.Module):
         """One token per row, already written: it reads the ring and the buffer where they lie."""
         local, outputs = self.num_heads - self.global_heads, []
         if local:
-            ring = layout.share(("ring", self.window), lambda: _ring_layout(layout, self.window))
-            k, v = state.local_keys[:, : self.window], state.local_values[:, : self.window]
-            outputs.append(cached_attention(q[:, :, :local], k.to(q.dtype), v.to(q.dtype), layout=ring))
+            slots = min(self.window, layout.max_length)
+            ring = layout.share(("ring", self.window), lambda: _ring_layout(layout, self.window, slots))
+            k, v = _stored(state.local_keys, state.local_values, slots, q)
+            outputs.append(cached_attention(q[:, :, :local], k, v, layout=ring))
         if self.global_heads:
             buffer = layout.share("buffer", lambda: _buffer_layout(layout))
-            k, v = state.global_keys[:, : layout.max_length], state.global_values[:, : layout.max_length]
-            outputs.append(cached_attention(q[:, :, local:], k.to(q.dtype), v.to(q.dtype), layout=buffer))
+            k, v = _stored(state.global_keys, state.global_values, layout.max_length, q)
+            outputs.append(cached_attention(q[:, :, local:], k, v, layout=buffer))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _attend_past(
@@ -98,31 +100,73 @@ class LocalGlobalAttention(nn.Module):
         outputs = []
         if local:
             visible = layout.share(("past ring", self.window), lambda: _past_layout(layout, self.window))
-            keys = torch.cat((state.local_keys[:, : self.window].to(k.dtype), k[:, :, :local_kv]), dim=1)
-            values = torch.cat((state.local_values[:, : self.window].to(v.dtype), v[:, :, :local_kv]), dim=1)
+            past_k, past_v = _stored(state.local_keys, state.local_values, self.window, k)
+            keys = torch.cat((past_k, k[:, :, :local_kv]), dim=1)
+            values = torch.cat((past_v, v[:, :, :local_kv]), dim=1)
             outputs.append(cached_attention(q[:, :, :local], keys, values, layout=visible))
         if self.global_heads:
-            held = layout.past_length
             visible = layout.share("past buffer", lambda: _past_layout(layout, None))
-            keys = torch.cat((state.global_keys[:, :held].to(k.dtype), k[:, :, local_kv:]), dim=1)
-            values = torch.cat((state.global_values[:, :held].to(v.dtype), v[:, :, local_kv:]), dim=1)
+            past_k, past_v = _stored(state.global_keys, state.global_values, layout.past_length, k)
+            keys = torch.cat((past_k, k[:, :, local_kv:]), dim=1)
+            values = torch.cat((past_v, v[:, :, local_kv:]), dim=1)
             outputs.append(cached_attention(q[:, :, local:], keys, values, layout=visible))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, layout: Layout, state: HybridLayerState) -> None:
         """Keep the piece's keys and values of each row's last document; the rest goes to the spare slot."""
         local_kv = self.num_kv_heads - self.global_kv_heads
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        place = layout.final_place
         if local_kv:
-            kept = (place >= 0) & (place >= layout.lengths[:, None] - self.window)
-            slot = torch.where(kept, place % self.window, self.window)
-            state.local_keys[rows, slot] = k[:, :, :local_kv].to(state.local_keys.dtype)
-            state.local_values[rows, slot] = v[:, :, :local_kv].to(state.local_values.dtype)
+            ring = layout.share(("ring slots", self.window), lambda: _ring_slots(layout, self.window))
+            _put(state.local_keys, ring, k[:, :, :local_kv])
+            _put(state.local_values, ring, v[:, :, :local_kv])
         if self.global_kv_heads:
-            slot = torch.where(place >= 0, place, state.global_keys.shape[1] - 1)
-            state.global_keys[rows, slot] = k[:, :, local_kv:].to(state.global_keys.dtype)
-            state.global_values[rows, slot] = v[:, :, local_kv:].to(state.global_values.dtype)
+            buffer = layout.share("buffer slots", lambda: _buffer_slots(layout, state.global_keys.shape[2] - 1))
+            _put(state.global_keys, buffer, k[:, :, local_kv:])
+            _put(state.global_values, buffer, v[:, :, local_kv:])
+
+
+def _stored(
+    keys_BkSD: torch.Tensor, values_BkSD: torch.Tensor, slots: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first slots' keys and values [B, slots, k, D], in place where the dtype is that of `like`."""
+    return (
+        keys_BkSD[:, :, :slots].transpose(1, 2).to(like.dtype),
+        values_BkSD[:, :, :slots].transpose(1, 2).to(like.dtype),
+    )
+
+
+# Where a piece's tokens are written: runs of slots with the piece's tokens, or a slot for each token [B, T].
+_Slots = list[tuple[slice, slice]] | torch.Tensor
+
+
+def _put(stored_BkSD: torch.Tensor, slots: _Slots, new_BTkD: torch.Tensor) -> None:
+    if isinstance(slots, torch.Tensor):
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        stored_BkSD.transpose(1, 2)[rows, slots] = new_BTkD.to(stored_BkSD.dtype)
+        return
+    for run, tokens in slots:
+        stored_BkSD[:, :, run] = new_BTkD[:, tokens].transpose(1, 2)
+
+
+def _ring_slots(layout: Layout, window: int) -> _Slots:
+    if layout.even:
+        end, tokens = layout.max_length, layout.max_length - layout.past_length
+        begin = max(layout.past_length, end - window)
+        turn = min(end, begin - begin % window + window)  # from there on the ring begins anew
+        runs = [(begin, turn)] if turn == end else [(begin, turn), (turn, end)]
+        return [
+            (slice(first % window, first % window + last - first), slice(tokens - (end - first), tokens - (end - last)))
+            for first, last in runs
+        ]
+    place = layout.final_place
+    kept = (place >= 0) & (place >= layout.lengths[:, None] - window)
+    return torch.where(kept, place % window, window)
+
+
+def _buffer_slots(layout: Layout, spare: int) -> _Slots:
+    if layout.even:
+        return [(slice(layout.past_length, layout.max_length), slice(None))]
+    return torch.where(layout.final_place >= 0, layout.final_place, spare)
 
 
 def _buffer_index(lengths: torch.Tensor, slots: int) -> torch.Tensor:
@@ -131,11 +175,15 @@ def _buffer_index(lengths: torch.Tensor, slots: int) -> torch.Tensor:
     return torch.where(slot < lengths[:, None], slot, -1)
 
 
-def _ring_layout(layout: Layout, window: int) -> CachedLayout:
-    return cached_layout(layout.place, ring_index(layout.lengths, window))
+def _ring_layout(layout: Layout, window: int, slots: int) -> CachedLayout:
+    if layout.even:
+        return whole_layout(len(layout.lengths), slots, layout.lengths.device)
+    return cached_layout(layout.place, ring_index(layout.lengths, window)[:, :slots])
 
 
 def _buffer_layout(layout: Layout) -> CachedLayout:
+    if layout.even:
+        return whole_layout(len(layout.lengths), layout.max_length, layout.lengths.device)
     return cached_layout(layout.place, _buffer_index(layout.lengths, layout.max_length))
 
 

@@ -157,6 +157,7 @@ def _masked_tail(x: torch.Tensor, tail: torch.Tensor, layout: Layout) -> torch.T
 
     x [B,T,c], tail [B,K-1,c] from before the piece -> [B,K-1,c].
     """
+    assert layout.last_real is not None and layout.last_reset is not None
     taps = tail.shape[1]
     offset = torch.arange(taps, device=x.device)
     token = layout.last_real[:, None] - (taps - 1) + offset  # [B,K-1] index in the piece, negative: in `tail`

@@ -1,7 +1,13 @@
 """Pure tensor functions behind the model, each with a naive `reference` and a fast `torch` backend."""
 
 from fusiontree.ops.attention import cached_attention, local_global_attention
-from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
+from fusiontree.ops.attention_layouts import (
+    AttentionLayout,
+    CachedLayout,
+    attention_layout,
+    cached_layout,
+    whole_layout,
+)
 from fusiontree.ops.backends import BackendError, available_backends, resolve
 from fusiontree.ops.causal_conv1d import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
@@ -23,4 +29,5 @@ __all__ = [
     "selective_scan",
     "ssd_scan",
     "token_cross_entropy",
+    "whole_layout",
 ]

@@ -22,8 +22,9 @@ from torch import Tensor
 from fusiontree.ops import attention_libraries, flex_attention, reference
 from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
-from fusiontree.ops.block_attention import HeadSpan, attend_one_query, block_attention
+from fusiontree.ops.block_attention import HeadSpan, block_attention
 from fusiontree.ops.checks import check_shapes
+from fusiontree.ops.one_query import attend_one_query
 from fusiontree.ops.precision import autocast_dtype, without_autocast
 
 
@@ -189,6 +190,8 @@ def _local_global_reference(q, k, v, *, window_size, num_global_heads, layout):
 def _cached_torch(q, k, v, *, layout):
     if k.shape[1] == 0:
         return torch.zeros_like(q)
+    if layout.sees_all:
+        return _cached_pass(q, k, v, layout)
     # Invisible slots may hold NaN, which a mask does not stop. Where looking at the result is cheap, look at it and
     # blank the slots only if need be: blanking reads and writes the whole cache.
     if q.device.type == "cpu" and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
@@ -201,7 +204,8 @@ def _cached_torch(q, k, v, *, layout):
 
 def _cached_pass(q: Tensor, k: Tensor, v: Tensor, layout: CachedLayout) -> Tensor:
     if q.shape[1] == 1 and not torch.is_grad_enabled():
-        out = attend_one_query(q, k, v, layout.blocks[0])
+        (block,) = layout.blocks
+        out = attend_one_query(q, k, v, None if block.mask is None else block.mask(q.dtype))
     else:
         out = block_attention(q, k, v, [HeadSpan(slice(0, q.shape[2]), slice(0, k.shape[2]), layout.blocks)])
     nothing = layout.sees_nothing()

@@ -6,7 +6,7 @@ Shapes: B batch, T queries, S keys, t and s the queries and keys of one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -143,10 +143,14 @@ class CachedLayout:
     """Which cached keys a piece of queries sees; build it with `cached_layout`.
 
     Attributes:
-        key_index: [B,S], as given.
+        shape: B, T and S.
+        query_index, key_index, window_size: as given.
+        sees_all: every query is known to see every key.
         blocks: runs of queries, each with the span of keys that some query of it, in some row, may see. Queries that
             see nothing are given all of the span's keys, so that no kernel meets an empty row.
     """
+
+    sees_all = False
 
     def __init__(self, query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None):
         self.query_index, self.key_index, self.window_size = query_index, key_index, window_size
@@ -218,3 +222,31 @@ def cached_layout(query_index: Tensor, key_index: Tensor, *, window_size: int | 
     Arguments as `cached_attention`; the tensors must not change while the layout is in use.
     """
     return CachedLayout(query_index, key_index, window_size)
+
+
+class _WholeLayout(CachedLayout):
+    """See `whole_layout`. Its index tensors exist only once they are asked for."""
+
+    sees_all = True
+    window_size = None
+
+    def __init__(self, batch: int, slots: int, device: torch.device | str):
+        self.shape = (batch, 1, slots)
+        self.device = device
+        self.blocks = [Block(0, 1, 0, slots)]
+
+    @cached_property
+    def query_index(self) -> Tensor:  # type: ignore[override]
+        return torch.full(self.shape[:2], self.shape[2] - 1, device=self.device)
+
+    @cached_property
+    def key_index(self) -> Tensor:  # type: ignore[override]
+        return torch.arange(self.shape[2], device=self.device).expand(self.shape[0], -1)
+
+    def sees_nothing(self) -> None:
+        return None
+
+
+def whole_layout(batch: int, slots: int, device: torch.device | str) -> CachedLayout:
+    """The layout of one query per row that sees all of its `slots` keys, known without looking at any tensor."""
+    return _WholeLayout(batch, slots, device)

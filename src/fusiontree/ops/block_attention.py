@@ -55,18 +55,6 @@ def block_attention(q_BTHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, spans: list[
     return _BlockAttention.apply(q_BTHD, k_BSHD, v_BSHD, spans)
 
 
-def attend_one_query(q_B1HD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, block: Block) -> Tensor:
-    """One query per row over all keys, without gradient: [B,1,H,D]. Reads each key once, whatever the group size."""
-    batch, _, heads, width = q_B1HD.shape
-    kv_heads = k_BSHD.shape[2]
-    # The heads that share a key head stand where a kernel expects tokens, so that nothing repeats the keys.
-    q_BKgD = q_B1HD.reshape(batch, kv_heads, heads // kv_heads, width)
-    assert block.mask is not None
-    mask = block.mask(q_B1HD.dtype)
-    out, _ = _forward(q_BKgD, k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2), mask, causal=False)
-    return out.reshape(batch, 1, heads, width)
-
-
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, spans):

@@ -55,3 +55,15 @@ def gated_mix(
         last two are float32 (float64 for float64 inputs). All three carry gradient.
     """
     return _GatedMix.apply(logits, a, b)
+
+
+def mix_alone(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f of `gated_mix`, without gradient, and the logits, from which `gate_reductions` gives the rest."""
+    return torch.lerp(b, a, torch.sigmoid(logits.to(state_dtype(logits))).to(b.dtype)), logits
+
+
+@torch.no_grad()
+def gate_reductions(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last two of `gated_mix`, from its logits alone."""
+    _, mean, entropy = gated_mix(logits, logits, logits)
+    return mean, entropy
