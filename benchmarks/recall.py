@@ -50,7 +50,7 @@ SIZES = {
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
-RATES = (2e-3, 4e-3)
+RATES = (3e-3, 1.5e-3)
 OUR_CODE = ("models", "ops", "eval/mqar.py", "eval/needle.py")
 TEST_ROWS, TEST_SEED = 500, 10**6
 STAGE_ENDS = (0.4, 0.6, 0.8, 1.0)  # of the steps
@@ -214,9 +214,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--digits", type=int, default=4, help="tokens of a passkey")
-    parser.add_argument("--vocab-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--vocab-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="bf16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
