@@ -94,18 +94,18 @@ def test_recall_measures_branches_of_equal_size(tmp_path: Path, benchmark_module
         recall.main([*settings, "--branches", "both"])
 
 
-def test_recall_finds_passkeys_at_each_length(tmp_path: Path) -> None:
-    settings = ("--task", "passkey", "--results", tmp_path, "--threads", "1", "--steps", "2", "--batch-size", "2")
+def test_recall_finds_passkeys_at_each_length(tmp_path: Path, benchmark_modules: None) -> None:
+    import recall
+
+    settings = ("--task", "passkey", "--results", str(tmp_path), "--threads", "1", "--steps", "2", "--batch-size", "2")
     settings += ("--length", "32", "--vocab-size", "64", "--learning-rates", "1e-3", "--branches", "both")
-    done = run_script("recall.py", *settings)
-    assert done.returncode == 0, done.stderr
+    recall.main([*settings])
     path = tmp_path / "recall.jsonl"
     (found,) = (json.loads(line) for line in path.read_text().splitlines())
     grid = found["grid"]
     assert grid["lengths"] == [32, 64, 128, 256] and len(grid["found"]) == len(grid["depths"]) == 5
     assert all(0 <= share < 0.5 for depth in grid["found"] for share in depth)
-    assert run_script("recall.py", "--report", "--results", tmp_path).returncode == 0
-    assert "| layers | 32 tokens | 64 tokens | 128 tokens | 256 tokens |" in path.with_suffix(".md").read_text()
+    assert "| layers | 32 tokens | 64 tokens | 128 tokens | 256 tokens |" in recall.report(path)
 
 
 def test_recall_goes_from_easy_rows_to_those_that_are_asked(benchmark_modules: None) -> None:
