@@ -131,6 +131,75 @@ def test_recall_measures_branches_of_equal_size(tmp_path: Path, benchmark_module
         recall.main([*settings, "--branches", "both"])
 
 
+def test_recall_finds_passkeys_at_each_length(tmp_path: Path, benchmark_modules: None) -> None:
+    import recall
+
+    settings = ("--task", "passkey", "--results", str(tmp_path), "--threads", "1", "--steps", "2", "--batch-size", "2")
+    settings += ("--length", "32", "--vocab-size", "64", "--learning-rates", "1e-3", "--branches", "both")
+    recall.main([*settings])
+    path = tmp_path / "recall.jsonl"
+    (found,) = (json.loads(line) for line in path.read_text().splitlines())
+    grid = found["grid"]
+    assert grid["lengths"] == [32, 64, 128, 256] and len(grid["found"]) == len(grid["depths"]) == 5
+    assert all(0 <= share < 0.5 for depth in grid["found"] for share in depth)
+    assert "| layers | 32 tokens | 64 tokens | 128 tokens | 256 tokens |" in recall.report(path)
+
+
+def test_recall_goes_from_easy_rows_to_those_that_are_asked(benchmark_modules: None) -> None:
+    import recall
+
+    mqar = recall.MQARTask(length=256, pairs=16, vocab_size=128)
+    assert [(stage.pairs, stage.length) for stage in recall.stages(mqar)] == [(4, 16), (8, 32), (16, 64), (16, 256)]
+    passkey = recall.PasskeyTask(length=256)
+    assert [stage.length for stage in recall.stages(passkey)] == [16, 32, 64, 256]
+    for task in (mqar, passkey):
+        first, second = (recall.draw(task, 4, step, seed=0).input_ids for step in (1, 2))
+        assert torch.equal(first, recall.draw(task, 4, 1, seed=0).input_ids) and not torch.equal(first, second)
+
+
+def test_long_context_measures_every_range_of_positions(
+    corpus: Path, tmp_path: Path, benchmark_modules: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (*TINY, "--results", str(tmp_path), "--corpus", "numbers", "--cache", str(tmp_path / "cache"))
+    settings += ("--train", str(corpus), "--valid", str(corpus), "--steps", "2", "--warmup", "1", "--length", "32")
+    done = run_script("long_context.py", *settings, "--variants", "learned", "none", "attention-theta-1e6")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "long_context_numbers.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["run"]["variant"] for record in found] == ["learned", "none", "attention-theta-1e6"]
+    for record in found:
+        whole, fresh = record["loss_by_range"], record["loss_of_fresh_pieces"]
+        assert len(whole) == len(fresh) == 8 and whole[0] == pytest.approx(fresh[0], abs=1e-3)
+        assert whole[1:] != fresh[1:] and all(abs(loss - math.log(300)) < 1.5 for loss in whole)
+        assert str(tmp_path) not in json.dumps(record)
+
+    import long_context
+
+    long_context.main([*settings, "--variants", "none"])
+    assert "recorded already" in capsys.readouterr().out and len(path.read_text().splitlines()) == 3
+    assert "| learned | 0.70 M |" in long_context.report(path)
+    path.write_text(json.dumps(found[0] | {"revision": "0" * 12}) + "\n")
+    with pytest.raises(SystemExit, match="revision 000000000000"):
+        long_context.main([*settings, "--variants", "none"])
+
+
+def test_long_rows_are_text_without_ends_of_documents(benchmark_modules: None) -> None:
+    import long_context
+    import numpy as np
+
+    rows = long_context.long_rows(np.array([5, 6, 0, 7, 8, 9, 0, 4]), 3, most=9)
+    assert rows.tolist() == [[5, 6, 7], [8, 9, 4]]
+    size = long_context.SIZES["tiny"]
+    model = long_context.make("none", size, length=16, seed=0).model.eval()
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        proj = model.srte.proj.weight
+        assert not proj.any() and not proj.requires_grad
+        without = model(ids).logits
+        model.srte.proj.weight.fill_(1.0)
+        assert not torch.equal(model(ids).logits, without)
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     tmp_path: Path, benchmark_modules: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
