@@ -222,9 +222,7 @@ def _against_floor(measured: Measured | None) -> list[str]:
     """Milliseconds, MB, and each against the floor."""
     if measured is None:
         return ["–"] * 4
-    return [
-        f"{1e3 * measured.seconds:.2f} ms",
-        f"{measured.seconds / measured.floor_seconds:.1f}x",
-        f"{measured.bytes / 1e6:.1f} MB",
-        f"{measured.bytes / measured.floor_bytes:.1f}x",
-    ]
+    moved = ["–"] * 2
+    if measured.bytes is not None:
+        moved = [f"{measured.bytes / 1e6:.1f} MB", f"{measured.bytes / measured.floor_bytes:.1f}x"]
+    return [f"{1e3 * measured.seconds:.2f} ms", f"{measured.seconds / measured.floor_seconds:.1f}x", *moved]

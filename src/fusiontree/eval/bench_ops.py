@@ -22,7 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree import ops
-from fusiontree.ops.backends import available_backends
+from fusiontree.ops.backends import BackendError, available_backends
 
 H, P, N, D, V, WINDOW, TAPS = 384, 64, 64, 64, 4096, 256, 4
 HEADS = H // P
@@ -32,6 +32,8 @@ SIZES = f"H={H} P={P} N={N} (16 for selective_scan) D={D} V={V} window={WINDOW} 
 SECONDS_ENOUGH = 2.0
 #: Beyond this length the naive `reference` takes minutes a call, or all memory.
 NAIVE_TOKENS = 2048
+#: The backends made of tensor operations; what a kernel moves cannot be seen from here.
+COUNTED_BACKENDS = ("torch", "reference")
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of calling a backend. seconds: median of the calls; bytes: read and written by its tensor operations."""
+    """One way of calling a backend. seconds: median of the calls; bytes: read and written by its tensor operations,
+    None for a backend that is a kernel of its own."""
 
     seconds: float
-    bytes: float
+    bytes: float | None
     floor_seconds: float
     floor_bytes: float
 
@@ -78,7 +81,7 @@ class OpTiming:
     reason: str
     """Why it was not measured; empty if it was."""
     forward: Measured | None = None
-    """None if it is not usable or needs more memory than there is."""
+    """None if it is not usable, refuses this call, or needs more memory than there is."""
     training: Measured | None = None
     """Forward and backward; None as above, and for ops that carry no gradient."""
 
@@ -108,16 +111,18 @@ def time_ops(
         usable = [name for name, (works, _) in backends.items() if works]
         if tokens > NAIVE_TOKENS:
             usable.remove("reference")
-        forward = _measure(case, usable, case.work, rates, rounds, device, trains=False)
+        refusals: dict[str, str] = {}
+        forward = _measure(case, usable, case.work, rates, rounds, device, refusals, trains=False)
         training = {}
         if case.trains:
-            training = _measure(case, list(forward), case.work.with_backward(), rates, rounds, device, trains=True)
+            work = case.work.with_backward()
+            training = _measure(case, list(forward), work, rates, rounds, device, refusals, trains=True)
         for name, (works, reason) in backends.items():
             if works and name not in usable:
                 reason = f"not measured beyond {NAIVE_TOKENS} tokens"
             elif works:
                 measured = name in (training if case.trains else forward)
-                reason = "" if measured else "needs more memory than there is"
+                reason = "" if measured else refusals.get(name, "needs more memory than there is")
             timings.append(OpTiming(op, name, works, reason, forward.get(name), training.get(name)))
     return timings, rates
 
@@ -134,8 +139,17 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _measure(
-    case: _Case, backends: list[str], work: Work, rates: Rates, rounds: int, device: torch.device, *, trains: bool
+    case: _Case,
+    backends: list[str],
+    work: Work,
+    rates: Rates,
+    rounds: int,
+    device: torch.device,
+    refusals: dict[str, str],
+    *,
+    trains: bool,
 ) -> dict[str, Measured]:
+    """The backends that could run the case; what those say that refuse it is put into `refusals`."""
     for leaf in case.leaves:
         leaf.requires_grad_(trains)
 
@@ -145,12 +159,16 @@ def _measure(
             if trains:
                 torch.autograd.grad(out, case.leaves, torch.ones_like(out))
 
-    moved: dict[str, float] = {}
+    moved: dict[str, float | None] = {}
     seconds: dict[str, list[float]] = {name: [] for name in backends}
     for name in backends:
         with _where_memory_suffices(), _Traffic() as traffic:
-            call(name)
-            moved[name] = traffic.bytes
+            try:
+                call(name)
+            except BackendError as error:
+                refusals[name] = str(error)
+            else:
+                moved[name] = traffic.bytes if name in COUNTED_BACKENDS else None
     for _ in range(rounds):
         for name in moved:
             if sum(seconds[name]) < SECONDS_ENOUGH:
