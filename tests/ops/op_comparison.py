@@ -24,7 +24,7 @@ def run_with_gradients(op: Callable[..., Any], arguments: dict[str, Any], **opti
     outputs = op(**(arguments | leaves), **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     draw = torch.Generator().manual_seed(0)
-    loss = sum((out * torch.randn(out.shape, generator=draw).to(out.dtype)).sum() for out in outputs)
+    loss = sum((out * torch.randn(out.shape, generator=draw).to(out)).sum() for out in outputs)
     assert isinstance(loss, Tensor)
     loss.backward()
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
@@ -45,16 +45,23 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         assert error <= tolerance * scale, f"{name}: error {error:.2e} at scale {scale:.2e}"
 
 
-def assert_agrees_with_reference(op: Callable[..., Any], arguments: dict[str, Any], **options: Any) -> None:
-    """torch = reference, in the dtype of the arguments; the reference computes in float64."""
+def assert_agrees_with_reference(
+    op: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    backend: str = "torch",
+    tolerance: float | None = None,
+    **options: Any,
+) -> None:
+    """The backend = the reference, in the dtype of the arguments; the reference computes in float64."""
     dtype = next(v.dtype for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
     in_double = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
     expected = run_with_gradients(op, in_double, backend="reference", **options)
-    actual = run_with_gradients(op, arguments, backend="torch", **options)
-    assert_close(actual, expected, TOLERANCE[dtype])
+    actual = run_with_gradients(op, arguments, backend=backend, **options)
+    assert_close(actual, expected, TOLERANCE[dtype] if tolerance is None else tolerance)
 
 
 @contextmanager

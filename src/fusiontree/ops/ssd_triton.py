@@ -22,6 +22,7 @@ from fusiontree.ops.states import first_state
 from fusiontree.ops.triton_support import dot_precision, last_contiguous, on_device, power_of_two
 
 SMALLEST_DOT = 16  # of each side of a matrix product
+FEWEST_ELEMENTS = 2048  # of a tile of tokens x state
 MOST_HEADS = 4  # whose gradients of B and C one program adds up
 
 
@@ -46,7 +47,7 @@ class _TritonScan(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, reset, initial_state = ctx.saved_tensors
         with without_autocast(x):
-            scan = _Launch(x, dt, A, B, C, D, reset, ctx.chunk_size)
+            scan = _Launch(x, dt, A, B, C, D, reset, ctx.chunk_size, backward=True)
             dy = last_contiguous(dy)
             states, through = scan.chunk_sums(scan.x, scan.B)
             pass_states(states, through, first_state(initial_state, reset))
@@ -69,7 +70,7 @@ class _TritonScan(torch.autograd.Function):
 class _Launch:
     """The arguments of one scan, and the grids and block sizes of its kernels."""
 
-    def __init__(self, x, dt, A, B, C, D, reset, chunk_size):
+    def __init__(self, x, dt, A, B, C, D, reset, chunk_size, *, backward=False):
         self.x, self.B, self.C = last_contiguous(x), last_contiguous(B), last_contiguous(C)
         self.dt, self.A = dt, A.contiguous()
         self.D = None if D is None else D.contiguous()
@@ -77,11 +78,11 @@ class _Launch:
         self.batch, self.length, self.heads, self.width = x.shape
         self.groups, self.state_size = B.shape[2:]
         state_block = power_of_two(self.state_size, SMALLEST_DOT)
-        # Tiles of tokens x state and of tokens x head width (worked off in blocks) that fit into what a program may
-        # share, 99 KiB on the smallest of recent devices, and that float32 multiplies without tensor cores.
-        block = 64 if state_block <= 64 and x.dtype != torch.float32 else 32
-        longest = block if state_block <= 128 else 16
-        chunk = min(longest, power_of_two(min(chunk_size, self.length), SMALLEST_DOT))
+        # Tokens of a chunk, and the part of a head's width taken at once: the kernel of the gradients holds twice the
+        # tiles of the others, and float32 is multiplied in registers.
+        elements = FEWEST_ELEMENTS if backward or x.dtype == torch.float32 else 2 * FEWEST_ELEMENTS
+        block = max(SMALLEST_DOT, elements // max(64, state_block))
+        chunk = min(block, power_of_two(min(chunk_size, self.length), SMALLEST_DOT))
         self.n = triton.cdiv(self.length, chunk)
         self.sizes = {
             "WIDTH": self.width,
@@ -159,6 +160,8 @@ class _Launch:
                 *self.common,
                 per_group,
                 self.D,
+                self.width,
+                heads,
                 states,
                 dstates,
                 dy,
@@ -169,7 +172,6 @@ class _Launch:
                 dB,
                 dC,
                 dD,
-                HEADS=heads,
                 **self.sizes,
             )
         per_program = (self.batch, self.length, self.groups, -1, self.state_size)
@@ -289,16 +291,19 @@ def _gradients(
     C_ptr, stride_C_b, stride_C_t, stride_C_g,
     dt_ptr, stride_dt_b, stride_dt_t, stride_dt_h,
     A_ptr, reset_ptr, length, heads, n, per_group,
-    D_ptr, states_ptr, dstates_ptr,
+    D_ptr, width, heads_here, states_ptr, dstates_ptr,
     dy_ptr, stride_dy_b, stride_dy_t, stride_dy_h,
     dx_ptr, ddt_ptr, dA_ptr, dB_ptr, dC_ptr, dD_ptr,
-    HEADS: tl.constexpr,
     WIDTH: tl.constexpr, STATE: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of dt A is gathered as in `ssd_chunks.Chunks.gradients`."""
+    """The gradient of dt A is gathered as in `ssd_chunks.Chunks.gradients`.
+
+    `width` is WIDTH, `heads_here` the heads of one program: loops of a constant length would be unrolled, and overflow
+    the registers.
+    """
     chunk, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    b, start, group = chunk // n, chunk % n * L, program * HEADS // per_group
+    b, start, group = chunk // n, chunk % n * L, program * heads_here // per_group
     tokens = length - start
     token = tl.arange(0, L)
     earlier = token[:, None] > token[None, :]
@@ -312,8 +317,8 @@ def _gradients(
     products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
     dB = tl.zeros([L, N], tl.float32)
     dC = tl.zeros([L, N], tl.float32)
-    for k in range(HEADS):
-        head = program * HEADS + k
+    for k in range(heads_here):
+        head = program * heads_here + k
         A = tl.load(A_ptr + head).to(tl.float32)
         dt, cum, cum_rest, segment, from_start, to_end, through = _chunk_decays(
             dt_ptr + head * stride_dt_h, stride_dt_t, A, reset_ptr, tokens, L
@@ -326,7 +331,7 @@ def _gradients(
         ddt = tl.zeros([L], tl.float32)
         carried = 0.0
         dD = 0.0
-        for p in range(0, WIDTH, P):
+        for p in range(0, width, P):
             x = _tile(x_ptr + head * stride_x_h + p, stride_x_t, tokens, WIDTH - p, L, P)
             dy = _tile(dy_ptr + head * stride_dy_h + p, stride_dy_t, tokens, WIDTH - p, L, P)
             at_state = ((chunk * heads + head) * WIDTH + p) * STATE
@@ -362,7 +367,7 @@ def _gradients(
         tl.store(dA_ptr + chunk * heads + head, tl.sum(dlog * dt))
         if dD_ptr is not None:
             tl.store(dD_ptr + chunk * heads + head, dD)
-    programs = heads // HEADS
+    programs = heads // heads_here
     at = ((b * length + start) * programs + program) * STATE
     _store_tile(dB_ptr + at, programs * STATE, dB, tokens, STATE, L, N)
     _store_tile(dC_ptr + at, programs * STATE, dC, tokens, STATE, L, N)
