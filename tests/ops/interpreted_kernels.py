@@ -46,7 +46,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         {"length": 1, "initial": True, "resets": True},
         {"length": 16, "heads": 2},
         {"length": 37, "groups": 2, "initial": True, "resets": True},
-        {"length": 35, "heads": 6, "groups": 2, "initial": True, "skip": False},
+        {"length": 18, "heads": 6, "groups": 2, "initial": True, "skip": False},
         {"length": 20, "heads": 1, "batch": 1, "width": 37, "state": 70, "resets": True},
     ],
     ids=str,

@@ -19,7 +19,10 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreting() -> bool:
-    """Whether Triton runs its kernels in Python, on CPU tensors too: TRITON_INTERPRET=1 before the program starts."""
+    """Whether Triton runs its kernels in Python, on CPU tensors too (where `auto` then takes them).
+
+    It does so when TRITON_INTERPRET=1 is set before the program starts.
+    """
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
