@@ -198,13 +198,11 @@ def test_what_a_library_cannot_honour_is_refused_by_name(monkeypatch):
 
 
 def test_a_library_that_is_missing_or_broken_says_so(monkeypatch, tmp_path):
-    assert (
-        scan_libraries.library_unusable("no_such_package.kernels")() == "the package no_such_package is not installed"
-    )
+    assert scan_libraries.library_unusable("no-such", "no_such.kernels")() == "the package no-such is not installed"
     (tmp_path / "broken_kernels.py").write_text("raise OSError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
-    unusable = scan_libraries.library_unusable("broken_kernels")
+    unusable = scan_libraries.library_unusable("broken-kernels", "broken_kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert unusable() == "it needs a CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert unusable() == "broken_kernels is installed but cannot be imported (OSError: undefined symbol)"
+    assert unusable() == "broken-kernels is installed but cannot be imported (OSError: undefined symbol)"

@@ -227,7 +227,7 @@ register(
     "causal_conv1d",
     "causal_conv1d",
     scan_libraries.conv_library,
-    unusable=scan_libraries.library_unusable(scan_libraries.CONV),
+    unusable=scan_libraries.library_unusable("causal-conv1d", scan_libraries.CONV),
     refuses=scan_libraries.conv_library_refuses,
 )
 register(

@@ -27,12 +27,11 @@ SIMPLE_GLA = "fla.ops.simple_gla"
 CONV = "causal_conv1d"
 
 
-def library_unusable(*modules: str) -> Callable[[], str | None]:
-    """A function that says why the kernels in these modules cannot run on this machine (None: they can)."""
+def library_unusable(package: str, *modules: str) -> Callable[[], str | None]:
+    """A function that says why the kernels in a package's modules cannot run on this machine (None: they can)."""
 
     def unusable() -> str | None:
-        package = modules[0].partition(".")[0]
-        if find_spec(package) is None:
+        if find_spec(modules[0].partition(".")[0]) is None:
             return f"the package {package} is not installed"
         if not torch.cuda.is_available():
             return "it needs a CUDA device"

@@ -237,7 +237,7 @@ register(
     "selective_scan",
     "mamba_ssm",
     scan_libraries.selective_mamba,
-    unusable=scan_libraries.library_unusable(scan_libraries.MAMBA1, "selective_scan_cuda"),
+    unusable=scan_libraries.library_unusable("mamba-ssm", scan_libraries.MAMBA1, "selective_scan_cuda"),
     refuses=scan_libraries.selective_mamba_refuses,
 )
 register(

@@ -210,14 +210,14 @@ register(
     "ssd_scan",
     "mamba_ssm",
     scan_libraries.ssd_mamba,
-    unusable=scan_libraries.library_unusable(scan_libraries.MAMBA2),
+    unusable=scan_libraries.library_unusable("mamba-ssm", scan_libraries.MAMBA2),
     refuses=scan_libraries.ssd_library_refuses,
 )
 register(
     "ssd_scan",
     "fla",
     scan_libraries.ssd_fla,
-    unusable=scan_libraries.library_unusable(scan_libraries.SIMPLE_GLA),
+    unusable=scan_libraries.library_unusable("flash-linear-attention", scan_libraries.SIMPLE_GLA),
     refuses=scan_libraries.ssd_library_refuses,
 )
 register("ssd_scan", "triton", kernel("ssd_triton", "ssd_triton"), unusable=triton_unusable, refuses=_triton_refuses)
