@@ -200,17 +200,20 @@ def _bench_ops(device: torch.device, dtype: str, batch: int, tokens: int) -> Non
     from fusiontree.eval.bench_ops import SIZES, time_ops
 
     timings, rates = time_ops(device, getattr(torch, dtype), batch=batch, tokens=tokens)
-    heads = ("op", "backend", "forward", "floor", "moved", "floor", "with backward", "floor", "moved", "floor", "")
+    heads = ("op", "backend", "forward", "floor", "moved", "floor", "with backward", "floor", "moved", "floor")
     table = Table(*heads, title=f"Op backends on {device.type}, {dtype}, {batch} x {tokens} tokens")
-    for column in table.columns[2:-1]:
+    for column in table.columns[2:]:
         column.justify = "right"
     for timing in timings:
         cells = [*_against_floor(timing.forward), *_against_floor(timing.training)]
-        table.add_row(timing.op, timing.backend, *cells, timing.reason)
+        table.add_row(timing.op, timing.backend, *cells)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
     console.print(table)
+    for timing in timings:
+        if timing.reason:
+            print(f"not measured: {timing.op} {timing.backend}: {timing.reason}")
     print(
         f"medians of up to 5 calls; the columns `floor` say how many times the least time, or bytes, a cell is; "
         f"here a matrix product reaches {rates.operations / 1e9:.0f} GFLOP/s and a copy {rates.bytes / 1e9:.1f} GB/s; "
