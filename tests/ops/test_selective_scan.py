@@ -146,7 +146,7 @@ def test_states_of_all_tokens_never_exist():
         ({"B": torch.rand(2, 11, 4)}, "B has shape"),
         ({"initial_state": torch.rand(2, 3, 6)}, "initial_state has shape"),
         ({"reset": torch.zeros(2, 11, dtype=torch.int64)}, "reset must be bool"),
-        ({"backend": "triton"}, "no backend 'triton'"),
+        ({"backend": "cuda"}, "no backend 'cuda'"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):

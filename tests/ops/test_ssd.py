@@ -201,7 +201,7 @@ def test_memory_is_linear_in_length():
         ({"initial_state": torch.rand(2, 4, 5, 3)}, "initial_state has shape"),
         ({"reset": torch.zeros(2, 11, dtype=torch.int64)}, "reset must be bool"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"backend": "mamba_ssm"}, "no backend 'mamba_ssm'"),
+        ({"backend": "cuda"}, "no backend 'cuda'"),
         ({"x": torch.ones(2, 11, 4, 3, dtype=torch.int64), "backend": "torch"}, "dtype torch.int64"),
     ],
 )

@@ -190,7 +190,7 @@ def _as_text(report: dict[str, Any]) -> list[str]:
         lines += ["", "Op backends"]
     for op, backends in report["backends"].items():
         lines.append(f"  {op}")
-        lines += [f"    {'+' if b['usable'] else '-'} {name:<15}{b['reason']}" for name, b in backends.items()]
+        lines += [f"    {'+' if b['usable'] else '-'} {name:<14} {b['reason']}" for name, b in backends.items()]
     if report["problems"]:
         lines += ["", *(f"problem: {problem}" for problem in report["problems"])]
     return lines

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops import reference
+from fusiontree.ops import reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
+from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
 
 # A product of dy and window this large stays in the processor's cache until it is summed.
 CPU_BLOCK_ELEMENTS = 2**17
@@ -42,7 +43,7 @@ def causal_conv1d(
         initial_state: [B,K-1,c], the inputs before x, oldest first; zeros if None.
         return_final_state: also return the last K-1 inputs.
         activation: None or "silu".
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "causal_conv1d", "triton", "torch" or "reference".
 
     Returns:
         y [B,T,c] in the dtype of x; with `return_final_state` also [B,K-1,c] in float32 (float64 for float64 x): the
@@ -222,5 +223,19 @@ def _depthwise(window: Tensor, weight: Tensor, bias: Tensor | None, *, padding: 
     return y[:, :, 0].transpose(1, 2)
 
 
+register(
+    "causal_conv1d",
+    "causal_conv1d",
+    scan_libraries.conv_library,
+    unusable=scan_libraries.library_unusable("causal-conv1d", scan_libraries.CONV),
+    refuses=scan_libraries.conv_library_refuses,
+)
+register(
+    "causal_conv1d",
+    "triton",
+    kernel("causal_conv1d_triton", "conv_triton"),
+    unusable=triton_unusable,
+    refuses=triton_refuses,
+)
 register("causal_conv1d", "torch", _conv_torch)
 register("causal_conv1d", "reference", reference.causal_conv1d)

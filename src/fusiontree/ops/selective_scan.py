@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops import reference
+from fusiontree.ops import reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import smallest_log_decay, state_dtype, without_autocast
+from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
 
 # Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
 CHUNK = 32
@@ -51,7 +52,7 @@ def selective_scan(
         reset: [B,T] bool, the state is zeroed before that token.
         initial_state: [B,d,N], the state before token 0; zeros if None.
         return_final_state: also return the state after the last token.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "mamba_ssm", "triton", "torch" or "reference".
 
     Returns:
         y [B,T,d] in the dtype of u; with `return_final_state` also the state [B,d,N] in float32 (float64 for float64
@@ -75,7 +76,8 @@ def selective_scan(
     }
     check_shapes("selective_scan", expected)
     check_sequence("selective_scan", length, reset)
-    run = resolve("selective_scan", backend, u, delta, A, B, C, D, z, initial_state, reset=reset)
+    tensors = (u, delta, A, B, C, D, z, initial_state)
+    run = resolve("selective_scan", backend, *tensors, reset=reset, return_final_state=return_final_state)
     return run(
         u,
         delta,
@@ -225,5 +227,25 @@ class _Chunks:
         return (dinput_LBd * delta_LBd, ddelta_LBd, dB_LBN, dC_LBN), dA_Nd, dstate_BNd
 
 
+def _triton_refuses(u, delta, A, *tensors, **arguments):
+    if A.shape[1] > 256:
+        return f"it cannot hold a state of more than 256, got {A.shape[1]}"
+    return triton_refuses(u, delta, A, *tensors)
+
+
+register(
+    "selective_scan",
+    "mamba_ssm",
+    scan_libraries.selective_mamba,
+    unusable=scan_libraries.library_unusable("mamba-ssm", scan_libraries.MAMBA1, "selective_scan_cuda"),
+    refuses=scan_libraries.selective_mamba_refuses,
+)
+register(
+    "selective_scan",
+    "triton",
+    kernel("selective_scan_triton", "selective_triton"),
+    unusable=triton_unusable,
+    refuses=_triton_refuses,
+)
 register("selective_scan", "torch", _selective_torch)
 register("selective_scan", "reference", reference.selective_scan)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops import reference
+from fusiontree.ops import reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
 from fusiontree.ops.ssd_chunks import Chunks, pieces
+from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
 
 
 def ssd_scan(
@@ -51,7 +52,7 @@ def ssd_scan(
         initial_state: [B,h,P,N], the state before token 0; zeros if None.
         return_final_state: also return the state after the last token.
         chunk_size: tokens per chunk; changes speed and memory, not the result.
-        backend: "auto", "torch" or "reference".
+        backend: "auto", "mamba_ssm", "fla", "triton", "torch" or "reference".
 
     Returns:
         y [B,T,h,P] in the dtype of x; with `return_final_state` also the state [B,h,P,N] in float32 (float64 for
@@ -199,5 +200,26 @@ def _first_state(x: Tensor, B: Tensor, reset: Tensor | None, initial_state: Tens
     return state if reset is None else state.masked_fill(reset[:, 0, None, None, None], 0.0)
 
 
+def _triton_refuses(x, dt, A, B, *tensors, **arguments):
+    if B.shape[-1] > 256:
+        return f"it cannot hold a state of more than 256, got {B.shape[-1]}"
+    return triton_refuses(x, dt, A, B, *tensors)
+
+
+register(
+    "ssd_scan",
+    "mamba_ssm",
+    scan_libraries.ssd_mamba,
+    unusable=scan_libraries.library_unusable("mamba-ssm", scan_libraries.MAMBA2),
+    refuses=scan_libraries.ssd_library_refuses,
+)
+register(
+    "ssd_scan",
+    "fla",
+    scan_libraries.ssd_fla,
+    unusable=scan_libraries.library_unusable("flash-linear-attention", scan_libraries.SIMPLE_GLA),
+    refuses=scan_libraries.ssd_library_refuses,
+)
+register("ssd_scan", "triton", kernel("ssd_triton", "ssd_triton"), unusable=triton_unusable, refuses=_triton_refuses)
 register("ssd_scan", "torch", _ssd_torch)
 register("ssd_scan", "reference", reference.ssd_scan)
