@@ -17,17 +17,24 @@ def window_mask(queries: int, keys: int, window: int) -> torch.Tensor:
     return torch.zeros(1, 1, queries, keys).masked_fill_(~visible, -math.inf).bfloat16()
 
 
-@pytest.mark.parametrize("spread", [0.3, 2.0], ids=["flat", "peaked"])
+def mask_by_row(queries: int, keys: int) -> torch.Tensor:
+    """Two rows that see the keys up to another place each."""
+    last = torch.tensor([keys - 1, keys // 3])[:, None, None, None]
+    return torch.zeros(2, 1, queries, keys).masked_fill_(torch.arange(keys) > last, -math.inf).bfloat16()
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0, 10.0], ids=["flat", "peaked", "hard"])
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "kv_heads", "width", "mask", "causal"),
     [
         (128, 383, 4, 4, 64, window_mask(128, 383, 256), False),
         (100, 155, 4, 2, 48, window_mask(100, 155, 56), False),
-        (TILE_QUERIES + 70, TILE_QUERIES + 70, 2, 1, 64, None, True),
+        (60, TILE_KEYS + 40, 2, 1, 128, mask_by_row(60, TILE_KEYS + 40), False),
+        (TILE_QUERIES + 70, TILE_QUERIES + 70, 2, 1, 128, None, True),
         (1, 7, 2, 2, 32, None, False),
         (60, TILE_KEYS + 40, 2, 1, 64, None, False),
     ],
-    ids=["window", "grouped", "causal-tiles", "one-query", "key-tiles"],
+    ids=["window", "grouped", "mask-tiles", "causal-tiles", "one-query", "key-tiles"],
 )
 def test_gradients_are_those_of_float64(
     queries: int,

@@ -51,21 +51,22 @@ def block_gradients(
     q, dout, out = (_group(t, kv_heads) for t in (q, dout, out))  # [n,g,t,D]
     k_nSD, v_nSD = k.reshape(-1, keys, width), v.reshape(-1, keys, width)
     k_nDS, v_nDS = (_with_columns(t, None).transpose(1, 2) for t in (k_nSD, v_nSD))
-    shift_nGT = doublings * math.log(2) - logsumexp.reshape(-1, heads // kv_heads, queries)
+    shift_nGT = (doublings * math.log(2) - logsumexp.reshape(-1, heads // kv_heads, queries)) / scale
 
-    dq = torch.empty(q.shape, dtype=q.dtype)
-    dk, dv = (torch.zeros(k_nSD.shape) for _ in range(2))
+    dq, unread = torch.empty_like(q), q.new_empty(())
+    dk, dv = (torch.zeros_like(k_nSD, dtype=torch.float32) for _ in range(2))
     for begin in range(0, queries, TILE_QUERIES):
         rows = slice(begin, min(begin + TILE_QUERIES, queries))
         q_nRD = q[:, :, rows].flatten(1, 2)  # R = g x the tile's queries
         dout_nRD = dout[:, :, rows].flatten(1, 2) * 2.0**-doublings
         delta_nR1 = (dout_nRD * out[:, :, rows].flatten(1, 2).float()).sum(-1, keepdim=True)
-        scores_nRD = _with_columns(q_nRD * scale, shift_nGT[:, :, rows].flatten(1, 2)[..., None])
+        scores_nRD = _with_columns(q_nRD, shift_nGT[:, :, rows].flatten(1, 2)[..., None])
         dweights_nRD = _with_columns(dout_nRD, -delta_nR1)
-        dq_nRD = torch.zeros(q_nRD.shape)
+        dq_nRD = torch.zeros_like(q_nRD, dtype=torch.float32)
         for start in range(0, min(rows.stop, keys) if causal else keys, TILE_KEYS):
             tile = slice(start, min(start + TILE_KEYS, rows.stop if causal else keys, keys))
-            weights_nRS = torch.bmm(scores_nRD, k_nDS[:, :, tile])
+            # Scaled within the product: q * scale would be rounded first, and leave l behind where scores are large.
+            weights_nRS = torch.baddbmm(unread, scores_nRD, k_nDS[:, :, tile], beta=0, alpha=scale)
             if mask is not None:
                 weights_nRS.view(batch, heads, -1, tile.stop - start).add_(mask[:, :, rows, tile])
             weights_nRS.exp_()
