@@ -171,7 +171,7 @@ def main(argv: list[str]) -> None:
         "commit": records.git_commit(),
         "revision": records.code_revision("models", "ops"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["python benchmarks/decoding.py", *_shown(argv)]),
+        "command": " ".join(["python benchmarks/decoding.py", *records.shown_arguments(argv)]),
     }
     path = options.results / "decoding.jsonl"
     records.keep_records(path, lambda old: (old["cpu"], old["settings"]) != (record["cpu"], settings))
@@ -179,14 +179,6 @@ def main(argv: list[str]) -> None:
     parts = ["# Decoding by length of context\n", *map(table, records.read_records(path))]
     path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
     print(table(record))
-
-
-def _shown(argv: list[str]) -> list[str]:
-    """The arguments, without the directory of the results."""
-    if "--results" in argv:
-        at = argv.index("--results")
-        return argv[:at] + argv[at + 2 :]
-    return argv
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ WAITS = (
     "aten.is_nonzero",
     "aten.nonzero",
     "aten.equal",
-    "aten._to_copy.device",
 )
 
 

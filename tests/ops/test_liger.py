@@ -27,6 +27,7 @@ def test_in_tritons_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stdout
+    assert "19 passed" in shown.stdout, shown.stdout
 
 
 @pytest.fixture

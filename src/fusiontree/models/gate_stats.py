@@ -63,10 +63,11 @@ class GateStats:
 
     def __getattr__(self, name: str) -> Any:
         # Called for attributes that are not there (yet).
-        build = self.__dict__.pop("_build", None) if name in self.__dataclass_fields__ else None
+        build = self.__dict__.get("_build") if name in self.__dataclass_fields__ else None
         if build is None:
             raise AttributeError(f"GateStats has no attribute {name!r}")
         self.__dict__ |= vars(build())
+        del self.__dict__["_build"]
         return self.__dict__[name]
 
 

@@ -183,9 +183,9 @@ class HybridBlock(nn.Module):
         # Not on a state: recomputation would read the one that the first run has left, and write it a second time.
         recomputes = self.gradient_checkpointing and self.training and state is None
         scope = self.checkpointing_scope if recomputes else None
-        # The running means are read before and written after what may run twice.
         # In a step of decoding nobody may ever look at the gates: reducing them would cost as much as the mix.
         defers_gates = state is not None and x.shape[1] == 1 and not with_details and not torch.is_grad_enabled()
+        # The running means are read before and written after what may run twice.
         given = _Pass(layout, rotary, state, scope, drop, self._stand_in(drop), with_details, defers_gates)
         compute = partial(self.checkpoint, self._compute) if scope == "block" else self._compute
         out, details, token_means, *gate = compute(x, time_encoding, given)

@@ -5,9 +5,9 @@ dtype: nothing is compiled at run time, and they skip what a window hides. Then 
 kernel for all heads, in any dtype but float64, compiled at the first call. Then `torch`: many small kernels, but no
 compilation, so it also reads the prompts of generation, each of another length. On CPU it is always `torch`.
 
-`cached_attention` has no backend but `torch`. A decoding step there is one fused kernel over a handful of queries. What
-a library could do faster, it does for keys that lie in order from slot 0, and the index tensors of this op promise no
-order; a FlexAttention mask over them would have to be built anew, in more kernels than the step itself takes.
+`cached_attention` has no backend but `torch`. On CUDA a decoding step is one fused kernel over a handful of queries.
+What a library could do faster, it does for keys that lie in order from slot 0, and the index tensors of this op promise
+no order; a FlexAttention mask over them would have to be built anew, in more kernels than the step itself takes.
 
 Shapes: B batch, T queries, S cached keys, Hq query heads, Hkv key heads, D head width.
 """

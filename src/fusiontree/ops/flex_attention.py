@@ -24,11 +24,10 @@ from torch import Tensor
 from fusiontree.ops.attention_layouts import AttentionLayout
 from fusiontree.ops.checks import refuse_older_gpu
 from fusiontree.ops.precision import autocast_dtype
+from fusiontree.ops.triton_support import OLDEST_GPU
 
 # Queries and keys of one block of the mask; what FlexAttention takes unless told otherwise.
 BLOCK = 128
-# The oldest compute capability that Triton compiles for.
-TRITON_GPU = (7, 0)
 
 
 def find_unusable() -> str | None:
@@ -54,7 +53,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
         return f"on CUDA it takes heads of 16 to 256 channels, not {width}"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "on CUDA it needs triton, which is not installed"
-    return refuse_older_gpu(q, TRITON_GPU) if device == "cuda" else None
+    return refuse_older_gpu(q, OLDEST_GPU) if device == "cuda" else None
 
 
 def auto_declines(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusiontree.ops.checks import refuse_older_gpu
+from fusiontree.ops.triton_support import OLDEST_GPU
 
 # The first that sums the weight's gradient in a dtype of the caller's choice.
 OLDEST = Version("0.6.2")
@@ -26,7 +27,10 @@ def find_unusable() -> str | None:
         return "it needs a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed"
-    version = metadata.version("liger-kernel")
+    try:
+        version = metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        return "liger_kernel can be imported, but nothing says which version it is: install the package liger-kernel"
     if Version(version) < OLDEST:
         return f"liger-kernel {version} is installed, {OLDEST} or newer is needed"
     try:
@@ -39,7 +43,7 @@ def find_unusable() -> str | None:
 def refuses(hidden: Tensor, weight: Tensor) -> str | None:
     if hidden.device.type != "cuda":
         return f"it runs on CUDA tensors, not on {hidden.device.type}"
-    return refuses_dtypes(hidden, weight) or refuse_older_gpu(hidden, (7, 0))  # Triton's oldest
+    return refuses_dtypes(hidden, weight) or refuse_older_gpu(hidden, OLDEST_GPU)
 
 
 def refuses_dtypes(hidden: Tensor, weight: Tensor) -> str | None:
@@ -94,4 +98,6 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        return *(None if saved is None else saved * dloss.to(saved.dtype) for saved in ctx.saved_tensors), None, None
+        # In float32: 1 / number of tokens, rounded to half precision, would scale every gradient alike.
+        scaled = (None if t is None else (t.float() * dloss).to(t.dtype) for t in ctx.saved_tensors)
+        return *scaled, None, None

@@ -5,7 +5,7 @@ single query takes several times as long as reading them, so there:
 
 - few keys are converted to float32, in which the fused kernel rearranges nothing;
 - many are multiplied head by head, as vector times matrix, at about the speed of memory. Scores are rounded to
-  bfloat16, as are queries and keys before them.
+  bfloat16 there, as in attention that is written out in bfloat16: a weight is off by up to the score's size / 512.
 
 Shapes: B batch, H heads, K key heads, g heads that share a key head, S keys, D head width.
 """

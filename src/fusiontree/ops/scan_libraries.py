@@ -107,7 +107,7 @@ def ssd_fla(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_state,
             y = (y.float() + x.float() * D.float()[:, None]).to(x.dtype)
     if not return_final_state:
         return y
-    return y, (final if last is None else final[last]).transpose(-1, -2)
+    return y, (final if last is None else final[last]).transpose(-1, -2).contiguous()
 
 
 def selective_mamba_refuses(

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusiontree.ops.checks import refuse_older_gpu
+
+# The oldest compute capability that Triton compiles for.
+OLDEST_GPU = (7, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,14 +35,25 @@ def triton_unusable() -> str | None:
     """Why Triton kernels cannot run on this machine (None: they can)."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    if not torch.cuda.is_available() and not interpreting():
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
         return "it needs a CUDA device (or TRITON_INTERPRET=1, which interprets its kernels on CPU, slowly)"
+    if not any(map(which, filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")))):
+        return "triton needs a C compiler and finds none"
+    try:
+        import_module("triton")
+    except Exception as error:  # a version for another Python or system fails in many ways
+        return f"triton is installed but cannot be imported: {error}"
     return None
 
 
 def triton_refuses(*tensors: Tensor | None, **arguments: Any) -> str | None:
-    """Why Triton kernels cannot honour these arguments: their dtype, or the device they lie on."""
-    return refuse_other_kernel_dtypes(*tensors) or (None if interpreting() else refuse_cpu(*tensors))
+    """Why Triton kernels cannot honour these arguments: their dtype, or the device they lie on and its age."""
+    reason = refuse_other_kernel_dtypes(*tensors)
+    if reason or interpreting():
+        return reason
+    return refuse_cpu(*tensors) or next((refuse_older_gpu(t, OLDEST_GPU) for t in tensors if t is not None), None)
 
 
 def refuse_other_kernel_dtypes(*tensors: Tensor | None) -> str | None:
