@@ -23,7 +23,7 @@ from fusiontree.ops import attention_libraries, flex_attention, reference
 from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.block_attention import HeadSpan, block_attention
-from fusiontree.ops.checks import check_shapes
+from fusiontree.ops.checks import check_shapes, wants_gradient
 from fusiontree.ops.one_query import attend_one_query
 from fusiontree.ops.precision import autocast_dtype, without_autocast
 
@@ -194,7 +194,7 @@ def _cached_torch(q, k, v, *, layout):
         return _cached_pass(q, k, v, layout)
     # Invisible slots may hold NaN, which a mask does not stop. Where looking at the result is cheap, look at it and
     # blank the slots only if need be: blanking reads and writes the whole cache.
-    if q.device.type == "cpu" and not (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    if q.device.type == "cpu" and not wants_gradient(q, k, v):
         out = _cached_pass(q, k, v, layout)
         if math.isfinite(out.sum()):
             return out

@@ -35,6 +35,9 @@ class _Backend:
     def unusable(self) -> str | None:
         return self.find_unusable()
 
+    def objection(self, *tensors: torch.Tensor | None, **arguments: Any) -> str | None:
+        return self.unusable or self.refuses(*tensors, **arguments)
+
 
 _REGISTRY: dict[str, dict[str, _Backend]] = {}
 _announced: set[tuple[str, str]] = set()
@@ -77,18 +80,17 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None, **arguments: A
     """
     candidates = _REGISTRY[op]
     if backend == "auto":
-        reasons = []
+        reasons = {}
         for name, candidate in candidates.items():
-            reason = candidate.unusable or candidate.refuses(*tensors, **arguments)
-            reason = reason or candidate.auto_declines(*tensors, **arguments)
+            reason = candidate.objection(*tensors, **arguments) or candidate.auto_declines(*tensors, **arguments)
             if name != "reference" and reason is None:
                 return _take(op, name, candidate, "auto")
             if reason is not None:
-                reasons.append(f"{name}: {reason}")
-        raise BackendError(f"No backend of {op} can run this call ({'; '.join(reasons)}).")
+                reasons[name] = reason
+        raise BackendError(f"No backend of {op} can run this call ({'; '.join(map(': '.join, reasons.items()))}).")
     if backend not in candidates:
         raise BackendError(f"{op} has no backend {backend!r}; choose one of {', '.join(candidates)} or auto.")
-    reason = candidates[backend].unusable or candidates[backend].refuses(*tensors, **arguments)
+    reason = candidates[backend].objection(*tensors, **arguments)
     if reason is not None:
         raise BackendError(f"Backend {backend!r} of {op} cannot run this call: {reason}.")
     return _take(op, backend, candidates[backend], "named")

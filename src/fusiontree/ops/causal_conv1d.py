@@ -16,6 +16,7 @@ from fusiontree.ops import reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
+from fusiontree.ops.states import first_state
 from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
 
 # A product of dy and window this large stays in the processor's cache until it is summed.
@@ -110,9 +111,7 @@ def _window(x: Tensor, reset: Tensor | None, initial_state: Tensor | None, taps:
     if initial_state is None:
         before = x.new_zeros(x.shape[0], taps - 1, x.shape[2], dtype=dtype)
     else:
-        before = initial_state.to(dtype)
-        if reset is not None:
-            before = before.masked_fill(reset[:, :1, None], 0.0)
+        before = first_state(initial_state, reset).to(dtype)
     return torch.cat([before, x.to(dtype)], dim=1)
 
 

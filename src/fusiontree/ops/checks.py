@@ -23,6 +23,11 @@ def check_sequence(op: str, length: int, reset: Tensor | None) -> None:
         raise ValueError(f"{op}: reset must be bool, got {reset.dtype}")
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass will ask for the gradient of any of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def refuse_older_gpu(x: Tensor, least: tuple[int, int]) -> str | None:
     """The refusal of kernels that need a compute capability which x's GPU lacks; AMD's GPUs have none."""
     found = torch.cuda.get_device_capability(x.device)

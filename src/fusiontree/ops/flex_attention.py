@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fusiontree.ops.attention_layouts import AttentionLayout
-from fusiontree.ops.checks import refuse_older_gpu
+from fusiontree.ops.checks import refuse_older_gpu, wants_gradient
 from fusiontree.ops.precision import autocast_dtype
 from fusiontree.ops.triton_support import OLDEST_GPU
 
@@ -62,10 +62,6 @@ def auto_declines(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:
     if not wants_gradient(q, k, v):
         return "compiling pays in training alone"
     return None
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def local_global_flex(

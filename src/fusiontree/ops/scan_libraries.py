@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusiontree.ops.checks import wants_gradient
 from fusiontree.ops.precision import without_autocast
 from fusiontree.ops.states import first_state, last_inputs
-from fusiontree.ops.triton_support import power_of_two, refuse_cpu, refuse_other_kernel_dtypes
+from fusiontree.ops.triton_support import power_of_two, refuse_cpu, refuse_large_state, refuse_other_kernel_dtypes
 
 MAMBA2 = "mamba_ssm.ops.triton.ssd_combined"
 MAMBA1 = "mamba_ssm.ops.selective_scan_interface"
@@ -128,11 +129,9 @@ def selective_mamba_refuses(
         return "it cannot reset the state inside a sequence"
     if initial_state is not None:
         return "it cannot start from an initial state"
-    if return_final_state and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if return_final_state and wants_gradient(*tensors):
         return "it gives its final state no gradient"
-    if A.shape[1] > 256:
-        return "it cannot hold a state of more than 256"
-    return refuse_other_kernel_dtypes(*tensors) or refuse_cpu(*tensors)
+    return refuse_large_state(A.shape[1]) or refuse_other_kernel_dtypes(*tensors) or refuse_cpu(*tensors)
 
 
 def selective_mamba(u, delta, A, B, C, D=None, z=None, *, reset, initial_state, return_final_state):

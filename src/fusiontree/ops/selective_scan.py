@@ -18,7 +18,8 @@ from fusiontree.ops import reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import smallest_log_decay, state_dtype, without_autocast
-from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
+from fusiontree.ops.states import first_state
+from fusiontree.ops.triton_support import kernel, refuse_large_state, triton_refuses, triton_unusable
 
 # Tokens whose states are held at once: more would leave the cache, fewer would keep more states for backward.
 CHUNK = 32
@@ -127,9 +128,7 @@ def _first_state(u: Tensor, A: Tensor, reset: Tensor | None, initial_state: Tens
     """[B,d,N]."""
     if initial_state is None:
         return torch.zeros(u.shape[0], *A.shape, dtype=state_dtype(u), device=u.device)
-    state = initial_state.to(state_dtype(u))
-    # Dropped by a mask, not by a decay of zero: the state of a row that starts anew may hold anything.
-    return state if reset is None else state.masked_fill(reset[:, 0, None, None], 0.0)
+    return first_state(initial_state, reset).to(state_dtype(u))
 
 
 class _Scan(torch.autograd.Function):
@@ -228,9 +227,7 @@ class _Chunks:
 
 
 def _triton_refuses(u, delta, A, *tensors, **arguments):
-    if A.shape[1] > 256:
-        return f"it cannot hold a state of more than 256, got {A.shape[1]}"
-    return triton_refuses(u, delta, A, *tensors)
+    return refuse_large_state(A.shape[1]) or triton_refuses(u, delta, A, *tensors)
 
 
 register(

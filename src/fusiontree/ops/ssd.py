@@ -23,7 +23,8 @@ from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
 from fusiontree.ops.ssd_chunks import Chunks, pieces
-from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
+from fusiontree.ops.states import first_state
+from fusiontree.ops.triton_support import kernel, refuse_large_state, triton_refuses, triton_unusable
 
 
 def ssd_scan(
@@ -195,15 +196,11 @@ class _ChunkedScan(torch.autograd.Function):
 def _first_state(x: Tensor, B: Tensor, reset: Tensor | None, initial_state: Tensor | None) -> Tensor:
     if initial_state is None:
         return torch.zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=state_dtype(x), device=x.device)
-    state = initial_state.to(state_dtype(x))
-    # Dropped by a mask, not by a decay of zero: the state of a row that starts anew may hold anything.
-    return state if reset is None else state.masked_fill(reset[:, 0, None, None, None], 0.0)
+    return first_state(initial_state, reset).to(state_dtype(x))
 
 
 def _triton_refuses(x, dt, A, B, *tensors, **arguments):
-    if B.shape[-1] > 256:
-        return f"it cannot hold a state of more than 256, got {B.shape[-1]}"
-    return triton_refuses(x, dt, A, B, *tensors)
+    return refuse_large_state(B.shape[-1]) or triton_refuses(x, dt, A, B, *tensors)
 
 
 register(

@@ -1,6 +1,8 @@
-"""What the optional backends do alike with the states that an op takes and gives back."""
+"""What the backends do alike with the states that an op takes and gives back."""
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,10 @@ from torch import Tensor
 from fusiontree.ops.precision import state_dtype
 
 
+@overload
+def first_state(initial_state: Tensor, reset: Tensor | None) -> Tensor: ...
+@overload
+def first_state(initial_state: None, reset: Tensor | None) -> None: ...
 def first_state(initial_state: Tensor | None, reset: Tensor | None) -> Tensor | None:
     """`initial_state` [B,...] with zeros in the rows that start anew, by a mask: theirs may hold anything."""
     if initial_state is None or reset is None:

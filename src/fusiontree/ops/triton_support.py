@@ -20,6 +20,7 @@ from fusiontree.ops.checks import refuse_older_gpu
 
 # The oldest compute capability that Triton compiles for.
 OLDEST_GPU = (7, 0)
+LARGEST_STATE = 256
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,6 +62,11 @@ def refuse_other_kernel_dtypes(*tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             return f"it does not support dtype {tensor.dtype}"
     return None
+
+
+def refuse_large_state(size: int) -> str | None:
+    """The refusal of kernels that hold a head's or a channel's state in registers."""
+    return f"it cannot hold a state of more than {LARGEST_STATE}, got {size}" if size > LARGEST_STATE else None
 
 
 def refuse_cpu(*tensors: Tensor | None) -> str | None:
