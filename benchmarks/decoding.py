@@ -15,7 +15,6 @@ import argparse
 import os
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
@@ -165,12 +164,8 @@ def main(argv: list[str]) -> None:
     record = {
         "settings": settings,
         **measure(options),
-        "cpu": records.cpu_model(),
-        "versions": records.versions(),
-        "allocator": records.allocator(),
-        "commit": records.git_commit(),
+        **records.provenance(),
         "revision": records.code_revision("models", "ops"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python benchmarks/decoding.py", *records.shown_arguments(argv)]),
     }
     path = options.results / "decoding.jsonl"

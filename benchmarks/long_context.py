@@ -20,7 +20,6 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +114,7 @@ def by_range(candidate: Candidate, rows_RT: torch.Tensor, recipe: Recipe, length
 
 def report(path: Path) -> str:
     """The tables of the recorded runs, saved beside them as Markdown."""
-    runs = records.read_records(path)
-    if not runs:
-        raise SystemExit(f"error: {path} holds no runs yet: run this script without --report first")
+    runs = records.recorded_runs(path)
     parts = [f"# Train short, read long: {path.stem.removeprefix('long_context_')}\n"]
     same = ("size", "length", "steps", "batch_size", "learning_rate", "dtype", "seed", "rows")
     for setting in dict.fromkeys(json.dumps([r["run"][key] for key in same]) for r in runs):
@@ -139,10 +136,7 @@ def report(path: Path) -> str:
                 f"| {r['run']['variant']} | {r['parameters'] / 1e6:.2f} M | {' | '.join(f'{f:.3f}' for f in figures)} |"
             )
         parts.append("\n".join(lines) + "\n")
-        where = {f"{r['cpu']}, {r['threads']} thread(s), torch {r['versions']['torch']}" for r in group}
-        code = {f"code revision {r['revision']} (commit {r['commit']})" for r in group}
-        days = sorted(r["date"] for r in group)
-        parts.append(f"{'; '.join(sorted(where | code))}; {days[0]} to {days[-1]}; `{group[-1]['command']}`.\n")
+        parts.append(records.origin(group))
     text = "\n".join(parts)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
@@ -218,11 +212,7 @@ def main(argv: list[str]) -> None:
             **measured,
             **by_range(candidate, rows_RT, recipe, length),
             "threads": options.threads,
-            "cpu": records.cpu_model(),
-            "versions": records.versions(),
-            "allocator": records.allocator(),
-            "commit": records.git_commit(),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            **records.provenance(),
             "command": f"python benchmarks/long_context.py --variants {variant} --size {options.size} "
             f"--length {length} --steps {options.steps} --learning-rate {options.learning_rate:g} "
             f"--dtype {options.dtype} --threads {options.threads}",

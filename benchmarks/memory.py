@@ -17,11 +17,9 @@ import multiprocessing
 import os
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -29,12 +27,11 @@ from unittest.mock import patch
 import memory_report
 import records
 import torch
-from candidates import OURS, SIZES, Candidate, build, our_config
-from packed_text import Rows
+from candidates import OURS, SIZES, build, our_config
 from speed import peak_bytes, resident_bytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training_run import BETAS, Recipe, accumulate, parameter_groups, update
+from training_run import RepeatedStep
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig, local_global_attn
 from fusiontree.models.layout import SinusoidTable
@@ -176,29 +173,22 @@ def count_layers(config: HybridLanguageModelConfig, shape: tuple[int, int], dtyp
 
 
 class Run:
-    """The default configuration at one size with an optimizer and one batch."""
+    """Training steps of the default configuration at one size, with any scope."""
 
     def __init__(self, options: argparse.Namespace):
-        self.candidate: Candidate = build(OURS, SIZES[options.size], seed=0)
-        assert isinstance(self.candidate.model, HybridLanguageModel)
-        self.model = self.candidate.model
+        candidate = build(OURS, SIZES[options.size], seed=0)
+        assert isinstance(candidate.model, HybridLanguageModel)
+        self.model = candidate.model
         batch, length = options.batch, options.length
         generator = torch.Generator().manual_seed(0)
         input_ids = torch.randint(1, self.model.config.vocab_size, (batch, length), generator=generator)
-        positions = torch.arange(length).repeat(batch, 1)
-        self.rows = Rows(input_ids, positions, input_ids.masked_fill(positions == 0, -100))
-        self.recipe = Recipe(
-            learning_rate=1e-4, steps=1000, warmup=1, batch_size=batch, micro_batch=batch, seed=0, dtype=options.dtype
-        )
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model), betas=BETAS, fused=True)
+        self.repeated = RepeatedStep(candidate, input_ids, options.dtype)
 
     def step(self, scope: str) -> float:
         """CPU seconds of a training step."""
         set_scope(self.model, scope)
-        started = time.process_time()
-        accumulate(self.candidate, self.rows, self.recipe)
-        update(self.model, self.optimizer, 1e-4)
-        return time.process_time() - started
+        _, cpu_seconds = self.repeated()
+        return cpu_seconds
 
 
 def peak_of_process(options: argparse.Namespace, scope: str) -> int:
@@ -244,12 +234,8 @@ def main(argv: list[str]) -> None:
     record = {
         "settings": {key: getattr(options, key) for key in ("size", "shape", "dtype", "threads")},
         "load_before": round(os.getloadavg()[0], 2),
-        "cpu": records.cpu_model(),
-        "versions": records.versions(),
-        "allocator": records.allocator(),
-        "commit": records.git_commit(),
+        **records.provenance(),
         "revision": records.code_revision("models", "ops", "train/losses.py"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join(["python benchmarks/memory.py", *records.shown_arguments(argv)]),
         "rounds": 0,
         "recipe": [],

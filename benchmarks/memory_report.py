@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import records
@@ -15,12 +14,7 @@ def save(directory: Path, record: dict) -> str:
         The record's own tables.
     """
     path = directory / f"memory_{records.cpu_slug(record['cpu'])}.json"
-    directory.mkdir(parents=True, exist_ok=True)
-    with records.file_lock(path):
-        kept = json.loads(path.read_text(encoding="utf-8") or "[]")
-        kept = [other for other in kept if other["settings"] != record["settings"]] + [record]
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text("\n".join(["# Memory of training\n", *map(tables, kept)]), encoding="utf-8")
+    records.save_by_settings(path, record, lambda kept: "\n".join(["# Memory of training\n", *map(tables, kept)]))
     return tables(record)
 
 

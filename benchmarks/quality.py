@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 
 import records
@@ -112,9 +111,7 @@ def equal_time(runs: list[dict]) -> list[str]:
 
 def write_report(path: Path) -> str:
     """The tables of every size and length of run in `path`, saved beside it as Markdown."""
-    runs = records.read_records(path)
-    if not runs:
-        raise SystemExit(f"error: {path} holds no runs yet: run this script without --report first")
+    runs = records.recorded_runs(path)
     parts = [f"# Validation loss: {path.stem.removeprefix('quality_')}\n"]
     for size, steps in dict.fromkeys((r["run"]["size"], r["run"]["steps"]) for r in runs):
         group = [r for r in runs if (r["run"]["size"], r["run"]["steps"]) == (size, steps)]
@@ -237,12 +234,8 @@ def main(argv: list[str]) -> None:
             "parameters": count_parameters(candidate.model),
             **measured,
             "threads": options.threads,
-            "cpu": records.cpu_model(),
+            **records.provenance(),
             "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-            "versions": records.versions(),
-            "allocator": records.allocator(),
-            "commit": records.git_commit(),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
             f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
             + (f" --variants '{variant}'" if variant else ""),

@@ -17,7 +17,6 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
 import records
@@ -151,9 +150,7 @@ def train(branches: str, task: Task, recipe: Recipe) -> dict:
 
 def report(path: Path) -> str:
     """The tables of the recorded runs, each kind of layers at its best learning rate, saved beside them as Markdown."""
-    runs = records.read_records(path)
-    if not runs:
-        raise SystemExit(f"error: {path} holds no runs yet: run this script without --report first")
+    runs = records.recorded_runs(path)
     parts = ["# Recall\n"]
     same = ("task", "steps", "batch_size", "dtype")
     for setting in dict.fromkeys(json.dumps([r["run"][key] for key in same]) for r in runs):
@@ -189,10 +186,7 @@ def report(path: Path) -> str:
                 by_length = [sum(column) / len(column) for column in zip(*r["grid"]["found"], strict=True)]
                 lines.append(f"| {_layers(r['run']['branches'])} | {' | '.join(map(_percent, by_length))} |")
             parts.append("\n".join(lines) + "\n")
-        where = {f"{r['cpu']}, {r['threads']} thread(s), torch {r['versions']['torch']}" for r in group}
-        code = {f"code revision {r['revision']} (commit {r['commit']})" for r in group}
-        days = sorted(r["date"] for r in group)
-        parts.append(f"{'; '.join(sorted(where | code))}; {days[0]} to {days[-1]}; `{group[-1]['command']}`.\n")
+        parts.append(records.origin(group))
     text = "\n".join(parts)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
@@ -271,11 +265,8 @@ def main(argv: list[str]) -> None:
                     "run": run,
                     **train(branches, task, recipe),
                     "threads": options.threads,
-                    "cpu": records.cpu_model(),
-                    "versions": records.versions(),
-                    "commit": records.git_commit(),
+                    **records.provenance(),
                     "revision": revision,
-                    "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
                     "command": f"python benchmarks/recall.py --task {options.task} --branches {branches} "
                     f"--learning-rates {rate:g} --steps {options.steps} --batch-size {options.batch_size} "
                     f"--length {options.length} {sizes} --vocab-size {options.vocab_size} --seed {options.seed} "

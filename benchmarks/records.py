@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,35 @@ def read_records(path: Path) -> list[dict]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def recorded_runs(path: Path) -> list[dict]:
+    """The records of `path`, for a report.
+
+    Raises:
+        SystemExit: there are none.
+    """
+    if runs := read_records(path):
+        return runs
+    raise SystemExit(f"error: {path} holds no runs yet: run this script without --report first")
+
+
+def save_by_settings(path: Path, record: dict, report: Callable[[list[dict]], str]) -> None:
+    """Put `record` into a JSON list, in the place of one with equal settings, and rewrite the report beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path):
+        kept = json.loads(path.read_text(encoding="utf-8") or "[]")
+        kept = [other for other in kept if other["settings"] != record["settings"]] + [record]
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(report(kept), encoding="utf-8")
+
+
+def origin(runs: list[dict]) -> str:
+    """The line under a table: where, with which code, when and how its runs were made."""
+    where = {f"{r['cpu']}, {r['threads']} thread(s), torch {r['versions']['torch']}" for r in runs}
+    code = {f"code revision {r['revision']} (commit {r['commit']})" for r in runs}
+    days = sorted(r["date"] for r in runs)
+    return f"{'; '.join(sorted(where | code))}; {days[0]} to {days[-1]}; `{runs[-1]['command']}`.\n"
 
 
 def keep_records(path: Path, wanted: Callable[[dict], bool]) -> None:
@@ -93,6 +123,17 @@ def shown_arguments(argv: list[str]) -> list[str]:
         at = argv.index("--results")
         return argv[:at] + argv[at + 2 :]
     return argv
+
+
+def provenance() -> dict:
+    """What every record names beside its figures."""
+    return {
+        "cpu": cpu_model(),
+        "versions": versions(),
+        "allocator": allocator(),
+        "commit": git_commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
 
 
 def versions() -> dict[str, str]:

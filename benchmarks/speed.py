@@ -20,7 +20,6 @@ import resource
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -30,12 +29,10 @@ import speed_report
 import torch
 import yaml
 from candidates import MODELS, SIZES, Candidate, build
-from packed_text import Rows
-from training_run import BETAS, CLIP, Recipe, parameter_groups
+from training_run import RepeatedStep
 from transformers.generation.streamers import BaseStreamer
 
 from fusiontree.eval.peers import count_parameters
-from fusiontree.train.losses import StepTotals
 
 TASKS = ("train", "generate")
 NEW_TOKENS = 33
@@ -91,25 +88,8 @@ def measure(job: dict) -> dict:
 
 
 def _train(candidate: Candidate, input_ids: torch.Tensor, job: dict) -> dict:
-    batch, length = input_ids.shape
-    positions = torch.arange(length).repeat(batch, 1)
-    rows = Rows(input_ids, positions, input_ids.masked_fill(positions == 0, -100))
-    totals = StepTotals(labels=batch * (length - 1), rows=batch, tokens=batch * length)
-    recipe = Recipe(
-        learning_rate=2e-3, steps=1000, warmup=1, batch_size=batch, micro_batch=batch, seed=0, dtype=job["dtype"]
-    )
-    optimizer = torch.optim.AdamW(parameter_groups(candidate.model), lr=1e-4, betas=BETAS, fused=True)
-    wall, cpu = [], []
-    for _ in range(1 + job["steps"]):
-        started, started_cpu = time.perf_counter(), time.process_time()
-        with recipe.autocast():
-            loss = candidate.training_loss(rows, totals)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(candidate.model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        wall.append(time.perf_counter() - started)
-        cpu.append(time.process_time() - started_cpu)
+    step = RepeatedStep(candidate, input_ids, job["dtype"])
+    wall, cpu = zip(*(step() for _ in range(1 + job["steps"])), strict=True)
     # The first step also warms up the allocator and the kernels.
     return {"seconds": median(wall[1:]), "cpu_seconds": median(cpu[1:])}
 
@@ -203,12 +183,8 @@ def _record(options: argparse.Namespace, argv: list[str], rounds: int, measureme
             "shapes": options.shapes,
         },
         "rounds": rounds,
-        "cpu": records.cpu_model(),
-        "versions": records.versions(),
-        "allocator": records.allocator(),
-        "commit": records.git_commit(),
+        **records.provenance(),
         "revision": records.code_revision("models", "ops", "train/losses.py"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": "python benchmarks/speed.py " + " ".join(records.shown_arguments(argv)),
         "summary": speed_report.summarise(measurements),
         "measurements": measurements,

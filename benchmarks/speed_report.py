@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 
@@ -87,22 +86,21 @@ def save(directory: Path, record: dict) -> str:
         The record's own table.
     """
     path = directory / f"speed_{records.cpu_slug(record['cpu'])}.json"
-    directory.mkdir(parents=True, exist_ok=True)
-    with records.file_lock(path):
-        kept = json.loads(path.read_text(encoding="utf-8") or "[]")
-        kept = [other for other in kept if other["settings"] != record["settings"]] + [record]
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        parts = ["# Speed and memory\n"]
-        for entry in kept:
-            settings, loads = entry["settings"], [m["load_before"] for m in entry["measurements"]]
-            parts.append(f"## {settings['size']} parameters, {settings['dtype']}, {settings['threads']} thread(s)\n")
-            parts.append(table(entry["summary"]))
-            parts.append(
-                f"{entry['cpu']}; medians of {entry['rounds']} rounds; torch {entry['versions']['torch']}, "
-                f"transformers {entry['versions']['transformers']}; commit {entry['commit']}, "
-                f"code revision {entry['revision']}; {entry['date']}; `{entry['command']}`. "
-                f"Load average before the measurements: {min(loads)} to {max(loads)}. "
-                f"Allocator: {records.shown_allocator(entry['allocator'])}.\n"
-            )
-        path.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+    records.save_by_settings(path, record, _report)
     return table(record["summary"])
+
+
+def _report(kept: list[dict]) -> str:
+    parts = ["# Speed and memory\n"]
+    for entry in kept:
+        settings, loads = entry["settings"], [m["load_before"] for m in entry["measurements"]]
+        parts.append(f"## {settings['size']} parameters, {settings['dtype']}, {settings['threads']} thread(s)\n")
+        parts.append(table(entry["summary"]))
+        parts.append(
+            f"{entry['cpu']}; medians of {entry['rounds']} rounds; torch {entry['versions']['torch']}, "
+            f"transformers {entry['versions']['transformers']}; commit {entry['commit']}, "
+            f"code revision {entry['revision']}; {entry['date']}; `{entry['command']}`. "
+            f"Load average before the measurements: {min(loads)} to {max(loads)}. "
+            f"Allocator: {records.shown_allocator(entry['allocator'])}.\n"
+        )
+    return "\n".join(parts)

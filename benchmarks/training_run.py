@@ -93,6 +93,28 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: fl
     optimizer.zero_grad(set_to_none=True)
 
 
+class RepeatedStep:
+    """A training step on the same rows again and again, [B, T] ids, each row one document: what speed and memory are
+    measured on."""
+
+    def __init__(self, candidate: Candidate, input_ids: torch.Tensor, dtype: str):
+        batch, length = input_ids.shape
+        positions = torch.arange(length).repeat(batch, 1)
+        self.candidate = candidate
+        self.rows = Rows(input_ids, positions, input_ids.masked_fill(positions == 0, -100))
+        self.recipe = Recipe(
+            learning_rate=1e-4, steps=1000, warmup=1, batch_size=batch, micro_batch=batch, seed=0, dtype=dtype
+        )
+        self.optimizer = torch.optim.AdamW(parameter_groups(candidate.model), betas=BETAS, fused=True)
+
+    def __call__(self) -> tuple[float, float]:
+        """Seconds and CPU seconds of forward, loss, backward, clipping and AdamW."""
+        started, started_cpu = time.perf_counter(), time.process_time()
+        accumulate(self.candidate, self.rows, self.recipe)
+        update(self.candidate.model, self.optimizer, self.recipe.learning_rate)
+        return time.perf_counter() - started, time.process_time() - started_cpu
+
+
 def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Rows, unfinished: Path) -> dict:
     """Train `candidate` and return what was measured.
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fusiontree.models import HybridLanguageModel
+from fusiontree.models.initialization import initialize
 
 
 class Normalised(nn.Module):
@@ -111,11 +112,9 @@ def _no_time_encoding(model: HybridLanguageModel) -> None:
 
 
 def _initialised(model: HybridLanguageModel, module: nn.Module) -> nn.Module:
-    """`module` with its new linear maps drawn as the model draws its own."""
+    """`module` with its parts drawn as the model draws its own."""
     for part in module.modules():
-        if isinstance(part, nn.Linear):
-            depth = 2 * model.config.num_layers if getattr(part, "writes_residual", False) else 1
-            nn.init.normal_(part.weight, std=0.5 * (part.in_features * depth) ** -0.5)
+        initialize(part, model.config)
     return module
 
 
