@@ -5,22 +5,21 @@ Shapes: B batch, T tokens of this piece, H hidden, D attention head width, R row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from fusiontree.errors import InputError
 from fusiontree.models.configuration import HybridLanguageModelConfig
+from fusiontree.ops.attention_layouts import Shared
 
 IGNORE_INDEX = -100
 NO_RESET = -(2**31)
 
 
 @dataclass
-class Layout:
+class Layout(Shared):
     """The one description of a piece of tokens that attention, convolution, scan, RoPE and SRTE all read.
 
     Attributes:
@@ -62,18 +61,11 @@ class Layout:
     past_length: int
     explicit: bool
     even: bool
-    _shared: dict = field(default_factory=dict)
 
     @property
     def documents(self) -> torch.Tensor | None:
         """[B, T], 0 where a document starts; None when each row of the piece is one document without padding."""
         return self.place if self.explicit or self.mask is not None else None
-
-    def share(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """What `build` makes of this layout, made once for all layers that ask with this key."""
-        if key not in self._shared:
-            self._shared[key] = build()
-        return self._shared[key]
 
     def real_tokens(self, batch: int) -> torch.Tensor:
         """[B] float32: real tokens of each row."""

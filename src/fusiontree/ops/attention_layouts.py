@@ -21,7 +21,18 @@ GLOBAL_QUERIES = 256
 KEPT_MASK_ELEMENTS = 2**23
 
 
-class AttentionLayout:
+class Shared:
+    """Keeps what the layers of a model derive from one layout."""
+
+    def share(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """What `build` makes of this layout, made once for all layers that ask with this key."""
+        kept = self.__dict__.setdefault("_kept_for_layers", {})
+        if key not in kept:
+            kept[key] = build()
+        return kept[key]
+
+
+class AttentionLayout(Shared):
     """The documents of a batch as attention sees them; build it with `attention_layout`.
 
     Attributes:
@@ -36,13 +47,6 @@ class AttentionLayout:
         self._blocks: dict[int | None, list[Block]] = {}
         self._kept: dict[tuple[int | None, int, int, int, int, torch.dtype], Tensor] = {}
         self._kept_elements = 0
-        self._shared: dict[Hashable, Any] = {}
-
-    def share(self, key: Hashable, build: Callable[[], Any]) -> Any:
-        """What `build` makes of these documents, made once for all layers that ask with this key."""
-        if key not in self._shared:
-            self._shared[key] = build()
-        return self._shared[key]
 
     def local_blocks(self, window_size: int) -> list[Block]:
         """Blocks for heads that see `window_size` keys."""

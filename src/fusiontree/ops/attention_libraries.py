@@ -9,9 +9,7 @@ Shapes: B batch, T tokens, H query heads, D head width, N documents of all rows.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
-from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from fusiontree.ops.attention_layouts import AttentionLayout
 from fusiontree.ops.checks import refuse_older_gpu
+from fusiontree.ops.libraries import versioned_unusable
 from fusiontree.ops.precision import autocast_dtype
 
 # The first with a sliding window (2.3), a deterministic backward pass (2.4) and heads of 256 on every GPU (2.5.5).
@@ -29,21 +28,9 @@ WIDEST_HEAD = 256
 
 
 def find_unusable() -> str | None:
-    if not torch.cuda.is_available():
-        return "it needs a CUDA device"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    try:
-        version = metadata.version("flash-attn")
-    except metadata.PackageNotFoundError:
-        return "flash_attn can be imported but is not FlashAttention-2"  # FlashAttention-4 shares its folder
-    if Version(version) < OLDEST:
-        return f"flash-attn {version} is installed, {OLDEST} or newer is needed"
-    try:
-        _library()
-    except Exception as error:  # a wheel for another torch or CUDA fails in many ways
-        return f"flash-attn {version} is installed but cannot be imported: {error}"
-    return None
+    # FlashAttention-4 shares its folder.
+    other = "flash_attn can be imported but is not FlashAttention-2"
+    return versioned_unusable("flash-attn", OLDEST, _library, without_version=other)
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> str | None:

@@ -6,9 +6,7 @@ Shapes: B batch, T tokens, H hidden, V vocabulary, M tokens whose label counts.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
-from importlib import metadata
 
 import torch
 from packaging.version import Version
@@ -16,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fusiontree.ops.checks import refuse_older_gpu
+from fusiontree.ops.libraries import versioned_unusable
 from fusiontree.ops.triton_support import OLDEST_GPU
 
 # The first that sums the weight's gradient in a dtype of the caller's choice.
@@ -23,21 +22,8 @@ OLDEST = Version("0.6.2")
 
 
 def find_unusable() -> str | None:
-    if not torch.cuda.is_available():
-        return "it needs a CUDA device"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "the package liger-kernel is not installed"
-    try:
-        version = metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError:
-        return "liger_kernel can be imported, but nothing says which version it is: install the package liger-kernel"
-    if Version(version) < OLDEST:
-        return f"liger-kernel {version} is installed, {OLDEST} or newer is needed"
-    try:
-        _fused_loss()
-    except Exception as error:  # a version for another triton or transformers fails in many ways
-        return f"liger-kernel {version} is installed but cannot be imported: {error}"
-    return None
+    nameless = "liger_kernel can be imported, but nothing says which version it is: install the package liger-kernel"
+    return versioned_unusable("liger-kernel", OLDEST, _fused_loss, without_version=nameless)
 
 
 def refuses(hidden: Tensor, weight: Tensor) -> str | None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from fusiontree.config import Settings, apply_overrides, load_yaml, place_in_yaml
 from fusiontree.data.settings import DataSettings
 from fusiontree.errors import InputError, SettingError, nearest
+
+# Beside `off` those of the model's `CHECKPOINTING_SCOPES`, spelt out because settings are read without torch.
+CheckpointingScope = Literal["off", "mamba", "attention", "branches", "block"]
 
 
 class TrainingSettings(Settings):
@@ -28,7 +31,7 @@ class TrainingSettings(Settings):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator term")
     grad_clip: float = Field(1.0, ge=0, description="largest L2 norm of all gradients together; 0 = never clip")
-    gradient_checkpointing: bool | Literal["off", "mamba", "attention", "branches", "block"] = Field(
+    gradient_checkpointing: bool | CheckpointingScope = Field(
         False, description="what the backward pass recomputes; true = branches (both of them), false = off"
     )
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="autocast dtype; parameters are float32 always")
@@ -46,7 +49,7 @@ class TrainingSettings(Settings):
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
     def _known_scope(cls, value: object) -> object:
-        scopes = ("off", "mamba", "attention", "branches", "block")
+        scopes = get_args(CheckpointingScope)
         if isinstance(value, bool) or value in scopes:
             return value
         close = nearest(str(value), (*scopes, "true", "false"))
