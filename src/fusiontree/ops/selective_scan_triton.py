@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from fusiontree.ops.chunk_passing_triton import pass_states
 from fusiontree.ops.precision import without_autocast
 from fusiontree.ops.states import first_state
+from fusiontree.ops.tiles_triton import load_tile, store_tile
 from fusiontree.ops.triton_support import last_contiguous, on_device, power_of_two
 
 LONGEST_CHUNK = 32
@@ -160,21 +161,6 @@ class _Launch:
 
 
 @triton.jit
-def _tile(ptr, stride, first, tokens, columns, L: tl.constexpr, W: tl.constexpr):
-    """[L,W] in float32: the tokens first, first + 1, ... as far as they lie in 0 ... tokens - 1, zeros elsewhere."""
-    token, column = first + tl.arange(0, L)[:, None], tl.arange(0, W)[None, :]
-    here = (token >= 0) & (token < tokens) & (column < columns)
-    return tl.load(ptr + token * stride + column, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_tile(ptr, stride, value, tokens, columns, L: tl.constexpr, W: tl.constexpr):
-    token, column = tl.arange(0, L)[:, None], tl.arange(0, W)[None, :]
-    here = (token < tokens) & (column < columns)
-    tl.store(ptr + token * stride + column, value.to(ptr.dtype.element_ty), mask=here)
-
-
-@triton.jit
 def _state_tile(ptr, channels, STATE: tl.constexpr, d: tl.constexpr, N: tl.constexpr):
     """[d,N] in float32 of [channels,STATE], zeros elsewhere."""
     channel, n = tl.arange(0, d)[:, None], tl.arange(0, N)[None, :]
@@ -190,7 +176,7 @@ def _store_state_tile(ptr, value, channels, STATE: tl.constexpr, d: tl.constexpr
 @triton.jit
 def _decays(delta_ptr, stride, reset_ptr, A, first, tokens, channels, L: tl.constexpr, d: tl.constexpr):
     """delta [L,d], and the decay of the state into each token [L,d,N], 0 where a reset precedes it."""
-    delta = _tile(delta_ptr, stride, first, tokens, channels, L, d)
+    delta = load_tile(delta_ptr, stride, first, tokens, channels, L, d)
     decays = tl.exp(delta[:, :, None] * A[None, :, :])
     if reset_ptr is not None:
         token = first + tl.arange(0, L)
@@ -212,8 +198,8 @@ def _scan(
 ):  # fmt: skip
     """Decay of the chunk's first state over the tokens first ... first + i, and what these add to it: [L,d,N] both."""
     delta, decays = _decays(delta_ptr, stride_delta, reset_ptr, A, first, tokens, channels, L, d)
-    u = _tile(u_ptr, stride_u, first, tokens, channels, L, d)
-    B = _tile(B_ptr, stride_B, first, tokens, STATE, L, N)
+    u = load_tile(u_ptr, stride_u, first, tokens, channels, L, d)
+    B = load_tile(B_ptr, stride_B, first, tokens, STATE, L, N)
     return tl.associative_scan((decays, (delta * u)[:, :, None] * B[:, None, :]), 0, _then)
 
 
@@ -279,16 +265,16 @@ def _outputs(
         reset_ptr, A, 0, tokens, channels, STATE, L, d, N,
     )  # fmt: skip
     first = _state_tile(states_ptr + (chunk * all_channels + channel) * STATE, channels, STATE, d, N)
-    C = _tile(C_ptr + b * stride_C_b + start * stride_C_t, stride_C_t, 0, tokens, STATE, L, N)
+    C = load_tile(C_ptr + b * stride_C_b + start * stride_C_t, stride_C_t, 0, tokens, STATE, L, N)
     y = tl.sum((through * first[None, :, :] + added) * C[:, None, :], 2)
     if D_ptr is not None:
         column = tl.arange(0, d)
         D = tl.load(D_ptr + channel + column, mask=column < channels, other=0.0).to(tl.float32)
-        y += _tile(u_ptr, stride_u_t, 0, tokens, channels, L, d) * D[None, :]
+        y += load_tile(u_ptr, stride_u_t, 0, tokens, channels, L, d) * D[None, :]
     if z_ptr is not None:
-        z = _tile(z_ptr + b * stride_z_b + start * stride_z_t + channel, stride_z_t, 0, tokens, channels, L, d)
+        z = load_tile(z_ptr + b * stride_z_b + start * stride_z_t + channel, stride_z_t, 0, tokens, channels, L, d)
         y *= z * tl.sigmoid(z)
-    _store_tile(y_ptr + (b * length + start) * all_channels + channel, all_channels, y, tokens, channels, L, d)
+    store_tile(y_ptr + (b * length + start) * all_channels + channel, all_channels, y, tokens, channels, L, d)
 
 
 @triton.jit
@@ -306,11 +292,11 @@ def _chunk_gradient_sums(
     if reset_ptr is not None:
         reset_ptr += b * length + start
     A = _state_tile(A_ptr + channel * STATE, channels, STATE, d, N)
-    C = _tile(C_ptr + b * stride_C_b + start * stride_C_t, stride_C_t, 0, tokens, STATE, L, N)
+    C = load_tile(C_ptr + b * stride_C_b + start * stride_C_t, stride_C_t, 0, tokens, STATE, L, N)
     at_token = (b * length + start) * all_channels + channel
-    dy = _tile(dy_ptr + at_token, all_channels, 0, tokens, channels, L, d)
+    dy = load_tile(dy_ptr + at_token, all_channels, 0, tokens, channels, L, d)
     if z_ptr is not None:
-        z = _tile(z_ptr + b * stride_z_b + start * stride_z_t + channel, stride_z_t, 0, tokens, channels, L, d)
+        z = load_tile(z_ptr + b * stride_z_b + start * stride_z_t + channel, stride_z_t, 0, tokens, channels, L, d)
         dy *= z * tl.sigmoid(z)
     _, dstates = _scan_back(delta_ptr, stride_delta_t, reset_ptr, A, C, dy, tokens, channels, L, d)
     _, decays = _decays(delta_ptr, stride_delta_t, reset_ptr, A, 0, tokens, channels, L, d)
@@ -335,8 +321,8 @@ def _gradients(
     B_ptr += b * stride_B_b + start * stride_B_t
     if reset_ptr is not None:
         reset_ptr += b * length + start
-    B = _tile(B_ptr, stride_B_t, 0, tokens, STATE, L, N)
-    C = _tile(C_ptr + b * stride_C_b + start * stride_C_t, stride_C_t, 0, tokens, STATE, L, N)
+    B = load_tile(B_ptr, stride_B_t, 0, tokens, STATE, L, N)
+    C = load_tile(C_ptr + b * stride_C_b + start * stride_C_t, stride_C_t, 0, tokens, STATE, L, N)
     dB = tl.zeros([L, N], tl.float32)
     dC = tl.zeros([L, N], tl.float32)
     for block in range(BLOCKS):
@@ -346,7 +332,7 @@ def _gradients(
         at_state = (chunk * all_channels + channel) * STATE
         A = _state_tile(A_ptr + channel * STATE, channels, STATE, d, N)
         delta, decays = _decays(delta_ptr + channel, stride_delta_t, reset_ptr, A, 0, tokens, channels, L, d)
-        u = _tile(u_ptr + channel, stride_u_t, 0, tokens, channels, L, d)
+        u = load_tile(u_ptr + channel, stride_u_t, 0, tokens, channels, L, d)
         # The states before each token, and from them those after it: taking them from the latter would cancel.
         through, added = _scan(
             u_ptr + channel, stride_u_t, delta_ptr + channel, stride_delta_t, B_ptr, stride_B_t,
@@ -355,18 +341,18 @@ def _gradients(
         first = _state_tile(states_ptr + at_state, channels, STATE, d, N)
         decayed = decays * (through * first[None, :, :] + added)
         state = decayed + (delta * u)[:, :, None] * B[:, None, :]
-        dy = _tile(dy_ptr + at_token, all_channels, 0, tokens, channels, L, d)
+        dy = load_tile(dy_ptr + at_token, all_channels, 0, tokens, channels, L, d)
         column = tl.arange(0, d)
         D = tl.zeros([d], tl.float32)
         if D_ptr is not None:
             D = tl.load(D_ptr + channel + column, mask=column < channels, other=0.0).to(tl.float32)
         if z_ptr is not None:
             z_at = b * stride_z_b + start * stride_z_t + channel
-            z = _tile(z_ptr + z_at, stride_z_t, 0, tokens, channels, L, d)
+            z = load_tile(z_ptr + z_at, stride_z_t, 0, tokens, channels, L, d)
             y = tl.sum(state * C[:, None, :], 2) + u * D[None, :]
             sigmoid = tl.sigmoid(z)
             dz = dy * y * sigmoid * (1 + z * (1 - sigmoid))
-            _store_tile(dz_ptr + at_token, all_channels, dz, tokens, channels, L, d)
+            store_tile(dz_ptr + at_token, all_channels, dz, tokens, channels, L, d)
             dy *= z * sigmoid
         until_end, dstates = _scan_back(
             delta_ptr + channel, stride_delta_t, reset_ptr, A, C, dy, tokens, channels, L, d
@@ -378,13 +364,13 @@ def _gradients(
         dinput = tl.sum(dstates * B[:, None, :], 2)
         dlog = decayed * dstates
         ddelta = tl.sum(dlog * A[None, :, :], 2) + dinput * u
-        _store_tile(ddelta_ptr + at_token, all_channels, ddelta, tokens, channels, L, d)
+        store_tile(ddelta_ptr + at_token, all_channels, ddelta, tokens, channels, L, d)
         du = dinput * delta + dy * D[None, :]
-        _store_tile(du_ptr + at_token, all_channels, du, tokens, channels, L, d)
+        store_tile(du_ptr + at_token, all_channels, du, tokens, channels, L, d)
         _store_state_tile(dA_ptr + at_state, tl.sum(dlog * delta[:, :, None], 0), channels, STATE, d, N)
         if dD_ptr is not None:
             tl.store(dD_ptr + chunk * all_channels + channel + column, tl.sum(dy * u, 0), mask=column < channels)
     programs = tl.num_programs(1)
     at = ((b * length + start) * programs + program) * STATE
-    _store_tile(dB_ptr + at, programs * STATE, dB, tokens, STATE, L, N)
-    _store_tile(dC_ptr + at, programs * STATE, dC, tokens, STATE, L, N)
+    store_tile(dB_ptr + at, programs * STATE, dB, tokens, STATE, L, N)
+    store_tile(dC_ptr + at, programs * STATE, dC, tokens, STATE, L, N)

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from fusiontree.ops.chunk_passing_triton import pass_states
 from fusiontree.ops.precision import without_autocast
 from fusiontree.ops.states import first_state
+from fusiontree.ops.tiles_triton import load_tile, store_tile
 from fusiontree.ops.triton_support import dot_precision, last_contiguous, on_device, power_of_two
 
 SMALLEST_DOT = 16  # of each side of a matrix product
@@ -180,19 +181,6 @@ class _Launch:
 
 
 @triton.jit
-def _tile(ptr, stride, rows, columns, R: tl.constexpr, C: tl.constexpr):
-    """[R,C] in float32: what lies in the first `rows` and `columns`, zeros elsewhere."""
-    row, column = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
-    return tl.load(ptr + row * stride + column, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_tile(ptr, stride, value, rows, columns, R: tl.constexpr, C: tl.constexpr):
-    row, column = tl.arange(0, R)[:, None], tl.arange(0, C)[None, :]
-    tl.store(ptr + row * stride + column, value.to(ptr.dtype.element_ty), mask=(row < rows) & (column < columns))
-
-
-@triton.jit
 def _chunk_decays(dt_ptr, stride_dt, A, reset_ptr, tokens, L: tl.constexpr):
     """Of one head in one chunk: dt; the running sum of dt A in two parts; the segment of each token; the decay of the
     chunk's first state until each token, of each token until the chunk's end, and over the whole chunk."""
@@ -243,11 +231,11 @@ def _chunk_sums(
     rows_ptr += b * stride_rows_b + start * stride_rows_t + head * stride_rows_h + p
     columns_ptr += b * stride_columns_b + start * stride_columns_t + head // per_group * stride_columns_g
     weight = from_start if BACKWARD else dt * to_end
-    rows = _tile(rows_ptr, stride_rows_t, tokens, WIDTH - p, L, P) * weight[:, None]
-    columns = _tile(columns_ptr, stride_columns_t, tokens, STATE, L, N)
+    rows = load_tile(rows_ptr, stride_rows_t, 0, tokens, WIDTH - p, L, P) * weight[:, None]
+    columns = load_tile(columns_ptr, stride_columns_t, 0, tokens, STATE, L, N)
     sums = tl.dot(tl.trans(rows), columns, input_precision=PRECISION)
     sums_ptr += ((chunk * heads + head) * WIDTH + p) * STATE
-    _store_tile(sums_ptr, STATE, sums, WIDTH - p, STATE, P, N)
+    store_tile(sums_ptr, STATE, sums, WIDTH - p, STATE, P, N)
     tl.store(through_ptr + chunk * heads + head, through, mask=p == 0)
 
 
@@ -271,17 +259,17 @@ def _outputs(
     A = tl.load(A_ptr + head).to(tl.float32)
     dt, cum, cum_rest, segment, from_start, _, _ = _chunk_decays(dt_ptr, stride_dt_t, A, reset_ptr, tokens, L)
     x_ptr += b * stride_x_b + start * stride_x_t + head * stride_x_h + p
-    x = _tile(x_ptr, stride_x_t, tokens, WIDTH - p, L, P)
-    B = _tile(B_ptr + b * stride_B_b + start * stride_B_t + group * stride_B_g, stride_B_t, tokens, STATE, L, N)
-    C = _tile(C_ptr + b * stride_C_b + start * stride_C_t + group * stride_C_g, stride_C_t, tokens, STATE, L, N)
-    state = _tile(states_ptr + ((chunk * heads + head) * WIDTH + p) * STATE, STATE, WIDTH - p, STATE, P, N)
+    x = load_tile(x_ptr, stride_x_t, 0, tokens, WIDTH - p, L, P)
+    B = load_tile(B_ptr + b * stride_B_b + start * stride_B_t + group * stride_B_g, stride_B_t, 0, tokens, STATE, L, N)
+    C = load_tile(C_ptr + b * stride_C_b + start * stride_C_t + group * stride_C_g, stride_C_t, 0, tokens, STATE, L, N)
+    state = load_tile(states_ptr + ((chunk * heads + head) * WIDTH + p) * STATE, STATE, 0, WIDTH - p, STATE, P, N)
     y = tl.dot(C, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
     mixing = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _pair_decays(cum, cum_rest, segment, L)
     y += tl.dot(mixing, x * dt[:, None], input_precision=PRECISION)
     if D_ptr is not None:
         y += x * tl.load(D_ptr + head).to(tl.float32)
     y_ptr += ((b * length + start) * heads + head) * WIDTH + p
-    _store_tile(y_ptr, heads * WIDTH, y, tokens, WIDTH - p, L, P)
+    store_tile(y_ptr, heads * WIDTH, y, tokens, WIDTH - p, L, P)
 
 
 @triton.jit
@@ -312,8 +300,8 @@ def _gradients(
     dy_ptr += b * stride_dy_b + start * stride_dy_t
     if reset_ptr is not None:
         reset_ptr += b * length + start
-    B = _tile(B_ptr + b * stride_B_b + start * stride_B_t + group * stride_B_g, stride_B_t, tokens, STATE, L, N)
-    C = _tile(C_ptr + b * stride_C_b + start * stride_C_t + group * stride_C_g, stride_C_t, tokens, STATE, L, N)
+    B = load_tile(B_ptr + b * stride_B_b + start * stride_B_t + group * stride_B_g, stride_B_t, 0, tokens, STATE, L, N)
+    C = load_tile(C_ptr + b * stride_C_b + start * stride_C_t + group * stride_C_g, stride_C_t, 0, tokens, STATE, L, N)
     products = tl.dot(C, tl.trans(B), input_precision=PRECISION)
     dB = tl.zeros([L, N], tl.float32)
     dC = tl.zeros([L, N], tl.float32)
@@ -332,11 +320,11 @@ def _gradients(
         carried = 0.0
         dD = 0.0
         for p in range(0, width, P):
-            x = _tile(x_ptr + head * stride_x_h + p, stride_x_t, tokens, WIDTH - p, L, P)
-            dy = _tile(dy_ptr + head * stride_dy_h + p, stride_dy_t, tokens, WIDTH - p, L, P)
+            x = load_tile(x_ptr + head * stride_x_h + p, stride_x_t, 0, tokens, WIDTH - p, L, P)
+            dy = load_tile(dy_ptr + head * stride_dy_h + p, stride_dy_t, 0, tokens, WIDTH - p, L, P)
             at_state = ((chunk * heads + head) * WIDTH + p) * STATE
-            state = _tile(states_ptr + at_state, STATE, WIDTH - p, STATE, P, N)
-            dstate = _tile(dstates_ptr + at_state, STATE, WIDTH - p, STATE, P, N)
+            state = load_tile(states_ptr + at_state, STATE, 0, WIDTH - p, STATE, P, N)
+            dstate = load_tile(dstates_ptr + at_state, STATE, 0, WIDTH - p, STATE, P, N)
             dtx = x * dt[:, None]
             dC_head = tl.dot(dy * from_start[:, None], state, input_precision=PRECISION)
             dC += dC_head
@@ -353,7 +341,7 @@ def _gradients(
                 dx += dy * tl.load(D_ptr + head).to(tl.float32)
                 dD += tl.sum(dy * x)
             at_token = (b * length + start) * heads + head
-            _store_tile(dx_ptr + at_token * WIDTH + p, heads * WIDTH, dx, tokens, WIDTH - p, L, P)
+            store_tile(dx_ptr + at_token * WIDTH + p, heads * WIDTH, dx, tokens, WIDTH - p, L, P)
         dproducts *= decays
         dC += tl.dot(dproducts, B, input_precision=PRECISION)
         dB += tl.dot(tl.trans(dproducts), C, input_precision=PRECISION)
@@ -369,5 +357,5 @@ def _gradients(
             tl.store(dD_ptr + chunk * heads + head, dD)
     programs = heads // heads_here
     at = ((b * length + start) * programs + program) * STATE
-    _store_tile(dB_ptr + at, programs * STATE, dB, tokens, STATE, L, N)
-    _store_tile(dC_ptr + at, programs * STATE, dC, tokens, STATE, L, N)
+    store_tile(dB_ptr + at, programs * STATE, dB, tokens, STATE, L, N)
+    store_tile(dC_ptr + at, programs * STATE, dC, tokens, STATE, L, N)
