@@ -28,7 +28,7 @@ import records
 import speed_report
 import torch
 import yaml
-from candidates import MODELS, SIZES, Candidate, build
+from candidates import MODELS, OURS, SIZES, Candidate, build
 from training_run import RepeatedStep
 from transformers.generation.streamers import BaseStreamer
 
@@ -100,8 +100,12 @@ def _generate(candidate: Candidate, input_ids: torch.Tensor, job: dict) -> dict:
         model = model.to(torch.bfloat16)
     stamps = Stamps()
     settings = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+    compiled = job.get("compiled", False) and job["model"] == OURS
+    if compiled:
+        model.compile_decoding()
     with torch.inference_mode():
-        model.generate(input_ids[:, :64], **settings)
+        # A compiled step is compiled for the room that the state has.
+        model.generate(input_ids if compiled else input_ids[:, :64], **settings)
         started = time.perf_counter()
         model.generate(input_ids, streamer=stamps, **settings)
     gaps = [later - earlier for earlier, later in pairwise(stamps.times)]
@@ -128,6 +132,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="20M")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings of our configuration")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--compiled", action="store_true", help="our decoding as one program, `compile_decoding`")
     parser.add_argument("--rounds", type=int, default=5, help="at least 1; each one is recorded")
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a round, after one to warm up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -162,6 +167,7 @@ def main(argv: list[str]) -> None:
                         "steps": options.steps,
                         "chunk_size": options.chunk_size,
                         "ours": options.ours,
+                        "compiled": options.compiled,
                     }
                     found = run_apart(job) | {"round": number}
                     measurements.append(found)
@@ -181,6 +187,7 @@ def _record(options: argparse.Namespace, argv: list[str], rounds: int, measureme
             "ours": options.ours,
             "tasks": options.tasks,
             "shapes": options.shapes,
+            **({"compiled": True} if options.compiled else {}),
         },
         "rounds": rounds,
         **records.provenance(),

@@ -100,3 +100,15 @@ def test_a_prompt_longer_than_a_learned_table(corpus: Path, tmp_path: Path, caps
     assert main(["generate", str(folder), "-p", "\n" * 100]) == 2
     sentence = "error: the prompt has 100 tokens, but the model's learned time encoding (SRTE) ends after 96 positions"
     assert sentence in capsys.readouterr().err
+
+
+def test_a_compiled_step_gives_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In a process of its own, as compiling leaves settings and threads behind."""
+    command = [SCRIPT, "generate", folder, "-p", PROMPT, "-n", "24", "--greedy", "--device", "cpu", "--compile"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0 and finished.stderr.splitlines() == [
+        "compiling a step of decoding, which takes a minute or so the first time"
+    ]
+    (expected,) = generate(load(folder, device="cpu"), PROMPT, max_new_tokens=24)
+    assert finished.stdout == expected + "\n"

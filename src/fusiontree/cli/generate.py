@@ -22,6 +22,7 @@ def generate(
     greedy: bool = typer.Option(False, "--greedy", help="Take the likeliest token each time and draw nothing."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+    compile: bool = typer.Option(False, "--compile", help="Compile a step first: pays for thousands of tokens."),
 ) -> None:
     """Continue a prompt: from --prompt, from --file, or from standard input.
 
@@ -32,7 +33,9 @@ def generate(
     from fusiontree.cli._options import dtype_named
     from fusiontree.deploy.runtime import InferenceRuntime, load
 
-    runtime = InferenceRuntime(load(model, device=device, dtype=dtype_named(dtype)))
+    runtime = InferenceRuntime(load(model, device=device, dtype=dtype_named(dtype)), compile=compile)
+    if compile and runtime.model.device.type == "cpu":
+        typer.echo("compiling a step of decoding, which takes a minute or so the first time", err=True)
     pieces = runtime.stream(
         text,
         max_new_tokens=max_new_tokens,

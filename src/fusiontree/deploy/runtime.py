@@ -74,12 +74,17 @@ class InferenceRuntime:
     Args:
         model: as `load` returns it.
         tokenizer: the model's own (`model.tokenizer`) if None.
+        compile: run steps of decoding as one program, see `HybridLanguageModel.compile_decoding`: pays for thousands of
+            tokens.
 
     Raises:
-        InputError: there is no tokenizer, or it has more tokens than the model has embeddings.
+        InputError: there is no tokenizer, or it has more tokens than the model has embeddings; with `compile` on CPU,
+            there is no C++ compiler.
     """
 
-    def __init__(self, model: HybridLanguageModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self, model: HybridLanguageModel, tokenizer: PreTrainedTokenizerBase | None = None, *, compile: bool = False
+    ) -> None:
         tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if tokenizer is None:
             raise InputError("the model's folder holds no tokenizer: pass the one that it was trained with")
@@ -92,6 +97,8 @@ class InferenceRuntime:
                 f"the tokenizer has ids up to {self._vocabulary - 1}, but the model's vocab_size is "
                 f"{model.config.vocab_size}; it belongs to another model"
             )
+        if compile:
+            model.compile_decoding()
 
     def generate(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fusiontree.models.layout import Layout
 
 _FORMAT = "fusiontree-cache-1"
 _MINIMUM_CAPACITY = 64
+_UNBOUNDED = 2**31 - 1
 _ROW_COUNTS = ("lengths", "next_position", "read")
 
 
@@ -116,6 +118,12 @@ def ring_index(lengths: torch.Tensor, window: int) -> torch.Tensor:
     return torch.where(place >= 0, place, -1)
 
 
+def capacity_of(layers: Sequence[HybridLayerState]) -> int:
+    """Tokens per row that the allocated buffers hold without growing; those of all layers grow together."""
+    held = [layer.global_keys.shape[2] - 1 for layer in layers if layer.global_keys is not None]
+    return held[0] if held else _UNBOUNDED
+
+
 class HybridCache(Cache):
     """State of a batch of sequences, updated in place by `HybridLanguageModel.forward` and returned by it.
 
@@ -206,7 +214,13 @@ class HybridCache(Cache):
 
     # Rows: beams, forks, batches that shrink and grow.
 
-    def _all_tensors(self) -> list[torch.Tensor]:
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that the allocated buffers hold without growing."""
+        return capacity_of(self.layers)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The state's tensors themselves, layer by layer."""
         return [tensor for layer in self.layers for tensor in layer.tensors().values()]
 
     def _map_rows(self, function: Any) -> None:
@@ -219,7 +233,7 @@ class HybridCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row beam_idx[i] was, in place; beam_idx [B]."""
-        for tensor in self._all_tensors():
+        for tensor in self.tensors():
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
         for name in _ROW_COUNTS:
             if (counts := getattr(self, name)) is not None:
@@ -238,7 +252,7 @@ class HybridCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all allocated state tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._all_tensors())
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
     def clone(self) -> HybridCache:
         """An independent copy."""

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from fusiontree.errors import InputError, nearest
 from fusiontree.models.cache import HybridCache, cache_geometry
 from fusiontree.models.configuration import HybridLanguageModelConfig
+from fusiontree.models.decoding import DecodingProgram, StepInputs
 from fusiontree.models.gate_stats import GateDetails, GateStats
 from fusiontree.models.hybrid_block import CHECKPOINTING_SCOPES, DEFAULT_SCOPE, BlockGates, HybridBlock
 from fusiontree.models.initialization import initialize
@@ -52,13 +53,14 @@ class HybridOutput(ModelOutput):
 @dataclass
 class BackboneOutput:
     """Everything below the head: the last hidden states [B, T, H], the layout they were read in, the rest as in
-    `HybridOutput`."""
+    `HybridOutput`; logits [B, T, V] where the head was part of one program with the blocks."""
 
     last_hidden_state: torch.Tensor
     layout: Layout
     past_key_values: HybridCache | None
     hidden_states: tuple[torch.Tensor, ...] | None
     gate_stats: GateStats
+    logits: torch.Tensor | None = None
 
 
 class HybridLanguageModel(PreTrainedModel, GenerationMixin):
@@ -88,6 +90,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         self.layers[-1].ln_output.feeds_head = True  # type: ignore[union-attr]
         self._dropout_key = (0, 0, 0)
         self._geometry = cache_geometry(config)
+        self._decoding_program: DecodingProgram | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -131,6 +134,20 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             block.gradient_checkpointing = enable and layer % every_n_layers == 0
             block.checkpointing_scope = scope
             block.checkpoint = partial(bound.func if bound else gradient_checkpointing_func, **keywords)
+
+    def compile_decoding(self) -> None:
+        """From now on, run a step of decoding as one program: compiled on CPU, a captured graph on CUDA.
+
+        A step is a forward pass over one token per row on top of a state, without gradients, masks, positions or
+        anything asked for but logits; others run as before. On CPU the first step of each batch size takes a minute or
+        so to compile, and so does the first one after a change of weights, and one past 4096 slots of the state's
+        buffers (torch compiles long loops otherwise); steps then take a fraction of their time. On CUDA a graph is
+        captured for each state, within a few steps' time.
+
+        Raises:
+            InputError: on CPU, there is no C++ compiler.
+        """
+        self._decoding_program = DecodingProgram(self)
 
     def set_dropout_key(self, seed: int, step: int, micro_batch: int) -> None:
         """Choose the branch dropout of the next training forward; equal keys drop equal branches on every rank.
@@ -195,7 +212,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             loss = linear_cross_entropy(hidden, self.lm_head.weight, targets)
         keeps = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
         if labels is None or keeps or self.config.return_logits_with_loss:
-            logits = self.lm_head(_kept(hidden, logits_to_keep))
+            logits = base.logits if base.logits is not None else self.lm_head(_kept(hidden, logits_to_keep))
         output = HybridOutput(
             loss=loss,
             logits=logits,
@@ -243,6 +260,10 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         x = self.embed_dropout(x)
         keep_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden_states = [x]
+        program = self._decoding_program
+        if program is not None and program.takes(x, layout, cache) and not (keep_hidden or output_gates):
+            assert cache is not None
+            return self._decode(program, x, layout, rotary, time_encoding, cache)
         gates = []
         states = cache.layers if cache is not None else [None] * len(self.layers)
         for block, state, drop in zip(self.layers, states, self._choose_drops(), strict=True):
@@ -259,6 +280,30 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             hidden_states=tuple(hidden_states) if keep_hidden else None,
             gate_stats=GateStats.deferred(gather) if gates[0].is_deferred else gather(),
             layout=layout,
+        )
+
+    def _decode(
+        self,
+        program: DecodingProgram,
+        x: torch.Tensor,
+        layout: Layout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        time_encoding: torch.Tensor,
+        cache: HybridCache,
+    ) -> BackboneOutput:
+        hidden, logits, gate_logits = program(StepInputs.of(x, layout, rotary, time_encoding), cache)
+        cache.advance(layout, 1)
+        gates = [
+            BlockGates((logit,), block.branch == "both", None)
+            for block, logit in zip(self.layers, gate_logits, strict=True)
+        ]
+        return BackboneOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=None,
+            gate_stats=GateStats.deferred(partial(_gather_gates, gates, layout, len(x))),
+            layout=layout,
+            logits=logits,
         )
 
     def _resolve_cache(

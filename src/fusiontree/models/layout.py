@@ -43,6 +43,7 @@ class Layout(Shared):
         explicit: whether the caller gave `position_ids`, so that documents may start anywhere.
         even: every entry of `carried` is `past_length`, of `lengths` `max_length`, and every last position is
             `max_position`, so that slots are known without a look at any tensor.
+        unchecked: what invisible slots of the state hold is known to be finite, so that no result is looked at.
     """
 
     position_ids: torch.Tensor
@@ -61,6 +62,7 @@ class Layout(Shared):
     past_length: int
     explicit: bool
     even: bool
+    unchecked: bool = False
 
     @property
     def documents(self) -> torch.Tensor | None:

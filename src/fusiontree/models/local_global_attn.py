@@ -178,13 +178,13 @@ def _buffer_index(lengths: torch.Tensor, slots: int) -> torch.Tensor:
 def _ring_layout(layout: Layout, window: int, slots: int) -> CachedLayout:
     if layout.even:
         return whole_layout(len(layout.lengths), slots, layout.lengths.device)
-    return cached_layout(layout.place, ring_index(layout.lengths, window)[:, :slots])
+    return cached_layout(layout.place, ring_index(layout.lengths, window)[:, :slots], is_safe=layout.unchecked)
 
 
 def _buffer_layout(layout: Layout) -> CachedLayout:
     if layout.even:
         return whole_layout(len(layout.lengths), layout.max_length, layout.lengths.device)
-    return cached_layout(layout.place, _buffer_index(layout.lengths, layout.max_length))
+    return cached_layout(layout.place, _buffer_index(layout.lengths, layout.max_length), is_safe=layout.unchecked)
 
 
 def _past_layout(layout: Layout, window: int | None) -> CachedLayout:

@@ -190,7 +190,7 @@ def _local_global_reference(q, k, v, *, window_size, num_global_heads, layout):
 def _cached_torch(q, k, v, *, layout):
     if k.shape[1] == 0:
         return torch.zeros_like(q)
-    if layout.sees_all:
+    if layout.is_safe:
         return _cached_pass(q, k, v, layout)
     # Invisible slots may hold NaN, which a mask does not stop. Where looking at the result is cheap, look at it and
     # blank the slots only if need be: blanking reads and writes the whole cache.

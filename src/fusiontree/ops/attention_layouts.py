@@ -149,14 +149,13 @@ class CachedLayout:
     Attributes:
         shape: B, T and S.
         query_index, key_index, window_size: as given.
-        sees_all: every query is known to see every key.
+        is_safe: every query is known to see a key, and the keys that it does not see to be finite, as their values.
         blocks: runs of queries, each with the span of keys that some query of it, in some row, may see. Queries that
             see nothing are given all of the span's keys, so that no kernel meets an empty row.
     """
 
-    sees_all = False
-
-    def __init__(self, query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None):
+    def __init__(self, query_index: Tensor, key_index: Tensor, window_size: int | Tensor | None, is_safe: bool = False):
+        self.is_safe = is_safe
         self.query_index, self.key_index, self.window_size = query_index, key_index, window_size
         self.shape = (query_index.shape[0], query_index.shape[1], key_index.shape[1])
         self._kept: dict[tuple[int, torch.dtype], Tensor] = {}
@@ -174,6 +173,8 @@ class CachedLayout:
 
         To be asked once every block's mask was made.
         """
+        if self.is_safe:
+            return None
         if not self._all_masks_made:
             nothing = torch.cat([self._sees_nothing[block.query_start] for block in self.blocks], dim=1)
             # Elsewhere than on CPU, finding out would wait for the device.
@@ -220,18 +221,21 @@ class CachedLayout:
         return mask
 
 
-def cached_layout(query_index: Tensor, key_index: Tensor, *, window_size: int | Tensor | None = None) -> CachedLayout:
+def cached_layout(
+    query_index: Tensor, key_index: Tensor, *, window_size: int | Tensor | None = None, is_safe: bool = False
+) -> CachedLayout:
     """What `cached_attention` works out from these three, for its `layout` argument: build it once for many layers.
 
-    Arguments as `cached_attention`; the tensors must not change while the layout is in use.
+    Arguments as `cached_attention`; the tensors must not change while the layout is in use. `is_safe` promises that
+    every query sees a key and that invisible slots are finite, which saves a look at the result.
     """
-    return CachedLayout(query_index, key_index, window_size)
+    return CachedLayout(query_index, key_index, window_size, is_safe)
 
 
 class _WholeLayout(CachedLayout):
     """See `whole_layout`. Its index tensors exist only once they are asked for."""
 
-    sees_all = True
+    is_safe = True
     window_size = None
 
     def __init__(self, batch: int, slots: int, device: torch.device | str):
@@ -246,9 +250,6 @@ class _WholeLayout(CachedLayout):
     @cached_property
     def key_index(self) -> Tensor:  # type: ignore[override]
         return torch.arange(self.shape[2], device=self.device).expand(self.shape[0], -1)
-
-    def sees_nothing(self) -> None:
-        return None
 
 
 def whole_layout(batch: int, slots: int, device: torch.device | str) -> CachedLayout:

@@ -79,6 +79,8 @@ def resolve(op: str, backend: str, *tensors: torch.Tensor | None, **arguments: A
     finds none.
     """
     candidates = _REGISTRY[op]
+    if backend == "auto" and torch.compiler.is_compiling():
+        return candidates["torch"].function  # made of operations that the compiler sees into
     if backend == "auto":
         reasons = {}
         for name, candidate in candidates.items():
