@@ -55,6 +55,13 @@ def test_padding_is_a_document_of_its_own_that_counts_nowhere():
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
 
 
+def test_tokens_that_are_read_but_not_learnt_have_no_label():
+    (row,) = rows_of([[1, ~2, ~0, 3], [~4, 5]], 7)
+    assert row.input_ids.tolist() == [1, 2, 0, 3, 4, 5, PAD]
+    assert row.labels.tolist() == [1, -100, -100, 3, -100, 5, -100]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 0]
+
+
 def test_no_document_is_taken_before_it_is_needed():
     taken = []
 

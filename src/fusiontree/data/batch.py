@@ -14,8 +14,8 @@ class Batch:
     """Packed rows, int64 [B, T] each.
 
     `position_ids` counts from 0 within each document; 0 marks where a document (or what the end of the row before cut
-    off) begins. `labels` are unshifted: `input_ids` again, and -100 on padding. Padding stands at a row's end as if it
-    were one more document.
+    off) begins. `labels` are unshifted: `input_ids` again, and -100 on padding and on tokens that are not
+    learnt. Padding stands at a row's end as if it were one more document.
     """
 
     input_ids: torch.Tensor

@@ -3,6 +3,9 @@
 A document that does not fit is cut at the row's end and goes on in the next row. No state is carried from row to row,
 so what goes on there is a document of its own to the model: its positions start at 0 again, and the label of its first
 token does not count. A cut costs one label; no token is lost, and no row but the last is padded.
+
+Documents are int32 arrays, one number a token: its id, or ~id (below 0) where the token is read but not learnt, as the
+turns of a conversation are that the model is not to write.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class _RowInProgress:
         self.length = length
         self.filled = 0
         self.input_ids = np.full(length, pad_id, dtype=np.int64)
+        self.labels = np.full(length, IGNORED_LABEL, dtype=np.int64)
         self.position_ids = np.zeros(length, dtype=np.int64)
 
     @property
@@ -69,13 +73,13 @@ class _RowInProgress:
         """Lay down ids[start:] as far as they fit; the index of the first that did not."""
         stop = min(len(ids), start + self.length - self.filled)
         end = self.filled + stop - start
-        self.input_ids[self.filled : end] = ids[start:stop]
+        piece = ids[start:stop]
+        self.input_ids[self.filled : end] = np.where(piece < 0, ~piece, piece)
+        self.labels[self.filled : end] = np.where(piece < 0, IGNORED_LABEL, piece)
         self.position_ids[self.filled : end] = np.arange(stop - start)
         self.filled = end
         return stop
 
     def finish(self, after: Place) -> Row:
-        labels = self.input_ids.copy()
-        labels[self.filled :] = IGNORED_LABEL
         self.position_ids[self.filled :] = np.arange(self.length - self.filled)
-        return Row(self.input_ids, labels, self.position_ids, after)
+        return Row(self.input_ids, self.labels, self.position_ids, after)

@@ -12,7 +12,8 @@ from fusiontree.data.records import BadRecord
 
 
 class SourceRecord(NamedTuple):
-    """One record in its turn: where it stands, its int32 ids or why it has none, and then its `file:line`."""
+    """One record in its turn: where it stands, its int32 ids (signed as in `packing`) or why it has none, and then its
+    `file:line`."""
 
     place: Place
     content: np.ndarray | BadRecord
