@@ -122,7 +122,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, config, files, tmp_path)
     latin.write_bytes('{"text": "déjà"}\n'.encode("latin-1"))
     missing_key = jsonl(tmp_path / "key.jsonl", {"body": "a"})
     empty = jsonl(tmp_path / "empty.jsonl", {"text": ""}, {"text": "  "})
-    plain = jsonl(tmp_path / "plain.txt", "Once upon a time.")
+    plain = jsonl(tmp_path / "plain.jsonl", "Once upon a time.")
     out_dir = tmp_path / "out"
     for arguments, problem in [
         (["check", tmp_path / "none.jsonl"], "FILES: .*none.jsonl does not exist"),
@@ -160,3 +160,19 @@ def test_shared_corpora_are_fine(run):
     code, out, _ = run("data", "check", folder / "wikitext2" / "valid.jsonl", folder / "zh" / "*.jsonl")
     assert code == 0
     assert "all 5171 records can be used" in out
+
+
+def test_tokenise_leaves_tokens_that_train_and_inspect_read(run, config, files, tmp_path):
+    tokens = tmp_path / "tokens"
+    code, out, err = run("data", "tokenise", config, f"data.static_dir={tokens}", "--processes", 1)
+    assert (code, err) == (0, "")
+    assert out == f"train: 48 records in 1 shard in {tokens}/train\n"
+    assert run("data", "tokenise", config, f"data.static_dir={tokens}")[:2] == (0, out)
+    static = ["data.data_mode=static", f"data.static_dir={tokens}"]
+    code, lazy_rows, _ = run("data", "inspect", config)
+    assert run("data", "inspect", config, *static)[:2] == (code, lazy_rows) and code == 0
+    jsonl(Path(files[0]), {"text": "changed"})
+    code, _, err = run("data", "inspect", config, *static)
+    assert code == 2 and "are not those of this run: the files' contents" in err
+    assert run("data", "tokenise", config)[2].startswith("error: data.static_dir is not set")
+    assert "data.train_paths is empty" in run("data", "tokenise", config, "data.train_paths=[]", *static)[2]

@@ -17,7 +17,7 @@ import torch
 from jsonl_files import text_of, write_jsonl
 
 from fusiontree.config import InputError
-from fusiontree.data import Batch, DataSettings, documents
+from fusiontree.data import Batch, DataSettings, build_loader, documents
 
 WORKERS = [0, 1, 2]
 
@@ -189,7 +189,6 @@ def test_a_state_of_other_data_is_refused(make_loader, tmp_path):
         ({"seed": 6}, "seed or data.shuffle"),
         ({"shuffle": False}, "seed or data.shuffle"),
         ({"document_separator": None}, "data.document_separator"),
-        ({"rank": 1, "world_size": 2}, "rank|number of processes"),
     ]:
         with pytest.raises(InputError, match=f"does not fit this run: .*({problem})"):
             make_loader(**changed).load_state_dict(state)
@@ -363,3 +362,67 @@ def test_a_signal_to_all_processes_stops_no_worker(tokenizer, corpus, tmp_path, 
     # Not a word from the tokenizer, the workers or the interpreter but the one about the broken line.
     assert [line for line in errors.splitlines() if "first.jsonl:11" not in line] == []
     assert process.returncode == 0
+
+
+def tokens_of(batches: list[Batch]) -> list[int]:
+    return [token for batch in batches for token in batch.input_ids[batch.labels >= 0].tolist()]
+
+
+@pytest.mark.parametrize("phases", [[(2, 9), (1, None)], [(1, 5), (3, 4), (2, 3), (1, None)], [(3, 14), (2, None)]])
+def test_every_token_comes_once_an_epoch_when_the_number_of_processes_changes(make_loader, tokenizer, phases):
+    """Each phase: ranks, and the batches that each reads; at the end the ranks read their second epoch to its end."""
+    whole = make_loader(batch_size=1, length=8)
+    read: list[int] = []
+    states = None
+    for ranks, batches in phases:
+        loaders = [make_loader(batch_size=1, length=8, rank=rank, world_size=ranks) for rank in range(ranks)]
+        for loader in loaders:
+            if states is not None:
+                loader.load_state_dict(json.loads(json.dumps(states)))
+            iterator = iter(loader)
+            if batches is None:
+                while loader.epoch < 3:
+                    read += tokens_of([next(iterator)])
+            else:
+                read += tokens_of(list(islice(iterator, batches)))
+        states = [loader.state_dict() for loader in loaders]
+    # All of the first three epochs was read, and of the fourth what filled the last rows: count every token.
+    one_epoch = sorted(tokens_of(list(make_loader(split="eval", batch_size=1, length=8))))
+    counts = torch.bincount(torch.tensor(read), minlength=400)
+    epoch = torch.bincount(torch.tensor(one_epoch), minlength=400)
+    rest = counts - 3 * epoch
+    assert (rest >= 0).all() and rest.sum() <= 8 * ranks
+    assert whole.fingerprint() == loaders[0].fingerprint()
+
+
+def test_sources_are_mixed_by_their_weights(corpus, tokenizer, tmp_path):
+    third = write_jsonl(tmp_path / "third.jsonl", [{"body": f"rare {number}"} for number in range(7)])
+    settings = DataSettings(
+        train_sources=(
+            {"paths": corpus[0], "weight": 3},
+            {"paths": corpus[1], "weight": 1},
+            {"paths": third, "weight": 0.5, "text_key": "body"},
+        )
+    )
+
+    def loader(**changes):
+        return build_loader(settings, tokenizer, **{"batch_size": 2, "max_seq_length": 64, "seed": 1} | changes)
+
+    mixed = loader()
+    texts = texts_in(list(islice(mixed, 120)), tokenizer)[:-1]
+    first = sum(text in {text_of(n) for n in range(35)} for text in texts)
+    third_count = sum(text.startswith("rare") for text in texts)
+    # Records that hold no text have their places too: 2 of 37 of the first source, 2 of 27 of the second.
+    assert abs(first / len(texts) - 3 / 4.5) < 0.03 and abs(third_count / len(texts) - 0.5 / 4.5) < 0.02
+    state = mixed.state_dict()
+    again = loader()
+    again.load_state_dict(state)
+    assert as_lists(islice(again, 5)) == as_lists(islice(mixed, 5))
+    with pytest.raises(InputError, match="weights of data.train_sources differ"):
+        sources = tuple(source.model_copy(update={"weight": 1.0}) for source in settings.train_sources)
+        same_files = settings.model_copy(update={"train_sources": sources})
+        build_loader(same_files, tokenizer, batch_size=2, max_seq_length=64, seed=1).load_state_dict(state)
+    with pytest.raises(InputError, match="train_paths and data.train_sources are both given"):
+        build_loader(
+            settings.model_copy(update={"train_paths": tuple(corpus)}), tokenizer, batch_size=2, max_seq_length=64
+        )

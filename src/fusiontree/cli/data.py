@@ -1,10 +1,10 @@
-"""`fusiontree data`: look at training data, check it, train a tokenizer on it."""
+"""`fusiontree data`: look at training data, check it, tokenise it, train a tokenizer on it."""
 
 from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from fusiontree.data.batch import Batch
     from fusiontree.data.inspection import Inspection
     from fusiontree.data.report import DataReport
+    from fusiontree.train.settings import RunSettings
 
 app = typer.Typer(
-    help="Look at training data, check it, train a tokenizer on it.", no_args_is_help=True, rich_markup_mode=None
+    help="Look at training data, check it, tokenise it, train a tokenizer on it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 _TEXT_KEY = typer.Option("text", "--text-key", help="Key of a record that holds its text.")
-_FILES = typer.Argument(..., metavar="FILES", help="JSONL files or globs.")
+_FILES = typer.Argument(..., metavar="FILES", help="Files or globs.")
+_SETTINGS = typer.Argument(None, metavar="[CONFIG] [KEY=VALUE]...", help="A run's YAML file; overrides.")
+_CONFIG = typer.Option(None, "--config", metavar="FILE", help="The YAML file, in another way.")
 _SHOWN_TOKENS = 400
 _COLOURS = ("black on cyan", "black on yellow", "black on green", "black on magenta")
 
@@ -40,7 +45,7 @@ def tokenizer(
     out: str = typer.Option(..., "--out", help="Folder for the tokenizer, as AutoTokenizer loads it."),
     text_key: str = _TEXT_KEY,
 ) -> None:
-    """Train a byte-level BPE tokenizer on JSONL files."""
+    """Train a byte-level BPE tokenizer on files."""
     from fusiontree.data.bpe import train_bpe
     from fusiontree.data.report import DataReport
     from fusiontree.data.tokenizer import holds_tokenizer, vocab_size_of
@@ -76,7 +81,7 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
         records = corpus.records(first, first + file.lines)
         first += file.lines
         for source, text in track(
-            records, escape(file.path), file.lines, console=progress, transient=True, disable=not progress.is_terminal
+            records, escape(file.name), file.lines, console=progress, transient=True, disable=not progress.is_terminal
         ):
             if isinstance(text, BadRecord):
                 report.add(source, text)
@@ -85,7 +90,7 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
                 report.documents += 1
         total.documents += report.documents
         table.add_row(
-            escape(file.path),
+            escape(file.name),
             f"{file.size / 1e6:,.3f}",
             str(report.documents),
             str(report.total_skipped),
@@ -102,11 +107,59 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
 
 
 @app.command()
+def tokenise(
+    arguments: list[str] = _SETTINGS,
+    config: str = _CONFIG,
+    processes: int = typer.Option(0, "--processes", min=0, help="Processes at a time; 0 = one for each core."),
+) -> None:
+    """Tokenise a run's files into data.static_dir, for data_mode static; goes on where it was interrupted."""
+    import os
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fusiontree.data.lazy import LazyDataset
+    from fusiontree.data.loader import names_files, open_corpus, static_folder
+    from fusiontree.data.static import tokenise as tokenise_records
+    from fusiontree.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id_of, vocab_size_of
+
+    settings = _run_settings(arguments, config).data
+    if settings.tokenizer is None:
+        raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
+    text_tokenizer = load_tokenizer(settings.tokenizer)
+    encoder = DocumentEncoder(text_tokenizer, separator_id_of(text_tokenizer, settings.document_separator))
+    kinds: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+    splits = [split for split in kinds if names_files(settings, split)]
+    if not splits:
+        raise InputError("data.train_paths is empty: name at least one file")
+    console = Console(stderr=True)
+    for split in splits:
+        folder = static_folder(settings, split)
+        records = LazyDataset(open_corpus(settings, split), encoder)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"{split} shards")
+            steps = tokenise_records(
+                records, folder, vocab_size=vocab_size_of(text_tokenizer), processes=processes or os.cpu_count() or 1
+            )
+            for done, shards in steps:
+                progress.update(task, completed=done, total=shards)
+        print(f"{split}: {len(records)} records in {shards} shard{'' if shards == 1 else 's'} in {folder}")
+
+
+def _run_settings(arguments: list[str] | None, config: str | None) -> RunSettings:
+    from fusiontree.train.settings import load_run_settings
+
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    named = [argument for argument in arguments or [] if "=" not in argument] + ([config] if config else [])
+    if len(named) != 1:
+        raise InputError(f"name one config file, got {', '.join(named) or 'none'}")
+    return load_run_settings(named[0], overrides)
+
+
+@app.command()
 def inspect(
-    arguments: list[str] = typer.Argument(
-        None, metavar="[CONFIG] [KEY=VALUE]...", help="A run's YAML file; overrides."
-    ),
-    config: str = typer.Option(None, "--config", metavar="FILE", help="The YAML file, in another way."),
+    arguments: list[str] = _SETTINGS,
+    config: str = _CONFIG,
     split: Split = typer.Option(Split.train, "--split", help="Which files to look at."),
     records: int = typer.Option(1000, "--records", min=1, help="Records to sample for the statistics."),
 ) -> None:
@@ -116,13 +169,8 @@ def inspect(
     from fusiontree.data.inspection import inspect_corpus
     from fusiontree.data.loader import build_loader, open_corpus
     from fusiontree.data.tokenizer import load_tokenizer, separator_id_of
-    from fusiontree.train.settings import load_run_settings
 
-    overrides = [argument for argument in arguments or [] if "=" in argument]
-    named = [argument for argument in arguments or [] if "=" not in argument] + ([config] if config else [])
-    if len(named) != 1:
-        raise InputError(f"name one config file, got {', '.join(named) or 'none'}")
-    settings = load_run_settings(named[0], overrides)
+    settings = _run_settings(arguments, config)
     if settings.data.tokenizer is None:
         raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
     text_tokenizer = load_tokenizer(settings.data.tokenizer)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fusiontree.data.loader import Loader, build_loader, documents
     from fusiontree.data.report import DataReport
     from fusiontree.data.settings import DataSettings
+    from fusiontree.data.static import LongContextDataset
     from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "DataSettings",
     "LazyDataset",
     "Loader",
+    "LongContextDataset",
     "build_loader",
     "documents",
     "load_tokenizer",
@@ -42,6 +44,7 @@ _MODULES = {
     "DataSettings": "settings",
     "LazyDataset": "lazy",
     "Loader": "loader",
+    "LongContextDataset": "static",
     "build_loader": "loader",
     "documents": "loader",
     "load_tokenizer": "tokenizer",

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fusiontree.data.corpus import Corpus, resolve_paths
-from fusiontree.data.records import BadRecord
+from fusiontree.data.records import BadRecord, Conversation
 from fusiontree.data.report import DataReport
 from fusiontree.errors import InputError
 
@@ -94,8 +94,11 @@ def _texts(corpus: Corpus, report: DataReport) -> Iterator[str]:
     for source, text in corpus.records():
         if isinstance(text, BadRecord):
             report.add(source, text)
+            continue
+        report.documents += 1
+        if isinstance(text, Conversation):
+            yield from (content for message in text.messages if isinstance(content := message.get("content"), str))
         else:
-            report.documents += 1
             yield text
 
 

@@ -1,7 +1,8 @@
-"""JSONL files as one long list of records, any of which can be read alone.
+"""Files as one long list of records, any of which can be read alone.
 
-Memory does not grow with the files: line offsets are memory-mapped (`line_index`), lines are read on demand, and only a
-bounded number of files is open at a time.
+A record is a line of JSONL, a row of parquet or of a saved Arrow data set, or a line or the whole of a `.txt`. What is
+packed is unpacked once into the cache (`unpack`). Memory does not grow with the files: line offsets are memory-mapped
+(`line_index`), lines are read on demand, and only a bounded number of files is open at a time.
 """
 
 from __future__ import annotations
@@ -13,25 +14,37 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal
 
 import numpy as np
 
 from fusiontree.data.line_index import LineIndex, index_lines
-from fusiontree.data.records import BLANK_LINE, BROKEN_JSON, NOT_AN_OBJECT, NOT_UTF8, BadRecord, decode_record
+from fusiontree.data.records import (
+    BLANK_LINE,
+    BROKEN_JSON,
+    NOT_A_STRING,
+    NOT_AN_OBJECT,
+    NOT_UTF8,
+    BadRecord,
+    Content,
+    Conversation,
+    decode_record,
+    decode_text,
+    too_long,
+)
 from fusiontree.data.report import DataReport
+from fusiontree.data.unpack import is_arrow_folder, is_text, unpacked
 from fusiontree.errors import InputError
 
 _MAX_OPEN_FILES = 64
 
 # First bytes of files that are no JSONL, with what to do about them.
 _FOREIGN = (
-    (b"\x1f\x8b", "gzip-compressed: unpack it first (gunzip -k)"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first (unzstd)"),
     (b"BZh", "bzip2-compressed: unpack it first (bunzip2 -k)"),
     (b"\xfd7zXZ", "xz-compressed: unpack it first (unxz -k)"),
     (b"PK\x03\x04", "a zip archive: unpack it first"),
-    (b"PAR1", "a parquet file: convert it to JSONL first"),
-    (b"ARROW1", "an Arrow file: convert it to JSONL first"),
+    (b"ARROW1", "a bare Arrow file: name the folder that Dataset.save_to_disk has written"),
     (b"\xff\xfe", "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     (b"\xfe\xff", "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
 )
@@ -47,12 +60,19 @@ def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
         InputError: no pattern at all, a file that does not exist, a folder, or a glob that matches no file.
     """
     if not patterns:
-        raise InputError(f"{where} is empty: name at least one JSONL file")
+        raise InputError(f"{where} is empty: name at least one file")
     found: dict[str, str] = {}
     for pattern in patterns:
         expanded = os.path.expanduser(pattern)
         if glob.has_magic(expanded) and not os.path.lexists(expanded):
-            matches = [path for path in sorted(glob.glob(expanded, recursive=True)) if not os.path.isdir(path)]
+            found_here = sorted(glob.glob(expanded, recursive=True))
+            folders = tuple(path + os.sep for path in found_here if is_arrow_folder(path))
+            # Of a saved data set, the folder counts and not the files in it.
+            matches = [
+                path
+                for path in found_here
+                if path + os.sep in folders or not (os.path.isdir(path) or path.startswith(folders))
+            ]
             if not matches:
                 raise InputError(f"{where}: no file matches {pattern}")
         else:
@@ -69,6 +89,8 @@ def _check_is_file(path: str, where: str) -> None:
     except OSError as error:
         reason = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
         raise InputError(f"{where}: {path} {reason}") from error
+    if stat.S_ISDIR(mode) and is_arrow_folder(path):
+        return
     if stat.S_ISDIR(mode):
         raise InputError(f"{where}: {path} is a folder; name the files in it, such as {os.path.join(path, '*.jsonl')}")
     if not stat.S_ISREG(mode):
@@ -76,20 +98,47 @@ def _check_is_file(path: str, where: str) -> None:
 
 
 class Corpus:
-    """The records of some JSONL files, in file order, numbered from 0; every line is one, blank ones included.
+    """The records of some files, in file order, numbered from 0; every line is one, blank ones included.
 
     Args:
         paths: the files, as `resolve_paths` gives them.
-        text_key: key of a record that holds its text.
+        text_key: key of a record that holds its text, or its list of messages.
+        txt_documents: whether a `.txt` file is one document, or each of its lines.
         cache_dir: see `index_lines`.
 
     Raises:
         InputError: a file that cannot be read or is visibly no JSONL (compressed, parquet, UTF-16).
     """
 
-    def __init__(self, paths: Sequence[str], *, text_key: str = "text", cache_dir: str | None = None) -> None:
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        text_key: str = "text",
+        txt_documents: Literal["file", "line"] = "file",
+        cache_dir: str | None = None,
+    ) -> None:
         self.text_key = text_key
-        self.files = [_index(path, cache_dir) for path in paths]
+        self._set_files(
+            [_index(path, text_key, txt_documents, cache_dir) for path in paths],
+            [decode_text if is_text(path) else partial(decode_record, text_key=text_key) for path in paths],
+        )
+
+    @classmethod
+    def joined(cls, corpora: Sequence[Corpus]) -> Corpus:
+        """The records of all, one corpus after the other."""
+        if len(corpora) == 1:
+            return corpora[0]
+        corpus = cls.__new__(cls)
+        corpus.text_key = corpora[0].text_key
+        corpus._set_files(
+            [file for one in corpora for file in one.files], [decode for one in corpora for decode in one._decoders]
+        )
+        return corpus
+
+    def _set_files(self, files: list[LineIndex], decoders: list[Callable[[bytes], Content]]) -> None:
+        self.files = files
+        self._decoders = decoders
         self._starts = np.cumsum([0] + [file.lines for file in self.files])  # [files + 1]: each file's first record
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
 
@@ -112,10 +161,10 @@ class Corpus:
     def source(self, record: int) -> str:
         """`file:line` of a record, lines counted from 1."""
         number, line = self._locate(record)
-        return f"{self.files[number].path}:{line + 1}"
+        return f"{self.files[number].name}:{line + 1}"
 
-    def read(self, record: int) -> str | BadRecord:
-        """The text of a record, or why it has none.
+    def read(self, record: int) -> Content:
+        """The text or conversation of a record, or why it has none.
 
         Raises:
             InputError: the file is gone, cannot be read, or has changed since it was indexed.
@@ -125,17 +174,26 @@ class Corpus:
         try:
             descriptor, offsets = self._opened(number)
             start, end = int(offsets[line]), int(offsets[line + 1])
+            if fault := too_long(end - start):
+                return fault
             content = os.pread(descriptor, end - start, start)
             # After reading: a file that is rewritten in place gives other lines, or lines cut anywhere.
             _check_unchanged(file, os.fstat(descriptor))
         except OSError as error:
-            raise InputError(f"{file.path} cannot be read: {error.strerror or error}") from error
-        return decode_record(content, self.text_key)
+            raise InputError(f"{file.name} cannot be read: {error.strerror or error}") from error
+        return self._decoders[number](content)
 
-    def records(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[tuple[str, str | BadRecord]]:
+    def records(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[tuple[str, Content]]:
         """(`file:line`, text or why there is none) of the records in file order."""
         for record in range(start, len(self) if stop is None else stop, step):
             yield self.source(record), self.read(record)
+
+    def texts(self) -> Iterator[tuple[str, str | BadRecord]]:
+        """`records`, where a conversation is no text."""
+        for source, content in self.records():
+            if isinstance(content, Conversation):
+                content = BadRecord(NOT_A_STRING, "a list of messages where a text is needed")
+            yield source, content
 
     def require_text(self, *, where: str) -> None:
         """Check that there is something to learn from, reading only as far as the first text.
@@ -151,7 +209,7 @@ class Corpus:
             report.add(source, text)
             if first is None and text.kind != BLANK_LINE:
                 first = f"{source}: {text.kind}, {text.detail}"
-        names = self.files[0].path if len(self.files) == 1 else f"{len(self.files)} files"
+        names = self.files[0].name if len(self.files) == 1 else f"{len(self.files)} files"
         if first is None:
             raise InputError(f"{where}: {names} {'holds' if len(self.files) == 1 else 'hold'} no record at all")
         advice = ""
@@ -165,10 +223,11 @@ class Corpus:
         )
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the files' contents, their order and the text key; the same wherever the files lie."""
-        digest = hashlib.sha256(self.text_key.encode())
-        for file in self.files:
-            digest.update(file.sha256)
+        """Hexadecimal digest of the files' contents, their order and how they are read; the same wherever they lie."""
+        digest = hashlib.sha256()
+        for file, decode in zip(self.files, self._decoders, strict=True):
+            key = decode.keywords["text_key"] if isinstance(decode, partial) else ".txt"
+            digest.update(f"{key}\0{file.lines}\0".encode() + file.sha256)
         return digest.hexdigest()[:32]
 
     def _locate(self, record: int) -> tuple[int, int]:
@@ -197,18 +256,19 @@ class Corpus:
         return self._open[number]
 
 
-def _index(path: str, cache_dir: str | None) -> LineIndex:
+def _index(path: str, text_key: str, txt_documents: str, cache_dir: str | None) -> LineIndex:
+    lines = unpacked(path, text_key, cache_dir)
     try:
-        with open(path, "rb") as file:
+        with open(lines, "rb") as file:
             head = file.read(8)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     for magic, description in _FOREIGN:
         if head.startswith(magic):
             raise InputError(f"{path} is {description}")
-    return index_lines(path, cache_dir)
+    return index_lines(lines, cache_dir, name=path, whole=is_text(path) and txt_documents == "file")
 
 
 def _check_unchanged(file: LineIndex, status: os.stat_result) -> None:
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise InputError(f"{file.path} has changed since it was indexed; start again, the data is no longer the same")
+        raise InputError(f"{file.name} has changed since it was indexed; start again, the data is no longer the same")

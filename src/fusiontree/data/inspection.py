@@ -15,7 +15,7 @@ from fusiontree.data.batch import Batch
 from fusiontree.data.corpus import Corpus
 from fusiontree.data.lazy import LazyDataset
 from fusiontree.data.order import Permutation
-from fusiontree.data.records import BadRecord
+from fusiontree.data.records import BadRecord, Content, Conversation
 from fusiontree.data.report import DataReport
 from fusiontree.data.tokenizer import DocumentEncoder
 
@@ -80,14 +80,20 @@ def inspect_corpus(
             if isinstance(ids, BadRecord):
                 inspection.report.add(corpus.source(record), ids)
                 continue
-            text = corpus.read(record)
-            assert isinstance(text, str)
+            text = text_of(corpus.read(record))
             inspection.report.documents += 1
             inspection.lengths.append(len(ids))
             inspection.characters += len(text)
             inspection.text_bytes += len(text.encode())
             inspection.scripts.update(map(script_of, text[:_SCRIPT_SAMPLE]))
     return inspection
+
+
+def text_of(content: Content) -> str:
+    """The text of a record, or of all messages of a conversation."""
+    if isinstance(content, Conversation):
+        return "\n".join(str(message.get("content") or "") for message in content.messages)
+    return content if isinstance(content, str) else ""
 
 
 def script_of(character: str) -> str:

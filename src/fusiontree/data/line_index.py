@@ -20,7 +20,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -41,13 +41,14 @@ class LineIndex:
     """The lines of one file as they were when it was indexed.
 
     Attributes:
-        path: the file itself; `index_path`: its offsets.
+        path: the file that is read; `index_path`: its offsets; `name`: the file that it was made from, for messages.
         size: bytes; mtime_ns: modification time; lines: number of lines, a last one without newline included.
         sha256: of the content, 32 bytes.
     """
 
     path: str
     index_path: str
+    name: str
     size: int
     mtime_ns: int
     lines: int
@@ -58,26 +59,27 @@ class LineIndex:
         return np.memmap(self.index_path, dtype="<u8", mode="r", offset=_HEADER.size, shape=(self.lines + 1,))
 
 
-def index_lines(path: str, cache_dir: str | None = None) -> LineIndex:
+def index_lines(path: str, cache_dir: str | None = None, *, name: str | None = None, whole: bool = False) -> LineIndex:
     """The index of `path`, from the cache when the file has not changed since.
 
     Args:
+        name: what to call the file, if not by its path.
+        whole: take the file for one line.
         cache_dir: where indexes are kept; None = `$FUSIONTREE_CACHE`, else `fusiontree` in the user's cache folder,
             else (that is not writable) a folder that lasts as long as the process.
 
     Raises:
         InputError: the file cannot be read, changes while it is read, or the given `cache_dir` cannot be written.
     """
-    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32] + ".lines"
-    folder = os.path.expanduser(cache_dir) if cache_dir is not None else _default_cache_dir()
-    index_path = os.path.join(folder, name)
+    place = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+    index_path = os.path.join(cache_folder(cache_dir), place + (".whole" if whole else ".lines"))
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())
             found = _read_header(path, index_path)
-            if found and (found.size, found.mtime_ns) == (status.st_size, status.st_mtime_ns):
-                return found
-            return _build(path, index_path, file)
+            if not found or (found.size, found.mtime_ns) != (status.st_size, status.st_mtime_ns):
+                found = _build(path, index_path, file, whole)
+            return found if name is None else replace(found, name=name)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
@@ -94,10 +96,10 @@ def _read_header(path: str, index_path: str) -> LineIndex | None:
     magic, size, mtime_ns, lines, sha256 = _HEADER.unpack(header)
     if magic != _MAGIC or length != _HEADER.size + 8 * (lines + 1):
         return None
-    return LineIndex(path, index_path, size, mtime_ns, lines, sha256)
+    return LineIndex(path, index_path, path, size, mtime_ns, lines, sha256)
 
 
-def _build(path: str, index_path: str, file: BinaryIO) -> LineIndex:
+def _build(path: str, index_path: str, file: BinaryIO, whole: bool) -> LineIndex:
     before = os.fstat(file.fileno())
     if before.st_size > 1 << 30:
         logger.info("indexing %s (%.1f GB), once", path, before.st_size / 1e9)
@@ -109,7 +111,7 @@ def _build(path: str, index_path: str, file: BinaryIO) -> LineIndex:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as output:
             output.write(bytes(_HEADER.size))
-            for offsets in _offsets(path, file, digest):
+            for offsets in _offsets(path, file, digest, whole):
                 output.write(offsets.astype("<u8").tobytes())
                 lines += len(offsets)
             after = os.fstat(file.fileno())
@@ -126,13 +128,14 @@ def _build(path: str, index_path: str, file: BinaryIO) -> LineIndex:
     finally:
         with suppress(OSError):
             temporary.unlink()
-    return LineIndex(path, index_path, before.st_size, before.st_mtime_ns, lines, digest.digest())
+    return LineIndex(path, index_path, path, before.st_size, before.st_mtime_ns, lines, digest.digest())
 
 
-def _offsets(path: str, file: BinaryIO, digest: hashlib._Hash) -> Iterator[np.ndarray]:
-    """0, then where each line ends, block by block; the content goes into `digest`."""
+def _offsets(path: str, file: BinaryIO, digest: hashlib._Hash, whole: bool) -> Iterator[np.ndarray]:
+    """0, then where each line ends (or the whole), block by block; the content goes into `digest`."""
     yield np.zeros(1, dtype=np.int64)
-    position, last = 0, _NEWLINE
+    position = 0
+    last: int | None = _NEWLINE
     while True:
         try:
             block = file.read(_BLOCK_BYTES)
@@ -141,11 +144,17 @@ def _offsets(path: str, file: BinaryIO, digest: hashlib._Hash) -> Iterator[np.nd
         if not block:
             break
         digest.update(block)
-        yield np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == _NEWLINE) + (position + 1)
+        if not whole:
+            yield np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == _NEWLINE) + (position + 1)
         position += len(block)
-        last = block[-1]
+        last = None if whole else block[-1]
     if last != _NEWLINE:  # the last line has no newline of its own
         yield np.array([position])
+
+
+def cache_folder(cache_dir: str | None) -> str:
+    """The folder that `index_lines` means by `cache_dir`."""
+    return os.path.expanduser(cache_dir) if cache_dir is not None else _default_cache_dir()
 
 
 def _default_cache_dir() -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal
 
@@ -15,12 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fusiontree.data.batch import Batch
 from fusiontree.data.corpus import Corpus, resolve_paths
-from fusiontree.data.lazy import LazyDataset, LazySource
-from fusiontree.data.packing import Place, Row, pack
+from fusiontree.data.lazy import LazyDataset
+from fusiontree.data.order import MixedOrder, Order, Place, PlainOrder
+from fusiontree.data.ordered import OrderedSource
+from fusiontree.data.packing import Row, pack
 from fusiontree.data.records import BLANK_LINE, BadRecord
 from fusiontree.data.report import DataReport
 from fusiontree.data.settings import DataSettings
-from fusiontree.data.source import DocumentSource
+from fusiontree.data.source import DocumentSource, RecordSet
+from fusiontree.data.static import LongContextDataset
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of, separator_id_of
 from fusiontree.errors import InputError
 
@@ -28,16 +32,17 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 # How a checkpoint's data can differ from the run's, by the names in `DocumentSource.identity`.
 _DIFFERENCES = {
     "data": "the files' contents, their order or data.text_key differ",
+    "chat_template": "the tokenizer's chat template differs",
+    "weights": "the weights of data.train_sources differ",
+    "sizes": "the sizes of data.train_sources differ",
     "tokenizer": "the tokenizer differs",
     "separator_id": "data.document_separator differs",
     "seed": "seed or data.shuffle differs",
-    "rank": "it belongs to another rank",
-    "world_size": "the number of processes differs",
 }
 
 
@@ -72,6 +77,7 @@ class Loader:
         self._pad_id = pad_id
         self._on_bad_record = on_bad_record
         self._place = Place()
+        self._history: list[list[Place]] = []
         self._report = DataReport()
         self._goes_on = source.endless
         self._announced: set[str] = set()
@@ -87,25 +93,50 @@ class Loader:
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the data, the tokenizer and the order: equal where the same documents come."""
-        identity = {key: value for key, value in self._identity.items() if key not in ("rank", "world_size")}
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:32]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins, as plain values for JSON: it is derived anew from there, nothing is stored."""
         return {
             "version": _STATE_VERSION,
             "place": list(self._place),
+            "rank": self._source.rank,
+            "history": [[list(place) for place in places] for places in self._history],
             "identity": self._identity,
             "report": self._report.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the next `iter()` go on where `state` was taken.
+    def load_state_dict(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Make the next `iter()` go on where all ranks' `states` were taken; one state may stand alone.
+
+        As many ranks as before go on exactly. Another number shares out what the former ranks had left of the epochs
+        they were in, so that each document still comes once an epoch, and each of its tokens.
 
         Raises:
-            InputError: the state is of another version, or the data, the tokenizer, the order or the number of
-                processes are not those it was taken with.
+            InputError: a state is of another version, or the data, the tokenizer or the order are not those it was
+                taken with.
         """
+        states = [states] if isinstance(states, Mapping) else sorted(states, key=lambda state: state["rank"])
+        for state in states:
+            self._check_state(state)
+        history = [[Place(*place) for place in places] for places in states[0]["history"]]
+        rank, world_size = self._source.rank, self._source.world_size
+        if len(states) == world_size:
+            self._history, place = history, Place(*states[rank]["place"])
+            if history:
+                self._source.hand_over(history)
+            self._report = DataReport.from_state(states[rank]["report"])
+        else:
+            self._history = [*history, [Place(*state["place"]) for state in states]]
+            place = self._source.hand_over(self._history)
+            reports = [DataReport.from_state(state["report"]) for state in states]
+            self._report = DataReport.merged(reports) if rank == 0 else DataReport()
+            self._announced.update(*(report.skipped for report in reports))
+        self._place = place
+        self._announced.update(self._report.skipped)
+        self._goes_on = True
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _STATE_VERSION:
             raise InputError(
                 f"the checkpoint's data state has version {state.get('version')}, this program reads {_STATE_VERSION}"
@@ -117,10 +148,6 @@ class Loader:
                     f"the checkpoint's place in the data does not fit this run: {difference}; "
                     "resume with what it was trained on, or start a new run in another output_dir"
                 )
-        self._place = Place(*state["place"])
-        self._report = DataReport.from_state(state["report"])
-        self._announced.update(self._report.skipped)
-        self._goes_on = True
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._goes_on:
@@ -136,7 +163,8 @@ class Loader:
 
     def _documents(self, start: Place) -> Iterator[tuple[Place, np.ndarray]]:
         """What there is to pack; counts it, and sees to it that an epoch without a document is no endless loop."""
-        whole_epoch_from, found = (start.epoch if start.position == 0 else start.epoch + 1), False
+        whole_epoch_from = max(start.epoch + (start.position > 0), self._source.first_whole_epoch)
+        found = False
         for place, content, source in self._source.read(start):
             if place.epoch > whole_epoch_from:
                 if not found:
@@ -150,7 +178,7 @@ class Loader:
                 continue
             found = True
             if place[:2] == start[:2]:
-                place = start
+                place = max(place, start)
             if place.offset == 0:
                 self._report.documents += 1
             yield place, content
@@ -180,13 +208,75 @@ def open_corpus(settings: DataSettings, split: Split) -> Corpus:
     """The indexed files of a split, with at least one usable record in them.
 
     Raises:
-        InputError: files that are missing, not JSONL, or without a single text.
+        InputError: files that are missing, not of a kind that is read, or without a single text.
     """
-    where = f"data.{split}_paths"
-    paths = resolve_paths(settings.train_paths if split == "train" else settings.eval_paths, where=where)
-    corpus = Corpus(paths, text_key=settings.text_key, cache_dir=settings.cache_dir)
-    corpus.require_text(where=where)
-    return corpus
+    return Corpus.joined(_open_corpora(settings, split))
+
+
+def _open_corpora(settings: DataSettings, split: Split) -> list[Corpus]:
+    """One for each of `data.train_sources`, or the one of the split's paths."""
+    paths = settings.train_paths if split == "train" else settings.eval_paths
+    groups: list[tuple[str, tuple[str, ...], str | None]] = [(f"data.{split}_paths", paths, None)]
+    if split == "train" and settings.train_sources:
+        if settings.train_paths:
+            raise InputError("data.train_paths and data.train_sources are both given: keep one of them")
+        sources = enumerate(settings.train_sources)
+        groups = [(f"data.train_sources[{number}].paths", source.paths, source.text_key) for number, source in sources]
+    corpora = []
+    for where, patterns, text_key in groups:
+        corpus = Corpus(
+            resolve_paths(patterns, where=where),
+            text_key=text_key or settings.text_key,
+            txt_documents=settings.txt_documents,
+            cache_dir=settings.cache_dir,
+        )
+        corpus.require_text(where=where)
+        corpora.append(corpus)
+    return corpora
+
+
+def names_files(settings: DataSettings, split: Split) -> bool:
+    """Whether the settings say which files a split is made of."""
+    return bool(settings.train_paths or settings.train_sources) if split == "train" else bool(settings.eval_paths)
+
+
+def static_folder(settings: DataSettings, split: Split) -> str:
+    """Where the tokens of a split lie.
+
+    Raises:
+        InputError: the settings do not say.
+    """
+    if settings.static_dir is None:
+        raise InputError("data.static_dir is not set: name the folder for the tokens of data_mode static")
+    return os.path.join(os.path.expanduser(settings.static_dir), split)
+
+
+def open_records(
+    settings: DataSettings, encoder: DocumentEncoder, split: Split, *, seed: int | None
+) -> tuple[RecordSet, Order]:
+    """The tokenised records of a split, and the order in which they are trained on.
+
+    Args:
+        seed: of the shuffle; None = as they stand.
+
+    Raises:
+        InputError: files or tokens that cannot be used.
+    """
+    if settings.data_mode == "static" and not names_files(settings, split):
+        tokens = LongContextDataset(static_folder(settings, split))
+        if mine := {key: value for key, value in encoder.identity().items() if tokens.identity().get(key) != value}:
+            LongContextDataset(static_folder(settings, split), {**tokens.identity(), **mine})
+        if settings.train_sources:
+            raise InputError("data.train_sources needs paths")
+        return tokens, PlainOrder(len(tokens), seed)
+    corpora = _open_corpora(settings, split)
+    records: RecordSet = LazyDataset(Corpus.joined(corpora), encoder)
+    if settings.data_mode == "static":
+        records = LongContextDataset(static_folder(settings, split), records.identity())
+    if len(corpora) == 1:
+        return records, PlainOrder(len(records), seed)
+    weights = [source.weight for source in settings.train_sources]
+    return records, MixedOrder([len(corpus) for corpus in corpora], weights, seed)
 
 
 def build_loader(
@@ -219,14 +309,15 @@ def build_loader(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}")
-    corpus = open_corpus(settings, split)
-    if split == "train" and len(corpus) < world_size:
-        raise InputError(f"data.train_paths: {len(corpus)} records are too few for {world_size} processes")
     encoder = DocumentEncoder(tokenizer, separator_id_of(tokenizer, settings.document_separator))
-    source = LazySource(
-        LazyDataset(corpus, encoder),
+    order_seed = seed if split == "train" and settings.shuffle else None
+    records, order = open_records(settings, encoder, split, seed=order_seed)
+    if split == "train" and len(records) < world_size:
+        raise InputError(f"data.train_paths: {len(records)} records are too few for {world_size} processes")
+    source = OrderedSource(
+        records,
+        order,
         num_workers=settings.num_workers,
-        seed=seed if split == "train" and settings.shuffle else None,
         endless=split == "train",
         rank=rank,
         world_size=world_size,
@@ -252,7 +343,7 @@ def documents(settings: DataSettings, split: Split) -> Iterator[tuple[str, str]]
 
 def _texts(corpus: Corpus, on_bad_record: Literal["skip", "error"]) -> Iterator[tuple[str, str]]:
     report = DataReport()
-    for source, text in corpus.records():
+    for source, text in corpus.texts():
         if not isinstance(text, BadRecord):
             report.documents += 1
             yield text, source

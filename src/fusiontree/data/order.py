@@ -1,11 +1,18 @@
-"""The order of the documents as a function of (seed, epoch, position): nothing to store, nothing to replay."""
+"""The order of the documents as a function of (seed, epoch, position): nothing to store, nothing to replay.
+
+An `Order` says which record stands at each place of an epoch, a `Share` which places fall to one process.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from fusiontree.errors import InputError
 
 _ROUNDS = 8
 
@@ -23,7 +30,7 @@ class Permutation:
         seed, epoch: name the permutation; the same on every machine and in every version of Python and NumPy.
     """
 
-    def __init__(self, size: int, *, seed: int, epoch: int) -> None:
+    def __init__(self, size: int, *, seed: int | str, epoch: int) -> None:
         if not 1 <= size <= 2**62:
             raise ValueError(f"size must lie between 1 and 2**62, got {size}")
         self.size = size
@@ -55,3 +62,192 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+class Place(NamedTuple):
+    """The next token to hand out: which epoch, which document in that epoch's order, which of its tokens."""
+
+    epoch: int = 0
+    position: int = 0
+    offset: int = 0
+
+
+class Order(Protocol):
+    """Which record stands at each of the `size` places of an epoch."""
+
+    size: int
+
+    def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Record numbers, int64, at places (integers in range(size))."""
+        ...
+
+    def identity(self) -> dict[str, object]:
+        """What the order depends on beside the records, as plain values."""
+        ...
+
+
+class PlainOrder:
+    """Every record once an epoch: shuffled anew in each, or (seed None) as they stand."""
+
+    def __init__(self, size: int, seed: int | None) -> None:
+        self.size = size
+        self.seed = seed
+
+    def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        if self.seed is None:
+            return np.asarray(places, dtype=np.int64)
+        return Permutation(self.size, seed=self.seed, epoch=epoch)(places)
+
+    def identity(self) -> dict[str, object]:
+        return {"seed": self.seed}
+
+
+class MixedOrder:
+    """Records of several sources in fixed shares, each source in its own order, over and over.
+
+    Of each `PERIOD` places a source has a fixed number, spread evenly, so any stretch holds the shares to within one
+    record a source. An epoch is as many places as there are records in all; a source of a greater share than its size
+    repeats within it, one of a smaller goes on in the next.
+
+    Args:
+        sizes: records of each source, at least 1; their numbers follow each other.
+        weights: of each source, above 0; only their ratios count.
+        seed: of the shuffles; None = each source as it stands.
+
+    Raises:
+        InputError: a weight so small that it has no place in a period.
+    """
+
+    PERIOD = 4096
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> None:
+        self.size = sum(sizes)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._first = np.cumsum([0, *sizes[:-1]])
+        self._seed = seed
+        exact = np.array(weights, dtype=np.float64) / sum(weights) * self.PERIOD
+        counts = np.floor(exact).astype(np.int64)
+        # Largest remainders first, as seats are given to parties.
+        for source in np.argsort(counts - exact, kind="stable")[: self.PERIOD - int(counts.sum())]:
+            counts[source] += 1
+        if (counts == 0).any():
+            raise InputError(
+                f"source {int(np.argmin(counts)) + 1} has less than 1/{self.PERIOD} of all weights: raise its weight"
+            )
+        self._counts = counts
+        turns = [(np.arange(count) + 0.5) / count for count in counts.tolist()]
+        which = np.repeat(np.arange(len(counts)), counts)
+        turn = np.argsort(np.concatenate(turns), kind="stable")
+        self._source = which[turn]  # [PERIOD]: whose place it is
+        self._rank = np.concatenate([np.arange(count) for count in counts.tolist()])[turn]  # [PERIOD]: its how manieth
+
+    def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        period, within = np.divmod(np.asarray(places, dtype=np.int64) + epoch * self.size, self.PERIOD)
+        sources = self._source[within]
+        picks = period * self._counts[sources] + self._rank[within]
+        records = np.empty_like(picks)
+        for source in np.unique(sources).tolist():
+            mine = sources == source
+            rounds, record = np.divmod(picks[mine], self._sizes[source])
+            if self._seed is not None:
+                for number in np.unique(rounds).tolist():
+                    order = Permutation(int(self._sizes[source]), seed=f"{self._seed}.{source}", epoch=number)
+                    record[rounds == number] = order(record[rounds == number])
+            records[mine] = self._first[source] + record
+        return records
+
+    def identity(self) -> dict[str, object]:
+        return {"seed": self._seed, "weights": self._counts.tolist(), "sizes": self._sizes.tolist()}
+
+
+class Share:
+    """Which places of each epoch fall to rank r of w: r, r + w, r + 2w, …, every place to one rank, once.
+
+    After a change in the number of ranks, that counts over what the former ranks had left, epoch by epoch: documents of
+    which a part had been handed out go on behind that part.
+
+    Args:
+        size: places of an epoch.
+        history: for each former number of ranks, where each of its ranks stood when it ended.
+    """
+
+    def __init__(self, size: int, rank: int, world_size: int, history: Sequence[Sequence[Place]] = ()) -> None:
+        self.size = size
+        self.rank = rank
+        self.world_size = world_size
+        self.history = [[Place(*place) for place in places] for places in history]
+        self._left: dict[int, _Left] = {}
+
+    @property
+    def start(self) -> Place:
+        """Where a rank begins that has read nothing yet."""
+        return Place(min((place.epoch for place in self.history[-1]), default=0)) if self.history else Place()
+
+    @property
+    def first_whole_epoch(self) -> int:
+        """The first epoch of which no former rank has read anything."""
+        return max((place.epoch + 1 for places in self.history for place in places), default=0)
+
+    def count(self, epoch: int) -> int:
+        """Places of this rank in an epoch."""
+        left = self._left_of(epoch)
+        return len(range(self.rank, len(left.head) + self.size - left.tail, self.world_size))
+
+    def places(self, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """The epoch's places at this rank's positions, counted from 0."""
+        return self._left_of(epoch).at(np.asarray(positions, dtype=np.int64) * self.world_size + self.rank)
+
+    def offset(self, epoch: int, place: int) -> int:
+        """The token at which reading a place begins."""
+        return self._left_of(epoch).offsets.get(place, 0)
+
+    def _left_of(self, epoch: int) -> _Left:
+        if epoch >= self.first_whole_epoch:
+            return _ALL
+        if epoch not in self._left:
+            left = _ALL
+            for places in self.history:
+                left = left.after(places, epoch, self.size)
+            self._left[epoch] = left
+        return self._left[epoch]
+
+
+class _Left(NamedTuple):
+    """Places of one epoch that are still to be read: those of `head`, ascending, then all from `tail` on."""
+
+    head: np.ndarray
+    tail: int
+    offsets: dict[int, int]
+
+    def at(self, indices: np.ndarray) -> np.ndarray:
+        beyond = indices >= len(self.head)
+        result = indices - len(self.head) + self.tail
+        result[~beyond] = self.head[indices[~beyond]]
+        return result
+
+    def after(self, ranks: Sequence[Place], epoch: int, size: int) -> _Left:
+        """What is left of this once each of `ranks` has come to its place."""
+        world_size, total = len(ranks), len(self.head) + size - self.tail
+        shares = [len(range(rank, total, world_size)) for rank in range(world_size)]
+        read = [
+            share if place.epoch > epoch else min(place.position, share) if place.epoch == epoch else 0
+            for place, share in zip(ranks, shares, strict=True)
+        ]
+        furthest = max(read)
+        behind = [
+            np.arange(first, min(furthest, share)) * world_size + rank
+            for rank, (first, share) in enumerate(zip(read, shares, strict=True))
+        ]
+        next_round = min(furthest * world_size, total)
+        indices = np.concatenate(
+            [np.sort(np.concatenate(behind)), np.arange(next_round, max(next_round, len(self.head)))]
+        )
+        offsets = dict(self.offsets)
+        for rank, (place, share) in enumerate(zip(ranks, shares, strict=True)):
+            if place.epoch == epoch and place.offset and place.position < share:
+                offsets[int(self.at(np.array([place.position * world_size + rank]))[0])] = place.offset
+        tail = self.tail + max(0, next_round - len(self.head))
+        return _Left(self.at(indices), tail, offsets)
+
+
+_ALL = _Left(np.zeros(0, dtype=np.int64), 0, {})

@@ -12,19 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from fusiontree.data.batch import IGNORED_LABEL
-
-
-class Place(NamedTuple):
-    """The next token to hand out: which epoch, which document in that epoch's order, which of its tokens."""
-
-    epoch: int = 0
-    position: int = 0
-    offset: int = 0
+from fusiontree.data.order import Place
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,27 @@
-"""From a line of bytes to a text, or to the reason why there is none."""
+"""From a line of bytes to a text or a conversation, or to the reason why there is none."""
 
 from __future__ import annotations
 
 import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BLANK_LINE = "blank line"
 BROKEN_JSON = "broken JSON"
+DAMAGED_FILE = "damaged file"
 EMPTY_TEXT = "empty text"
 LONE_SURROGATE = "lone surrogate"
 MISSING_KEY = "missing key"
+NOT_A_CONVERSATION = "not a conversation"
 NOT_AN_OBJECT = "not an object"
 NOT_A_STRING = "not a string"
 NOT_UTF8 = "not UTF-8"
 NO_TOKENS = "no tokens"  # the tokenizer drops all there is
+TOO_LONG = "too long"
+
+#: A line that begins so was written where a packed file ends too early; no JSON does.
+DAMAGED_MARK = b"\x00fusiontree: damaged: "
+#: A longer record is not read: it would take many times its size in memory.
+MAX_RECORD_BYTES = 1 << 28
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_KEYS_SHOWN = 8
@@ -26,16 +34,49 @@ class BadRecord(NamedTuple):
     detail: str
 
 
-def decode_record(line: bytes, text_key: str) -> str | BadRecord:
-    """The text under `text_key` of one line of JSONL.
+class Conversation(NamedTuple):
+    """Turns as a chat template takes them, each with a `role` and, mostly, a `content`."""
+
+    messages: list[dict[str, Any]]
+
+
+#: What a record can hold.
+Content = str | Conversation | BadRecord
+
+
+def decode_text(line: bytes) -> str | BadRecord:
+    """A line, or a file, that is the text itself."""
+    content = _decode(line)
+    if isinstance(content, BadRecord):
+        return content
+    return content.removesuffix("\n").removesuffix("\r") if content.strip() else BadRecord(BLANK_LINE, "no text")
+
+
+def too_long(num_bytes: int) -> BadRecord | None:
+    """Why a record of so many bytes is not even read."""
+    if num_bytes <= MAX_RECORD_BYTES:
+        return None
+    return BadRecord(TOO_LONG, f"{num_bytes / 1e6:.0f} MB, more than {MAX_RECORD_BYTES / 1e6:.0f}")
+
+
+def _decode(line: bytes) -> str | BadRecord:
+    if line.startswith(DAMAGED_MARK):
+        return BadRecord(DAMAGED_FILE, line.removeprefix(DAMAGED_MARK).decode(errors="replace").strip())
+    line = line.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+
+
+def decode_record(line: bytes, text_key: str) -> Content:
+    """What stands under `text_key` in one line of JSONL: a text, or a list of messages.
 
     A byte order mark and a CR before the line's end are accepted; a text of white space alone counts as empty.
     """
-    line = line.removeprefix(_BYTE_ORDER_MARK)
-    try:
-        content = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    content = _decode(line)
+    if isinstance(content, BadRecord):
+        return content
     if not content.strip():
         return BadRecord(BLANK_LINE, "nothing on the line")
     try:
@@ -49,13 +90,26 @@ def decode_record(line: bytes, text_key: str) -> str | BadRecord:
     if text_key not in record:
         return BadRecord(MISSING_KEY, f"no key {text_key!r}, {_keys_of(record)}")
     text = record[text_key]
+    if isinstance(text, list) and any(isinstance(message, dict) for message in text):
+        return _conversation(text, text_key)
     if not isinstance(text, str):
         return BadRecord(NOT_A_STRING, f"key {text_key!r} holds a JSON {_kind_of(text)}")
     if not text.strip():
         return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
-    if b"\\u" in line and not _is_encodable(text):
+    if "\\u" in content and not _is_encodable(text):
         return BadRecord(LONE_SURROGATE, f"key {text_key!r} holds half of a surrogate pair")
     return text
+
+
+def _conversation(messages: list[Any], text_key: str) -> Conversation | BadRecord:
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return BadRecord(NOT_A_CONVERSATION, f"message {number} under {text_key!r} is no object with a role")
+    if not any(message["role"] == "assistant" for message in messages):
+        return BadRecord(NOT_A_CONVERSATION, f"{text_key!r} holds no message of the assistant, so nothing to learn")
+    if not _is_encodable(json.dumps(messages, ensure_ascii=False)):
+        return BadRecord(LONE_SURROGATE, f"key {text_key!r} holds half of a surrogate pair")
+    return Conversation(messages)
 
 
 def _is_encodable(text: str) -> bool:

@@ -9,14 +9,33 @@ from pydantic import Field, field_validator
 from fusiontree.config import Settings
 
 
+def _one_is_a_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+class FileSource(Settings):
+    """Some of the training files, and their share of all documents."""
+
+    paths: tuple[str, ...] = Field((), description="files or globs")
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="share of the documents, relative to the others'")
+    text_key: str | None = Field(None, min_length=1, description="null = data.text_key")
+
+    _one_path_is_a_list = field_validator("paths", mode="before")(_one_is_a_list)
+
+
 class DataSettings(Settings):
     """Where the text comes from and how it becomes tokens."""
 
-    data_mode: Literal["lazy"] = Field("lazy", description="lazy = indexed JSONL files, tokenised while training")
-    train_paths: tuple[str, ...] = Field((), description="JSONL files or globs (** reaches into subfolders)")
-    eval_paths: tuple[str, ...] = Field((), description="JSONL files or globs held out from training")
+    data_mode: Literal["lazy", "static"] = Field(
+        "lazy", description="lazy = files are tokenised while training; static = before, by `fusiontree data tokenise`"
+    )
+    train_paths: tuple[str, ...] = Field((), description="files, globs (** reaches into subfolders) or Arrow folders")
+    train_sources: tuple[FileSource, ...] = Field((), description="instead of train_paths: several, mixed by weight")
+    eval_paths: tuple[str, ...] = Field((), description="files or globs held out from training")
+    static_dir: str | None = Field(None, description="folder of the tokens, for static")
     tokenizer: str | None = Field(None, description="folder or hub name that AutoTokenizer loads")
-    text_key: str = Field("text", min_length=1, description="key of a record that holds its text")
+    text_key: str = Field("text", min_length=1, description="key of a record's text or messages")
+    txt_documents: Literal["file", "line"] = Field("file", description="what of a .txt file is one document")
     num_workers: int = Field(0, ge=0, description="processes that tokenise; 0 = the training process itself")
     shuffle: bool = Field(True, description="a new order of the training documents each epoch; false = file order")
     on_bad_record: Literal["skip", "error"] = Field(
@@ -26,10 +45,8 @@ class DataSettings(Settings):
         "auto", description="token after each document: eos, null = none, auto = eos where the tokenizer has one"
     )
     cache_dir: str | None = Field(
-        None, description="folder of the line indexes; null = $FUSIONTREE_CACHE or fusiontree/ in the user's cache"
+        None,
+        description="folder of indexes and unpacked files; null = $FUSIONTREE_CACHE or fusiontree/ in the user's cache",
     )
 
-    @field_validator("train_paths", "eval_paths", mode="before")
-    @classmethod
-    def _one_path_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    _one_path_is_a_list = field_validator("train_paths", "eval_paths", mode="before")(_one_is_a_list)

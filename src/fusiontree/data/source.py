@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from fusiontree.data.packing import Place
+from fusiontree.data.order import Place
 from fusiontree.data.records import BadRecord
 
 
@@ -20,16 +20,57 @@ class SourceRecord(NamedTuple):
     source: str
 
 
+class RecordSet(Protocol):
+    """Tokenised records by number, each readable alone."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About what all of them take to read."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, records: Sequence[int], /) -> list[np.ndarray | BadRecord]:
+        """Signed int32 ids of each record, or why it has none."""
+        ...
+
+    def source(self, record: int) -> str:
+        """`file:line` of a record."""
+        ...
+
+    def identity(self) -> Mapping[str, object]:
+        """What the ids depend on, by name; plain values."""
+        ...
+
+
 class DocumentSource(Protocol):
     """Tokenised records in the order in which one rank trains on them, readable from any place."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
 
     @property
     def endless(self) -> bool:
         """Whether epoch follows epoch; else reading ends after the first."""
         ...
 
+    @property
+    def first_whole_epoch(self) -> int:
+        """The first epoch all of whose records this rank gets its full share of."""
+        ...
+
+    def hand_over(self, history: Sequence[Sequence[Place]]) -> Place:
+        """Go on from where other numbers of ranks stopped (see `Share`); where this rank then begins."""
+        ...
+
     def read(self, start: Place) -> Iterator[SourceRecord]:
-        """Every record from that of `start` on, bad ones included, places ascending."""
+        """Every record from that of `start` on, bad ones included, places ascending.
+
+        The offset of a place is where reading the record begins: above 0 if another rank has read a part of it.
+        """
         ...
 
     def identity(self) -> Mapping[str, object]:

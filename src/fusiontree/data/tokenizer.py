@@ -16,6 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fusiontree.data.chat import ConversationEncoder
+from fusiontree.data.records import NO_TOKENS, BadRecord, Content, Conversation
 from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -117,7 +119,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class DocumentEncoder:
-    """Texts to token ids, as a document is laid into a row.
+    """Texts and conversations to token ids, as a document is laid into a row.
 
     The tokenizer's own opening tokens (a `<s>` that it puts before every text, and so before every prompt too) are
     kept; of what it puts behind a text nothing is kept, and `separator_id` is appended instead.
@@ -130,6 +132,32 @@ class DocumentEncoder:
         self.tokenizer = tokenizer
         self.prefix = opening_tokens(tokenizer)
         self.separator_id = separator_id
+        self.conversation = ConversationEncoder(tokenizer, separator_id)
+
+    def identity(self) -> dict[str, object]:
+        """What the ids depend on, as plain values."""
+        template = self.tokenizer.chat_template
+        return {
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "separator_id": self.separator_id,
+            "chat_template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:32],
+        }
+
+    def records(self, contents: Sequence[Content]) -> list[np.ndarray | BadRecord]:
+        """Signed int32 ids (see `packing`) of each record, or why it has none.
+
+        Raises:
+            InputError: there are conversations, and the tokenizer cannot encode any.
+        """
+        texts = iter(self([content for content in contents if isinstance(content, str)]))
+        return [
+            content
+            if isinstance(content, BadRecord)
+            else self.conversation(content)
+            if isinstance(content, Conversation)
+            else _or_no_tokens(next(texts))
+            for content in contents
+        ]
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text; empty, without opening and separator, where the tokenizer finds no token in it."""
@@ -149,6 +177,10 @@ class DocumentEncoder:
         backend.no_padding()
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
         return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _or_no_tokens(ids: np.ndarray) -> np.ndarray | BadRecord:
+    return ids if len(ids) else BadRecord(NO_TOKENS, "the tokenizer finds no token in the text")
 
 
 def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

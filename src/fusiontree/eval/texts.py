@@ -61,7 +61,7 @@ class Texts:
     def _records(self) -> Iterator[tuple[str, str | BadRecord]]:
         for path in self.paths:
             if path in self._corpora:
-                yield from self._corpora[path].records()
+                yield from self._corpora[path].texts()
             else:
                 yield path, _whole_file(path)
 

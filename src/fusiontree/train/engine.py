@@ -12,7 +12,7 @@ from signal import Signals
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 
 from fusiontree.artifacts import RunManifest, checkpoint_name, make_directory
 from fusiontree.config import dump_yaml
@@ -305,7 +305,7 @@ class TrainingEngine:
         state = TrainingState(
             step=self.step,
             meter=self.meter.state_dict(),
-            loader=self.train_loader.state_dict(),
+            loader=gather_object([self.train_loader.state_dict()]),
             gate_monitor=self.monitor.state_dict(),
             tensors=optimizer_tensors(self.optimizer) | tensors,
             python_rng=python_rng,

@@ -1,0 +1,154 @@
+"""Packed, columnar and plain text files hold the same records as JSONL, and say where they are damaged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from jsonl_files import text_of, write_jsonl
+
+from fusiontree.config import InputError
+from fusiontree.data.corpus import Corpus, resolve_paths
+from fusiontree.data.records import BadRecord
+
+TEXTS = [text_of(number) for number in range(30)]
+
+
+def jsonl_bytes(texts=TEXTS) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+def write_gzip(path):
+    path.write_bytes(gzip.compress(jsonl_bytes()))
+
+
+def write_zstd(path):
+    half = len(jsonl_bytes()) // 2  # two frames, the cut in a line
+    content = jsonl_bytes()
+    path.write_bytes(b"".join(zstandard.compress(part) for part in (content[:half], content[half:])))
+
+
+def write_parquet(path):
+    pq.write_table(pa.table({"text": TEXTS, "other": list(range(30))}), path, row_group_size=7)
+
+
+def write_arrow(path):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(path))
+
+
+def write_txt(path):
+    path.write_text("".join(f"{text}\n" for text in TEXTS))
+
+
+WRITERS = {
+    "a.jsonl.gz": write_gzip,
+    "a.jsonl.zst": write_zstd,
+    "a.parquet": write_parquet,
+    "arrow": write_arrow,
+    "a.txt": write_txt,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_records_of_jsonl(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    (path,) = resolve_paths([f"{tmp_path}/{name}"], where="x")
+    corpus = Corpus([path], txt_documents="line")
+    assert [content for _, content in corpus.records()] == TEXTS
+    assert [corpus.read(number) for number in (29, 3, 17)] == [TEXTS[number] for number in (29, 3, 17)]
+    assert corpus.source(4) == f"{path}:5"
+    if name != "a.txt":
+        assert corpus.fingerprint() == Corpus([write_jsonl(tmp_path / "b.jsonl", lines())]).fingerprint() or name in (
+            "a.parquet",
+            "arrow",
+        )
+
+
+def lines():
+    return [{"text": text} for text in TEXTS]
+
+
+def test_a_txt_file_is_one_document_unless_lines_are_asked_for(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfOne line.\r\n\r\nAnother.\n")
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(b"One line.\n\nAnother.\n"))
+    (tmp_path / "empty.txt").write_bytes(b" \n")
+    (tmp_path / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    paths = resolve_paths([f"{tmp_path}/*"], where="x")
+    whole = [content for _, content in Corpus(paths).records()]
+    assert whole[:2] == ["One line.\r\n\r\nAnother.", "One line.\n\nAnother."]
+    assert [content.kind for content in whole[2:]] == ["blank line", "not UTF-8"]
+    assert [c for _, c in Corpus(paths[:1], txt_documents="line").records() if isinstance(c, str)] == [
+        "One line.",
+        "Another.",
+    ]
+
+
+def test_a_saved_data_set_in_a_glob_is_one_source(tmp_path):
+    write_arrow(tmp_path / "saved")
+    write_jsonl(tmp_path / "more.jsonl", [{"text": "x"}])
+    assert resolve_paths([f"{tmp_path}/**"], where="x") == [f"{tmp_path}/more.jsonl", f"{tmp_path}/saved"]
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS})}).save_to_disk(str(tmp_path / "splits"))
+    assert len(Corpus(resolve_paths([f"{tmp_path}/splits/train"], where="x"))) == 30
+    with pytest.raises(InputError, match="splits is a folder; name the files in it"):
+        resolve_paths([f"{tmp_path}/splits"], where="x")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("kept", [0.3, 0.7, 0.95])
+def test_a_file_that_ends_too_early_gives_what_it_holds_and_one_fault(tmp_path, name, kept):
+    path = tmp_path / name
+    texts = [f"{number} " + os.urandom(400).hex() for number in range(400)]
+    content = jsonl_bytes(texts)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(content))
+    elif name.endswith(".zst"):
+        path.write_bytes(zstandard.compress(content))
+    else:
+        pq.write_table(pa.table({"text": texts}), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    contents = [content for _, content in Corpus([str(path)]).records()]
+    assert contents[:-1] == texts[: len(contents) - 1]
+    assert isinstance(contents[-1], BadRecord) and contents[-1].kind == "damaged file"
+    if name != "a.parquet":
+        assert len(contents) > 400 * kept - 150
+
+
+def test_columns_of_a_parquet_file_that_hold_no_text_are_named(tmp_path):
+    pq.write_table(pa.table({"text": ["a", None, ""], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    kinds = [getattr(content, "kind", content) for _, content in Corpus([f"{tmp_path}/a.parquet"]).records()]
+    assert kinds == ["a", "not a string", "empty text"]
+    missing = [content for _, content in Corpus([f"{tmp_path}/a.parquet"], text_key="body").records()]
+    assert {content.kind for content in missing} == {"missing key"}
+    numbers = [content for _, content in Corpus([f"{tmp_path}/a.parquet"], text_key="n").records()]
+    assert {content.kind for content in numbers} == {"not a string"}
+
+
+def test_a_packed_file_is_unpacked_once_and_again_when_it_changes(tmp_path):
+    path, cache = tmp_path / "a.jsonl.gz", tmp_path / "cache"
+    write_gzip(path)
+    corpus = Corpus([str(path)], cache_dir=str(cache))
+    unpacked = corpus.files[0].path
+    made = os.stat(unpacked).st_ino
+    assert os.stat(Corpus([str(path)], cache_dir=str(cache)).files[0].path).st_ino == made
+    path.write_bytes(gzip.compress(jsonl_bytes(["new"])))
+    again = Corpus([str(path)], cache_dir=str(cache))
+    assert [content for _, content in again.records()] == ["new"]
+    assert not os.path.exists(unpacked)
+    assert not [name for name in os.listdir(cache) if name.endswith(".tmp")]
+    blocked = write_jsonl(tmp_path / "file", ["x"])
+    with pytest.raises(InputError, match=r"a.jsonl.gz cannot be unpacked into .*; set data.cache_dir"):
+        Corpus([str(path)], cache_dir=blocked)
+
+
+def test_a_record_too_long_to_hold_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("fusiontree.data.records.MAX_RECORD_BYTES", 100)
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long" * 100}])
+    first, second = (content for _, content in Corpus([path]).records())
+    assert first == "short" and second.kind == "too long"
