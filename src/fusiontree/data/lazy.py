@@ -124,9 +124,9 @@ class LazySource:
         for (place, records), chunk in zip(self._chunks(start), chunks, strict=True):
             if isinstance(chunk, Failure):
                 raise InputError(chunk.message)
-            for number, (record, content) in enumerate(zip(records, chunk, strict=True)):
+            for index, (record, content) in enumerate(zip(records, chunk, strict=True)):
                 source = self.corpus.source(record) if isinstance(content, BadRecord) else ""
-                yield SourceRecord(place._replace(position=place.position + number), content, source)
+                yield SourceRecord(place._replace(position=place.position + index), content, source, record)
 
     def identity(self) -> dict[str, object]:
         encoder = self._dataset.encoder

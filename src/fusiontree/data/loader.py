@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fusiontree.data.augment import LongContextTasks
 from fusiontree.data.batch import Batch
 from fusiontree.data.corpus import Corpus, resolve_paths
 from fusiontree.data.lazy import LazyDataset, LazySource
-from fusiontree.data.packing import Place, Row, pack
+from fusiontree.data.packing import Place, Row, pack, pack_best_fit
 from fusiontree.data.records import BLANK_LINE, BadRecord
 from fusiontree.data.report import DataReport
 from fusiontree.data.settings import DataSettings
@@ -27,10 +28,17 @@ from fusiontree.errors import InputError
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
+Packing = Literal["concatenate", "best_fit"]
 
-_STATE_VERSION = 1
+# 1 did not count tokens and could not stand within a window of best-fit rows; what it says is read as it was meant.
+_STATE_VERSION = 2
+_STATE_VERSIONS_READ = (1, 2)
 
-# How a checkpoint's data can differ from the run's, by the names in `DocumentSource.identity`.
+_NOTHING = (0, -1)
+
+_PACKERS = {"concatenate": pack, "best_fit": pack_best_fit}
+
+# How a checkpoint's data can differ from the run's, by the names in `DocumentSource.identity` and `Loader`'s own.
 _DIFFERENCES = {
     "data": "the files' contents, their order or data.text_key differ",
     "tokenizer": "the tokenizer differs",
@@ -38,7 +46,12 @@ _DIFFERENCES = {
     "seed": "seed or data.shuffle differs",
     "rank": "it belongs to another rank",
     "world_size": "the number of processes differs",
+    "augmentation": "data.needle_in_haystack_prob or data.structured_task_prob differs, or the seed of their tasks",
+    "packing": "data.packing differs",
+    "row_length": "training.max_seq_length differs, and with data.packing: best_fit it decides which rows there are",
 }
+# Of these, what says who gets which documents, and in which rows: it does not change the documents.
+_NOT_IN_FINGERPRINT = ("rank", "world_size", "packing", "row_length")
 
 
 class Loader:
@@ -51,9 +64,12 @@ class Loader:
 
     Args:
         source: tokenised records in order.
-        batch_size: rows; length: tokens in a row; neither has to stay the same across a resume.
-        pad_id: the token that fills the last row.
+        batch_size: rows; length: tokens in a row. Neither has to stay the same across a resume, but the length with
+            best fit.
+        pad_id: the token that fills rows.
         on_bad_record: "skip" counts and leaves out, "error" raises at the first.
+        packing: "concatenate" = `packing.pack`, "best_fit" = `packing.pack_best_fit`.
+        tasks: what to write into the documents before they are packed.
     """
 
     def __init__(
@@ -64,21 +80,30 @@ class Loader:
         length: int,
         pad_id: int,
         on_bad_record: Literal["skip", "error"],
+        packing: Packing = "concatenate",
+        tasks: LongContextTasks | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.length = length
         self._source = source
         self._identity = dict(source.identity())
+        if tasks is not None:
+            self._identity["augmentation"] = tasks.identity()
+        if packing == "best_fit":
+            self._identity |= {"packing": packing, "row_length": length}
         self._pad_id = pad_id
         self._on_bad_record = on_bad_record
+        self._packing = packing
+        self._tasks = tasks
         self._place = Place()
+        self._counted = _NOTHING  # epoch and position of the last record that the report has
         self._report = DataReport()
         self._goes_on = source.endless
         self._announced: set[str] = set()
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, of the last token handed out."""
+        """The epoch, from 0, of the last token handed out; with best fit, of the first in its window."""
         return self._place.epoch
 
     def report(self) -> DataReport:
@@ -87,7 +112,7 @@ class Loader:
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the data, the tokenizer and the order: equal where the same documents come."""
-        identity = {key: value for key, value in self._identity.items() if key not in ("rank", "world_size")}
+        identity = {key: value for key, value in self._identity.items() if key not in _NOT_IN_FINGERPRINT}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +120,7 @@ class Loader:
         return {
             "version": _STATE_VERSION,
             "place": list(self._place),
+            "counted": list(self._counted),
             "identity": self._identity,
             "report": self._report.state_dict(),
         }
@@ -106,9 +132,10 @@ class Loader:
             InputError: the state is of another version, or the data, the tokenizer, the order or the number of
                 processes are not those it was taken with.
         """
-        if state.get("version") != _STATE_VERSION:
+        if state.get("version") not in _STATE_VERSIONS_READ:
             raise InputError(
-                f"the checkpoint's data state has version {state.get('version')}, this program reads {_STATE_VERSION}"
+                f"the checkpoint's data state has version {state.get('version')}, this program reads "
+                f"{' and '.join(map(str, _STATE_VERSIONS_READ))}"
             )
         for key in {**self._identity, **state["identity"]}:
             if self._identity.get(key) != state["identity"].get(key):
@@ -118,26 +145,40 @@ class Loader:
                     "resume with what it was trained on, or start a new run in another output_dir"
                 )
         self._place = Place(*state["place"])
+        if "counted" in state:
+            self._counted = tuple(state["counted"])
+        else:
+            self._counted = self._place[:2] if self._place.offset else _NOTHING
         self._report = DataReport.from_state(state["report"])
         self._announced.update(self._report.skipped)
         self._goes_on = True
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._goes_on:
-            self._place, self._report = Place(), DataReport()
+            self._place, self._counted, self._report = Place(), _NOTHING, DataReport()
         self._goes_on = self._source.endless
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        rows = pack(self._documents(self._place), length=self.length, pad_id=self._pad_id)
+        rows = _PACKERS[self._packing](self._documents(self._place), length=self.length, pad_id=self._pad_id)
         while batch := list(islice(rows, self.batch_size)):
             self._place = batch[-1].after
+            for row in batch:
+                self._report.tokens += row.tokens
+                self._report.padding_tokens += self.length - row.tokens
+                self._report.cut_documents += row.cut_documents
             yield _stack(batch)
 
     def _documents(self, start: Place) -> Iterator[tuple[Place, np.ndarray]]:
-        """What there is to pack; counts it, and sees to it that an epoch without a document is no endless loop."""
+        """What there is to pack; counts it, and sees to it that an epoch without a document is no endless loop.
+
+        What a former `start` has read and counted already, the rest of a window for one, is not counted again.
+        """
         whole_epoch_from, found = (start.epoch if start.position == 0 else start.epoch + 1), False
-        for place, content, source in self._source.read(start):
+        for place, content, source, number in self._source.read(start):
+            is_new = place[:2] > self._counted
+            if is_new:
+                self._counted = place[:2]
             if place.epoch > whole_epoch_from:
                 if not found:
                     raise InputError(
@@ -146,24 +187,26 @@ class Loader:
                     )
                 whole_epoch_from, found = place.epoch, False
             if isinstance(content, BadRecord):
-                self._skip(place, source, content)
+                self._skip(place, source, content, is_new)
                 continue
             found = True
+            self._report.documents += is_new
+            if self._tasks is not None:
+                content = self._tasks(content, place.epoch, number)
             if place[:2] == start[:2]:
                 place = start
-            if place.offset == 0:
-                self._report.documents += 1
             yield place, content
 
-    def _skip(self, place: Place, source: str, bad: BadRecord) -> None:
+    def _skip(self, place: Place, source: str, bad: BadRecord, is_new: bool) -> None:
         if place.epoch > 0:
             return  # the same records as in the first epoch
-        self._report.add(source, bad)
+        if is_new:
+            self._report.add(source, bad)
         if bad.kind == BLANK_LINE:
             return
         if self._on_bad_record == "error":
             raise InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
-        if bad.kind not in self._announced:
+        if is_new and bad.kind not in self._announced:
             self._announced.add(bad.kind)
             logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
 
@@ -203,15 +246,17 @@ def build_loader(
     """The batches of one split for one rank.
 
     Args:
-        split: "train" repeats for ever, each epoch in its own order where `settings.shuffle`; "eval" is one pass in
-            file order.
+        split: "train" repeats for ever, each epoch in its own order where `settings.shuffle`, packed and augmented as
+            the settings say; "eval" is one pass in file order, of the texts as they are, always concatenated: the
+            figures of runs that pack differently compare, and no row is spent on padding.
         batch_size: rows of a batch of this rank; max_seq_length: tokens in a row, at least 2.
-        seed: of the order.
+        seed: of the order and of the tasks that are written into documents.
         rank, world_size: every record goes to one rank, once an epoch. Ranks of an evaluation may differ in the number
             of their batches.
 
     Raises:
-        InputError: impossible sizes, files that cannot be used, a separator that the tokenizer does not have.
+        InputError: impossible sizes, files that cannot be used, a separator that the tokenizer does not have, tasks
+            that it cannot write.
     """
     if max_seq_length < 2:
         raise InputError(f"max_seq_length must be at least 2, got {max_seq_length}: a row of 1 token predicts nothing")
@@ -231,12 +276,28 @@ def build_loader(
         rank=rank,
         world_size=world_size,
     )
+    is_augmented = settings.needle_in_haystack_prob > 0 or settings.structured_task_prob > 0
     return Loader(
         source,
         batch_size=batch_size,
         length=max_seq_length,
         pad_id=pad_id_of(tokenizer),
         on_bad_record=settings.on_bad_record,
+        packing=settings.packing if split == "train" else "concatenate",
+        tasks=_tasks_of(settings, encoder, seed) if split == "train" and is_augmented else None,
+    )
+
+
+def _tasks_of(settings: DataSettings, encoder: DocumentEncoder, seed: int) -> LongContextTasks:
+    tokenizer = encoder.tokenizer
+    return LongContextTasks(
+        needle_in_haystack_prob=settings.needle_in_haystack_prob,
+        structured_task_prob=settings.structured_task_prob,
+        seed=seed,
+        encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        decode=lambda ids: str(tokenizer.decode(ids)),
+        opening=tuple(encoder.prefix),
+        separator_id=encoder.separator_id,
     )
 
 
