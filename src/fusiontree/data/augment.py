@@ -23,6 +23,7 @@ MIN_TOKENS = 32  # a shorter document is left alone: it would be all task
 
 _SCRIPT_TOKENS = 64  # of a document, which decide between English and Chinese
 _LOOK_AHEAD = 48  # tokens within which a fact moves on to the end of a sentence
+_CONTEXT = 8  # tokens that are decoded to see what stands before a place: at least a character's four bytes
 _DIGITS = "0123456789"
 _DIGITS_OF_A_NEEDLE = 5
 _DIGITS_OF_A_VALUE = 3
@@ -127,8 +128,8 @@ CHINESE = Phrases(
         "枫木 大理石 白银 玛瑙 蛋白石 珍珠 石英 红宝石 砂岩 蓝宝石 石板 钢铁 黄玉 天鹅绒 胡桃木 柳木".split()
     ),
     keys=tuple(
-        "蚂蚁 獾 熊 海狸 骆驼 仙鹤 乌鸦 鹿 海豚 老鹰 猎鹰 狐狸 青蛙 山羊 大雁 野兔 白鹭 骏马 云雀 狮子 蜥蜴 猞猁 鼹鼠 "
-        "飞蛾 水獭 猫头鹰 熊猫 鹌鹑 海豹 鲨鱼 蜗牛 白鹳 天鹅 老虎 蟾蜍 斑马".split()
+        "蚂蚁 獾 刺猬 海狸 骆驼 仙鹤 乌鸦 鹿 海豚 老鹰 猎鹰 狐狸 青蛙 山羊 大雁 野兔 白鹭 骏马 云雀 狮子 蜥蜴 猞猁 "
+        "鼹鼠 飞蛾 水獭 猫头鹰 熊猫 鹌鹑 海豹 鲨鱼 蜗牛 白鹳 天鹅 老虎 蟾蜍 斑马".split()
     ),
     question="\n问题：{}\n答案：",
     answer="{}",
@@ -259,11 +260,12 @@ class LongContextTasks:
         for place in range(wanted, min(stop, wanted + _LOOK_AHEAD)):
             if place == start:
                 return place
-            if "\ufffd" in self.decode(ids[place : place + 1]):
+            context = max(start, place - _CONTEXT)
+            left = self.decode(ids[context:place])
+            if left.endswith("\ufffd"):
                 continue
-            left = self.decode(ids[place - 1 : place])
-            # Both together: a tokenizer may drop the space that a text begins with.
-            is_word_end = self.decode(ids[place - 1 : place + 1])[len(left) :][:1].isspace()
+            # Decoded with what stands before: a tokenizer may drop the space that a text begins with.
+            is_word_end = self.decode(ids[context : place + 1])[len(left) :][:1].isspace()
             if left.endswith(("\n", "。", "！", "？")) or (is_word_end and left.endswith((".", "!", "?"))):
                 return place
             if is_word_end and between_words is None:
