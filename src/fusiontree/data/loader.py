@@ -295,7 +295,7 @@ def _tasks_of(settings: DataSettings, encoder: DocumentEncoder, seed: int) -> Lo
         structured_task_prob=settings.structured_task_prob,
         seed=seed,
         encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        decode=lambda ids: str(tokenizer.decode(ids)),
+        decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
         opening=tuple(encoder.prefix),
         separator_id=encoder.separator_id,
     )
