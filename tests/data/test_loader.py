@@ -139,6 +139,69 @@ def test_every_batch_is_a_place_to_resume_from(make_loader):
         assert again.state_dict() == states[step + 2]  # the counts of documents and skipped records too
 
 
+def test_with_best_fit_every_batch_is_a_place_to_resume_from(make_loader):
+    options = {"length": 16, "batch_size": 3, "packing": "best_fit"}
+    loader = make_loader(**options)
+    states, batches = [loader.state_dict()], []
+    for batch in islice(loader, 70):  # four windows, and epochs that end within them
+        batches.append(batch)
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    assert loader.epoch == 1
+    expected = as_lists(batches)
+    for step in [0, 1, 20, 21, 22, 23, 43, 60, 68]:
+        again = make_loader(**options, num_workers=step % 2)
+        again.load_state_dict(states[step])
+        assert as_lists(islice(again, 2)) == expected[step : step + 2]
+        assert again.state_dict() == states[step + 2]  # the counts of documents, skipped records and padding too
+
+
+def test_with_best_fit_batch_size_may_change_but_neither_packing_nor_row_length(make_loader):
+    loader = make_loader(packing="best_fit")
+    expected = torch.cat([batch.input_ids for batch in islice(loader, 6)])
+    loader = make_loader(packing="best_fit")
+    list(islice(loader, 2))
+    state = loader.state_dict()
+    again = make_loader(packing="best_fit", batch_size=4)
+    again.load_state_dict(state)
+    assert torch.equal(torch.cat([batch.input_ids for batch in islice(again, 3)]), expected[6:])
+    for changed, problem in [
+        ({"packing": "concatenate"}, "data.packing differs"),
+        ({"packing": "best_fit", "length": 33}, "training.max_seq_length differs"),
+    ]:
+        with pytest.raises(InputError, match=f"does not fit this run: {problem}"):
+            make_loader(**changed).load_state_dict(state)
+    assert make_loader(packing="best_fit").fingerprint() == make_loader().fingerprint()
+
+
+def test_best_fit_holds_every_document_of_an_epoch_uncut_where_it_fits(make_loader, tokenizer):
+    loader = make_loader(packing="best_fit", length=200)
+    found = []
+    for batch in islice(loader, 40):
+        for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+            found += [text for text in tokenizer.decode(ids[labels >= 0]).split(tokenizer.eos_token) if text]
+    assert set(found) == {text_of(number) for number in range(60)}
+    report = loader.report()
+    assert report.cut_documents == 0
+    assert report.tokens + report.padding_tokens == 40 * 3 * 200
+    assert 0 < report.padding_share < 0.1
+    assert "(0 cut, " in report.summary()
+
+
+def test_evaluation_concatenates_whatever_training_does(make_loader):
+    assert as_lists(make_loader(split="eval", packing="best_fit")) == as_lists(make_loader(split="eval"))
+
+
+def test_the_report_counts_padding_and_cut_documents(make_loader):
+    loader = make_loader(split="eval")
+    batches = list(loader)
+    report = loader.report()
+    assert report.tokens == sum(int((batch.labels >= 0).sum()) for batch in batches)
+    assert report.padding_tokens == sum(batch.labels.numel() for batch in batches) - report.tokens
+    # A row that does not begin with a document's first word goes on with one that was cut, once at least.
+    assert 0 < report.cut_documents <= sum(len(batch.labels) for batch in batches) - 1
+    assert report.summary().startswith(f"60 documents read ({report.cut_documents} cut, ")
+
+
 def test_an_interrupted_evaluation_goes_on_once_and_then_begins_anew(make_loader):
     loader = make_loader(split="eval")
     whole = as_lists(loader)
@@ -322,8 +385,9 @@ def test_settings_accept_one_path_and_refuse_what_is_unknown():
     assert DataSettings.parse({"train_paths": "a.jsonl"}).train_paths == ("a.jsonl",)
     with pytest.raises(InputError, match="did you mean data.num_workers"):
         DataSettings.parse({"num_worker": 2}, where="data")
-    with pytest.raises(InputError, match="data.data_mode"):
-        DataSettings.parse({"data_mode": "eager"}, where="data")
+    for key, value in [("data_mode", "eager"), ("packing", "first_fit"), ("structured_task_prob", 1.5)]:
+        with pytest.raises(InputError, match=f"data.{key}"):
+            DataSettings.parse({key: value}, where="data")
 
 
 SLOW_READER = """

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fusiontree.data.augment import LongContextTasks
 from fusiontree.data.batch import Batch
 from fusiontree.data.corpus import Corpus, resolve_paths
 from fusiontree.data.lazy import LazyDataset
 from fusiontree.data.order import MixedOrder, Order, Place, PlainOrder
 from fusiontree.data.ordered import OrderedSource
-from fusiontree.data.packing import Row, pack
+from fusiontree.data.packing import Row, pack, pack_best_fit
 from fusiontree.data.records import BLANK_LINE, BadRecord
 from fusiontree.data.report import DataReport
 from fusiontree.data.settings import DataSettings
@@ -31,10 +32,15 @@ from fusiontree.errors import InputError
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "eval"]
+Packing = Literal["concatenate", "best_fit"]
 
 _STATE_VERSION = 2
 
-# How a checkpoint's data can differ from the run's, by the names in `DocumentSource.identity`.
+_NOTHING = (0, -1)
+
+_PACKERS = {"concatenate": pack, "best_fit": pack_best_fit}
+
+# How a checkpoint's data can differ from the run's, by the names in `DocumentSource.identity` and `Loader`'s own.
 _DIFFERENCES = {
     "data": "the files' contents, their order or data.text_key differ",
     "chat_template": "the tokenizer's chat template differs",
@@ -43,7 +49,12 @@ _DIFFERENCES = {
     "tokenizer": "the tokenizer differs",
     "separator_id": "data.document_separator differs",
     "seed": "seed or data.shuffle differs",
+    "augmentation": "data.needle_in_haystack_prob or data.structured_task_prob differs, or the seed of their tasks",
+    "packing": "data.packing differs",
+    "row_length": "training.max_seq_length differs, and with data.packing: best_fit it decides which rows there are",
 }
+# Of these, what says who gets which documents, and in which rows: it does not change the documents.
+_NOT_IN_FINGERPRINT = ("packing", "row_length")
 
 
 class Loader:
@@ -56,9 +67,12 @@ class Loader:
 
     Args:
         source: tokenised records in order.
-        batch_size: rows; length: tokens in a row; neither has to stay the same across a resume.
-        pad_id: the token that fills the last row.
+        batch_size: rows; length: tokens in a row. Neither has to stay the same across a resume, but the length with
+            best fit.
+        pad_id: the token that fills rows.
         on_bad_record: "skip" counts and leaves out, "error" raises at the first.
+        packing: "concatenate" = `packing.pack`, "best_fit" = `packing.pack_best_fit`.
+        tasks: what to write into the documents before they are packed.
     """
 
     def __init__(
@@ -69,22 +83,31 @@ class Loader:
         length: int,
         pad_id: int,
         on_bad_record: Literal["skip", "error"],
+        packing: Packing = "concatenate",
+        tasks: LongContextTasks | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.length = length
         self._source = source
         self._identity = dict(source.identity())
+        if tasks is not None:
+            self._identity["augmentation"] = tasks.identity()
+        if packing == "best_fit":
+            self._identity |= {"packing": packing, "row_length": length}
         self._pad_id = pad_id
         self._on_bad_record = on_bad_record
+        self._packing = packing
+        self._tasks = tasks
         self._place = Place()
         self._history: list[list[Place]] = []
+        self._counted = _NOTHING  # epoch and position of the last record that the report has
         self._report = DataReport()
         self._goes_on = source.endless
         self._announced: set[str] = set()
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, of the last token handed out."""
+        """The epoch, from 0, of the last token handed out; with best fit, of the first in its window."""
         return self._place.epoch
 
     def report(self) -> DataReport:
@@ -93,7 +116,8 @@ class Loader:
 
     def fingerprint(self) -> str:
         """Hexadecimal digest of the data, the tokenizer and the order: equal where the same documents come."""
-        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:32]
+        identity = {key: value for key, value in self._identity.items() if key not in _NOT_IN_FINGERPRINT}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch begins, as plain values for JSON: it is derived anew from there, nothing is stored."""
@@ -102,6 +126,7 @@ class Loader:
             "place": list(self._place),
             "rank": self._source.rank,
             "history": [[list(place) for place in places] for places in self._history],
+            "counted": list(self._counted),
             "identity": self._identity,
             "report": self._report.state_dict(),
         }
@@ -126,12 +151,20 @@ class Loader:
             if history:
                 self._source.hand_over(history)
             self._report = DataReport.from_state(states[rank]["report"])
+            self._counted = tuple(states[rank]["counted"])
         else:
-            self._history = [*history, [Place(*state["place"]) for state in states]]
+            stopped = [Place(*state["place"]) for state in states]
+            if any(one.rows for one in stopped):
+                raise InputError(
+                    f"the checkpoint was written by {len(states)} processes with data.packing: best_fit, whose rows "
+                    f"belong to them: resume with as many instead of {world_size}"
+                )
+            self._history = [*history, stopped]
             place = self._source.hand_over(self._history)
             reports = [DataReport.from_state(state["report"]) for state in states]
             self._report = DataReport.merged(reports) if rank == 0 else DataReport()
             self._announced.update(*(report.skipped for report in reports))
+            self._counted = _NOTHING  # positions now count other documents
         self._place = place
         self._announced.update(self._report.skipped)
         self._goes_on = True
@@ -151,21 +184,31 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._goes_on:
-            self._place, self._report = Place(), DataReport()
+            self._place, self._counted, self._report = Place(), _NOTHING, DataReport()
         self._goes_on = self._source.endless
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        rows = pack(self._documents(self._place), length=self.length, pad_id=self._pad_id)
+        rows = _PACKERS[self._packing](self._documents(self._place), length=self.length, pad_id=self._pad_id)
         while batch := list(islice(rows, self.batch_size)):
             self._place = batch[-1].after
+            for row in batch:
+                self._report.tokens += row.tokens
+                self._report.padding_tokens += self.length - row.tokens
+                self._report.cut_documents += row.cut_documents
             yield _stack(batch)
 
     def _documents(self, start: Place) -> Iterator[tuple[Place, np.ndarray]]:
-        """What there is to pack; counts it, and sees to it that an epoch without a document is no endless loop."""
+        """What there is to pack; counts it, and sees to it that an epoch without a document is no endless loop.
+
+        What a former `start` has read and counted already, the rest of a window for one, is not counted again.
+        """
         whole_epoch_from = max(start.epoch + (start.position > 0), self._source.first_whole_epoch)
         found = False
-        for place, content, source in self._source.read(start):
+        for place, content, source, number in self._source.read(start):
+            is_new = place[:2] > self._counted
+            if is_new:
+                self._counted = place[:2]
             if place.epoch > whole_epoch_from:
                 if not found:
                     raise InputError(
@@ -174,24 +217,26 @@ class Loader:
                     )
                 whole_epoch_from, found = place.epoch, False
             if isinstance(content, BadRecord):
-                self._skip(place, source, content)
+                self._skip(place, source, content, is_new)
                 continue
             found = True
+            self._report.documents += is_new and place.offset == 0
+            if self._tasks is not None:
+                content = self._tasks(content, place.epoch, number)
             if place[:2] == start[:2]:
                 place = max(place, start)
-            if place.offset == 0:
-                self._report.documents += 1
             yield place, content
 
-    def _skip(self, place: Place, source: str, bad: BadRecord) -> None:
+    def _skip(self, place: Place, source: str, bad: BadRecord, is_new: bool) -> None:
         if place.epoch > 0:
             return  # the same records as in the first epoch
-        self._report.add(source, bad)
+        if is_new:
+            self._report.add(source, bad)
         if bad.kind == BLANK_LINE:
             return
         if self._on_bad_record == "error":
             raise InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
-        if bad.kind not in self._announced:
+        if is_new and bad.kind not in self._announced:
             self._announced.add(bad.kind)
             logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
 
@@ -293,15 +338,17 @@ def build_loader(
     """The batches of one split for one rank.
 
     Args:
-        split: "train" repeats for ever, each epoch in its own order where `settings.shuffle`; "eval" is one pass in
-            file order.
+        split: "train" repeats for ever, each epoch in its own order where `settings.shuffle`, packed and augmented as
+            the settings say; "eval" is one pass in file order, of the texts as they are, always concatenated: the
+            figures of runs that pack differently compare, and no row is spent on padding.
         batch_size: rows of a batch of this rank; max_seq_length: tokens in a row, at least 2.
-        seed: of the order.
+        seed: of the order and of the tasks that are written into documents.
         rank, world_size: every record goes to one rank, once an epoch. Ranks of an evaluation may differ in the number
             of their batches.
 
     Raises:
-        InputError: impossible sizes, files that cannot be used, a separator that the tokenizer does not have.
+        InputError: impossible sizes, files that cannot be used, a separator that the tokenizer does not have, tasks
+            that it cannot write.
     """
     if max_seq_length < 2:
         raise InputError(f"max_seq_length must be at least 2, got {max_seq_length}: a row of 1 token predicts nothing")
@@ -322,12 +369,28 @@ def build_loader(
         rank=rank,
         world_size=world_size,
     )
+    is_augmented = settings.needle_in_haystack_prob > 0 or settings.structured_task_prob > 0
     return Loader(
         source,
         batch_size=batch_size,
         length=max_seq_length,
         pad_id=pad_id_of(tokenizer),
         on_bad_record=settings.on_bad_record,
+        packing=settings.packing if split == "train" else "concatenate",
+        tasks=_tasks_of(settings, encoder, seed) if split == "train" and is_augmented else None,
+    )
+
+
+def _tasks_of(settings: DataSettings, encoder: DocumentEncoder, seed: int) -> LongContextTasks:
+    tokenizer = encoder.tokenizer
+    return LongContextTasks(
+        needle_in_haystack_prob=settings.needle_in_haystack_prob,
+        structured_task_prob=settings.structured_task_prob,
+        seed=seed,
+        encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+        decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+        opening=tuple(encoder.prefix),
+        separator_id=encoder.separator_id,
     )
 
 

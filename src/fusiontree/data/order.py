@@ -65,11 +65,15 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class Place(NamedTuple):
-    """The next token to hand out: which epoch, which document in that epoch's order, which of its tokens."""
+    """The next token to hand out: which epoch, which document in that epoch's order, which of its tokens.
+
+    Within a window of `pack_best_fit` it is the window's first token, and `rows` how many of its rows are handed out.
+    """
 
     epoch: int = 0
     position: int = 0
     offset: int = 0
+    rows: int = 0
 
 
 class Order(Protocol):

@@ -105,7 +105,7 @@ class OrderedSource:
             for number, (place, record, content) in enumerate(zip(places, records, chunk, strict=True)):
                 source = self._records.source(record) if isinstance(content, BadRecord) else ""
                 offset = self._share.offset(first.epoch, place)
-                yield SourceRecord(Place(first.epoch, first.position + number, offset), content, source)
+                yield SourceRecord(Place(first.epoch, first.position + number, offset), content, source, record)
 
     def identity(self) -> dict[str, object]:
         return {**self._records.identity(), **self._order.identity()}

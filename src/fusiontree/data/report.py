@@ -27,11 +27,21 @@ class DataReport:
         documents: documents read, repetitions in later epochs included.
         blank_lines: lines with nothing on them, which are no records and no fault.
         skipped: by kind of fault (see `fusiontree.data.records`).
+        tokens: tokens of documents in the rows handed out; padding_tokens: what else is in them.
+        cut_documents: documents in them that did not fit the rest of a row and were cut, repetitions included.
     """
 
     documents: int = 0
     blank_lines: int = 0
     skipped: dict[str, Skipped] = field(default_factory=dict)
+    tokens: int = 0
+    padding_tokens: int = 0
+    cut_documents: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Padding among all tokens of the rows handed out; 0 before the first."""
+        return self.padding_tokens / max(1, self.tokens + self.padding_tokens)
 
     @property
     def total_skipped(self) -> int:
@@ -53,13 +63,15 @@ class DataReport:
         return ", ".join(f"{skipped.count} {kind}" for kind, skipped in ordered)
 
     def summary(self) -> str:
-        """One line for a log: what was read, what was skipped and where it first happened."""
-        documents = f"{self.documents} document" + ("" if self.documents == 1 else "s")
+        """One line for a log: what was read, how it was packed, what was skipped and where it first happened."""
+        documents = f"{self.documents} document" + ("" if self.documents == 1 else "s") + " read"
+        if self.tokens:
+            documents += f" ({self.cut_documents} cut, {self.padding_share:.1%} padding)"
         if not self.skipped:
-            return f"{documents} read, no record skipped"
+            return f"{documents}, no record skipped"
         first = "; ".join(f"{kind} first at {skipped.examples[0]}" for kind, skipped in sorted(self.skipped.items()))
         records = f"{self.total_skipped} record" + ("" if self.total_skipped == 1 else "s")
-        return f"{documents} read, {records} skipped: {self.reasons()} ({first})"
+        return f"{documents}, {records} skipped: {self.reasons()} ({first})"
 
     @classmethod
     def merged(cls, reports: Iterable[DataReport]) -> DataReport:
@@ -68,6 +80,9 @@ class DataReport:
         for report in reports:
             total.documents += report.documents
             total.blank_lines += report.blank_lines
+            total.tokens += report.tokens
+            total.padding_tokens += report.padding_tokens
+            total.cut_documents += report.cut_documents
             for kind, skipped in report.skipped.items():
                 mine = total.skipped.setdefault(kind, Skipped())
                 mine.count += skipped.count
@@ -79,9 +94,14 @@ class DataReport:
             "documents": self.documents,
             "blank_lines": self.blank_lines,
             "skipped": {kind: [entry.count, list(entry.examples)] for kind, entry in self.skipped.items()},
+            "tokens": self.tokens,
+            "padding_tokens": self.padding_tokens,
+            "cut_documents": self.cut_documents,
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> DataReport:
+        """What `state_dict` gave; one without counts of tokens, as the first version had it, counts them from 0."""
         skipped = {kind: Skipped(count, list(examples)) for kind, (count, examples) in state["skipped"].items()}
-        return cls(state["documents"], state["blank_lines"], skipped)
+        packed = {name: state.get(name, 0) for name in ("tokens", "padding_tokens", "cut_documents")}
+        return cls(state["documents"], state["blank_lines"], skipped, **packed)

@@ -44,6 +44,17 @@ class DataSettings(Settings):
     document_separator: Literal["auto", "eos"] | None = Field(
         "auto", description="token after each document: eos, null = none, auto = eos where the tokenizer has one"
     )
+    packing: Literal["concatenate", "best_fit"] = Field(
+        "concatenate",
+        description="training rows: concatenate = documents end to end, cut at rows' ends; best_fit = only documents "
+        "longer than a row are cut, and rows are padded",
+    )
+    needle_in_haystack_prob: float = Field(
+        0.0, ge=0, le=1, description="share of training documents that get a fact and, at their end, its question"
+    )
+    structured_task_prob: float = Field(
+        0.0, ge=0, le=1, description="share of training documents that get a list to recall or a sequence to copy"
+    )
     cache_dir: str | None = Field(
         None,
         description="folder of indexes and unpacked files; null = $FUSIONTREE_CACHE or fusiontree/ in the user's cache",

@@ -13,11 +13,12 @@ from fusiontree.data.records import BadRecord
 
 class SourceRecord(NamedTuple):
     """One record in its turn: where it stands, its int32 ids (signed as in `packing`) or why it has none, and then its
-    `file:line`."""
+    `file:line`; and its number among all records, which neither order nor rank nor data mode changes."""
 
     place: Place
     content: np.ndarray | BadRecord
     source: str
+    number: int
 
 
 class RecordSet(Protocol):
