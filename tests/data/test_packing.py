@@ -11,8 +11,12 @@ from fusiontree.data.packing import Place, pack
 PAD = 999
 
 
+def with_places(documents):
+    return ((Place(0, i), np.array(ids)) for i, ids in enumerate(documents))
+
+
 def rows_of(documents, length):
-    return list(pack(((Place(0, i), np.array(ids)) for i, ids in enumerate(documents)), length=length, pad_id=PAD))
+    return list(pack(with_places(documents), length=lambda: length, pad_id=PAD))
 
 
 documents_of_any_length = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=30), min_size=1, max_size=12)
@@ -43,9 +47,24 @@ def test_the_place_after_a_row_leads_to_the_rest(documents, length):
     for number, row in enumerate(rows):
         after = row.after
         rest = ((after if i == after.position else Place(0, i), np.array(ids)) for i, ids in enumerate(documents))
-        again = list(pack((item for item in rest if item[0].position >= after.position), length=length, pad_id=PAD))
+        left = (item for item in rest if item[0].position >= after.position)
+        again = list(pack(left, length=lambda: length, pad_id=PAD))
         assert [r.input_ids.tolist() for r in again] == [r.input_ids.tolist() for r in rows[number + 1 :]]
         assert [r.position_ids.tolist() for r in again] == [r.position_ids.tolist() for r in rows[number + 1 :]]
+
+
+@given(documents=documents_of_any_length, lengths=st.lists(st.integers(2, 17), min_size=1, max_size=5))
+def test_rows_of_changing_lengths_lose_no_token(documents, lengths):
+    asked = []
+
+    def length():
+        asked.append(lengths[len(asked) % len(lengths)])
+        return asked[-1]
+
+    rows = list(pack(with_places(documents), length=length, pad_id=PAD))
+    kept = np.concatenate([row.input_ids[row.labels >= 0] for row in rows])
+    assert kept.tolist() == [token for ids in documents for token in ids]
+    assert [len(row.input_ids) for row in rows] == asked[: len(rows)]
 
 
 def test_padding_is_a_document_of_its_own_that_counts_nowhere():
@@ -70,6 +89,6 @@ def test_no_document_is_taken_before_it_is_needed():
             taken.append(i)
             yield Place(0, i), np.arange(4)
 
-    rows = pack(documents(), length=4, pad_id=PAD)
+    rows = pack(documents(), length=lambda: 4, pad_id=PAD)
     next(rows)
     assert taken == [0]

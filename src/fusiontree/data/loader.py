@@ -51,7 +51,7 @@ class Loader:
 
     Args:
         source: tokenised records in order.
-        batch_size: rows; length: tokens in a row; neither has to stay the same across a resume.
+        batch_size: rows; length: tokens in a row; both may change between batches (`set_shape`) and across a resume.
         pad_id: the token that fills the last row.
         on_bad_record: "skip" counts and leaves out, "error" raises at the first.
     """
@@ -65,8 +65,7 @@ class Loader:
         pad_id: int,
         on_bad_record: Literal["skip", "error"],
     ) -> None:
-        self.batch_size = batch_size
-        self.length = length
+        self.set_shape(batch_size, length)
         self._source = source
         self._identity = dict(source.identity())
         self._pad_id = pad_id
@@ -80,6 +79,16 @@ class Loader:
     def epoch(self) -> int:
         """The epoch, from 0, of the last token handed out."""
         return self._place.epoch
+
+    def set_shape(self, batch_size: int, length: int) -> None:
+        """Make the next batches of `batch_size` rows of `length` tokens; they go on right behind the last batch.
+
+        Raises:
+            InputError: no row, or rows in which nothing can be predicted.
+        """
+        _check_shape(batch_size, length)
+        self.batch_size = batch_size
+        self.length = length
 
     def report(self) -> DataReport:
         """What has been read and skipped up to the last batch; a bad record counts in the first epoch only."""
@@ -129,7 +138,7 @@ class Loader:
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        rows = pack(self._documents(self._place), length=self.length, pad_id=self._pad_id)
+        rows = pack(self._documents(self._place), length=lambda: self.length, pad_id=self._pad_id)
         while batch := list(islice(rows, self.batch_size)):
             self._place = batch[-1].after
             yield _stack(batch)
@@ -166,6 +175,13 @@ class Loader:
         if bad.kind not in self._announced:
             self._announced.add(bad.kind)
             logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
+
+
+def _check_shape(batch_size: int, length: int) -> None:
+    if length < 2:
+        raise InputError(f"max_seq_length must be at least 2, got {length}: a row of 1 token predicts nothing")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _stack(rows: list[Row]) -> Batch:
@@ -213,10 +229,7 @@ def build_loader(
     Raises:
         InputError: impossible sizes, files that cannot be used, a separator that the tokenizer does not have.
     """
-    if max_seq_length < 2:
-        raise InputError(f"max_seq_length must be at least 2, got {max_seq_length}: a row of 1 token predicts nothing")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    _check_shape(batch_size, max_seq_length)  # before files are read for nothing
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}")
     corpus = open_corpus(settings, split)
