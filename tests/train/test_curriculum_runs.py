@@ -62,7 +62,9 @@ def test_a_run_goes_through_its_stages(run_settings, tmp_path: Path) -> None:
 
     # Evaluation reads rows of the full length: the same of an untrained model as without a curriculum.
     plain = run_settings(
-        training={"max_steps": 1, "eval_batches": None}, output_dir=str(tmp_path / "plain"), logging={"progress": "none"}
+        training={"max_steps": 1, "eval_batches": None},
+        output_dir=str(tmp_path / "plain"),
+        logging={"progress": "none"},
     )
     fusiontree.train(plain)
     untrained = rows(tmp_path / "plain", "metrics.jsonl")[0]
@@ -74,11 +76,10 @@ def test_a_run_goes_through_its_stages(run_settings, tmp_path: Path) -> None:
     assert RunSettings.parse(resolved).length_schedule() == RunSettings.parse(sections).length_schedule()
 
 
-def test_stopped_twice_and_killed_once_is_never_stopped(run_settings, tmp_path: Path) -> None:
+def test_stopped_once_and_killed_once_is_never_stopped(run_settings, tmp_path: Path) -> None:
     steps = 36
     changes = {
         "model": {"dropout": 0.1, "drop_branch_prob": 0.3},
-        "data": {"num_workers": 1},
         "curriculum": {"preset": "aggressive"},
         "training": {
             "max_steps": steps,
@@ -94,14 +95,14 @@ def test_stopped_twice_and_killed_once_is_never_stopped(run_settings, tmp_path: 
     run = tmp_path / "stopped"
     seed = time.time_ns() % 10_000
     draw = random.Random(seed)
-    # Stages end at steps 7, 16 and 25.
+    # Stages end at steps 7, 16 and 25; one stop lets the workers end, the other has none.
     plan = [
-        (signal.SIGINT, 130, draw.randint(1, 8)),
-        (signal.SIGTERM, 143, draw.randint(10, 17)),
-        (signal.SIGKILL, -signal.SIGKILL, draw.randint(20, 27)),
+        (1, signal.SIGTERM, 143, draw.randint(1, 17)),
+        (0, signal.SIGKILL, -signal.SIGKILL, draw.randint(20, 27)),
     ]
-    for number, expected_code, step in plan:
-        code, errors = stop(stopped, run, number, step)
+    for num_workers, number, expected_code, step in plan:
+        with_workers = stopped | {"data": stopped["data"] | {"num_workers": num_workers}}
+        code, errors = stop(with_workers, run, number, step)
         assert code == expected_code, f"seed {seed}: {plan}\n{errors}"
     done = command(tmp_path / "stopped.yaml", "--resume", "auto")
     assert done.returncode == 0, done.stderr

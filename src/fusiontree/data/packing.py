@@ -37,9 +37,7 @@ class Row:
     after: Place
 
 
-def pack(
-    documents: Iterable[tuple[Place, np.ndarray]], *, length: Callable[[], int], pad_id: int
-) -> Iterator[Row]:
+def pack(documents: Iterable[tuple[Place, np.ndarray]], *, length: Callable[[], int], pad_id: int) -> Iterator[Row]:
     """Rows of `length()` tokens; when the documents end, what is left makes a last row, padded.
 
     Rows are made only as they are asked for, and no document is taken before the row at hand needs it.

@@ -112,8 +112,8 @@ class ProgressView:
             self._bar.start()
 
     def step(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """After every step: redraw the live line with the newest loss, tokens/s, gate mean, learning rate and, where it varies,
-        the length of rows."""
+        """After every step: redraw the live line with the newest loss, tokens/s, gate mean, learning rate and length of rows (where
+        it varies)."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_summary(numbers))
 

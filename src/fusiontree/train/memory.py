@@ -126,8 +126,8 @@ def estimate_memory(system: SystemSettings, *, parameters: int, activations: int
 def estimate_activations(settings: RunSettings, config: HybridLanguageModelConfig) -> int:
     """Bytes that live at the peak of one micro-batch beside parameters, their gradients and optimizer state.
 
-    Every stage of a length curriculum has as many tokens, but shorter rows take a little more memory for them: the stage
-    that takes most counts.
+    Every stage of a length curriculum has as many tokens, but shorter rows take a little more memory for them: what
+    counts is the stage that takes most.
     """
     return max(_activations_at(settings, config, stage) for stage in settings.length_schedule().stages)
 
