@@ -112,8 +112,8 @@ class ProgressView:
             self._bar.start()
 
     def step(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """After every step: redraw the live line with the newest loss, tokens/s, gate mean, learning rate and length of rows (where
-        it varies)."""
+        """After every step: redraw the live line with the newest loss, tokens/s, gate mean, learning rate and, under a
+        length curriculum, the length."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_summary(numbers))
 
