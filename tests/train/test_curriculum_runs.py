@@ -30,14 +30,6 @@ def train_rows(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows(run, "metrics.jsonl") if "lm_loss" in row]
 
 
-def command(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fusiontree", "train", "--config", str(config), *arguments],
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_a_run_goes_through_its_stages(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         curriculum={"stages": STAGES},
@@ -47,7 +39,9 @@ def test_a_run_goes_through_its_stages(run_settings, tmp_path: Path) -> None:
     )
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(sections))
-    done = command(config)
+    done = subprocess.run(
+        [sys.executable, "-m", "fusiontree", "train", "--config", str(config)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "rows of 8 tokens to step 3, 16 tokens to step 7, 6 tokens to step 8, then 24" in done.stderr
     shown = [line.split()[-3] for line in done.stderr.splitlines() if line.startswith("step ") and "ETA" in line]
@@ -104,8 +98,7 @@ def test_stopped_once_and_killed_once_is_never_stopped(run_settings, tmp_path: P
         with_workers = stopped | {"data": stopped["data"] | {"num_workers": num_workers}}
         code, errors = stop(with_workers, run, number, step)
         assert code == expected_code, f"seed {seed}: {plan}\n{errors}"
-    done = command(tmp_path / "stopped.yaml", "--resume", "auto")
-    assert done.returncode == 0, done.stderr
+    assert fusiontree.train(stopped, resume="auto").step == steps
 
     found = train_rows(run)
     assert [row["length"] for row in found] == [16] * 7 + [32] * 9 + [64] * 9 + [128] * 11
