@@ -152,8 +152,13 @@ class Settings(BaseModel):
             details = error.errors(include_url=False)
             # An unknown key explains a missing one (it is often the same, misspelt), so it comes first.
             details.sort(key=lambda detail: detail["type"] != "extra_forbidden")
-            key = _dotted(details[0], where)
-            sentence = _explain(cls, details[0], where, key or "the configuration")
+            cause = details[0].get("ctx", {}).get("error")
+            if isinstance(cause, SettingError):
+                # A check across sections names the setting at fault by itself.
+                key, sentence = cause.key, str(cause)
+            else:
+                key = _dotted(details[0], where)
+                sentence = _explain(cls, details[0], where, key or "the configuration")
             if len(details) > 1:
                 sentence += f" ({len(details) - 1} more of the settings here are wrong)"
             raise SettingError(sentence, key) from error

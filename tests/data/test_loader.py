@@ -227,6 +227,37 @@ def test_row_length_and_batch_size_may_change_on_resume(make_loader, tokenizer):
     assert texts[:60] == texts_in(list(islice(make_loader(), 30)), tokenizer)[:60]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_change_of_shape_between_batches_is_a_resume_with_another_shape(make_loader, num_workers):
+    """Any sequence of shapes, over the end of an epoch: nothing read ahead, dropped or counted twice."""
+    generator = random.Random(1)
+    shapes = [generator.choice([(1, 48), (2, 24), (6, 8), (3, 16)]) for _ in range(60)]
+    loader = make_loader(num_workers=num_workers)
+    batches, got, states = iter(loader), [], []
+    for shape in shapes:
+        loader.set_shape(*shape)
+        got.append(next(batches))
+        states.append(loader.state_dict())
+    assert [tuple(batch.input_ids.shape) for batch in got] == shapes
+    assert loader.epoch >= 1
+    for number in range(1, len(shapes)):
+        again = make_loader(batch_size=shapes[number][0], length=shapes[number][1])
+        again.load_state_dict(states[number - 1])
+        assert as_lists(islice(again, 1)) == as_lists(got[number : number + 1])
+        assert again.state_dict() == states[number]
+    one_row = make_loader(batch_size=1, length=48)
+    expected = torch.cat([batch.input_ids for batch in islice(one_row, len(shapes))]).flatten()
+    assert torch.cat([batch.input_ids.flatten() for batch in got]).equal(expected)
+
+
+def test_an_impossible_shape_is_refused_and_changes_nothing(make_loader):
+    loader = make_loader()
+    for shape, problem in [((0, 32), "batch_size must be at least 1"), ((3, 1), "max_seq_length must be at least 2")]:
+        with pytest.raises(InputError, match=problem):
+            loader.set_shape(*shape)
+    assert next(iter(loader)).input_ids.shape == (3, 32)
+
+
 def test_the_state_is_small(make_loader):
     loader = make_loader()
     list(islice(loader, 30))

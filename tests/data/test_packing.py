@@ -17,8 +17,12 @@ def read(documents, start=Place()):  # noqa: B008
         yield (start if i == start.position else Place(0, i)), np.array(documents[i])
 
 
+def with_places(documents):
+    return ((Place(0, i), np.array(ids)) for i, ids in enumerate(documents))
+
+
 def rows_of(documents, length):
-    return list(pack(read(documents), length=length, pad_id=PAD))
+    return list(pack(read(documents), length=lambda: length, pad_id=PAD))
 
 
 def best_fit_rows(documents, length, window_rows=2, start=Place()):  # noqa: B008
@@ -63,9 +67,24 @@ def test_the_place_after_a_row_leads_to_the_rest(documents, length):
     for number, row in enumerate(rows):
         after = row.after
         rest = ((after if i == after.position else Place(0, i), np.array(ids)) for i, ids in enumerate(documents))
-        again = list(pack((item for item in rest if item[0].position >= after.position), length=length, pad_id=PAD))
+        left = (item for item in rest if item[0].position >= after.position)
+        again = list(pack(left, length=lambda: length, pad_id=PAD))
         assert [r.input_ids.tolist() for r in again] == [r.input_ids.tolist() for r in rows[number + 1 :]]
         assert [r.position_ids.tolist() for r in again] == [r.position_ids.tolist() for r in rows[number + 1 :]]
+
+
+@given(documents=documents_of_any_length, lengths=st.lists(st.integers(2, 17), min_size=1, max_size=5))
+def test_rows_of_changing_lengths_lose_no_token(documents, lengths):
+    asked = []
+
+    def length():
+        asked.append(lengths[len(asked) % len(lengths)])
+        return asked[-1]
+
+    rows = list(pack(with_places(documents), length=length, pad_id=PAD))
+    kept = np.concatenate([row.input_ids[row.labels >= 0] for row in rows])
+    assert kept.tolist() == [token for ids in documents for token in ids]
+    assert [len(row.input_ids) for row in rows] == asked[: len(rows)]
 
 
 def test_padding_is_a_document_of_its_own_that_counts_nowhere():
@@ -90,7 +109,7 @@ def test_no_document_is_taken_before_it_is_needed():
             taken.append(i)
             yield Place(0, i), np.arange(4)
 
-    rows = pack(documents(), length=4, pad_id=PAD)
+    rows = pack(documents(), length=lambda: 4, pad_id=PAD)
     next(rows)
     assert taken == [0]
 

@@ -181,12 +181,13 @@ def inspect(
     console.print(f"data.{split.value}_paths: {files}, {corpus.num_bytes / 1e6:,.3f} MB, {len(corpus)} lines")
     inspection = inspect_corpus(corpus, text_tokenizer, separator_id, records=records)
     _print_inspection(console, inspection)
+    first = settings.length_schedule().at(1).length
     loader = build_loader(
         settings.data.model_copy(update={"num_workers": 0}),
         text_tokenizer,
         split=split.value,
         batch_size=1,
-        max_seq_length=settings.training.max_seq_length,
+        max_seq_length=first if split is Split.train else settings.training.max_seq_length,
         seed=settings.seed,
     )
     _print_row(console, next(iter(loader)), text_tokenizer)

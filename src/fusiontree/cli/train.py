@@ -85,4 +85,7 @@ def _print_dry_run(estimate: DryRun) -> None:
     console = Console()
     console.print(parameters)
     console.print(f"{estimate.tokens_per_step:,} tokens per optimizer step on {estimate.devices} device(s)")
+    if estimate.lengths.varies:
+        largest = max(stage.length for stage in estimate.lengths.stages)
+        console.print(f"rows of {estimate.lengths}; at most {largest:,}, the same tokens at every length")
     console.print(memory)

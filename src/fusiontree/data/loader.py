@@ -38,8 +38,6 @@ _STATE_VERSION = 2
 
 _NOTHING = (0, -1)
 
-_PACKERS = {"concatenate": pack, "best_fit": pack_best_fit}
-
 # How a checkpoint's data can differ from the run's, by the names in `DocumentSource.identity` and `Loader`'s own.
 _DIFFERENCES = {
     "data": "the files' contents, their order or data.text_key differ",
@@ -67,8 +65,8 @@ class Loader:
 
     Args:
         source: tokenised records in order.
-        batch_size: rows; length: tokens in a row. Neither has to stay the same across a resume, but the length with
-            best fit.
+        batch_size: rows; length: tokens in a row. Both may change between batches (`set_shape`) and across a resume,
+            but the length not with best fit.
         pad_id: the token that fills rows.
         on_bad_record: "skip" counts and leaves out, "error" raises at the first.
         packing: "concatenate" = `packing.pack`, "best_fit" = `packing.pack_best_fit`.
@@ -86,8 +84,9 @@ class Loader:
         packing: Packing = "concatenate",
         tasks: LongContextTasks | None = None,
     ) -> None:
-        self.batch_size = batch_size
-        self.length = length
+        self._packing = packing
+        self.batch_size = self.length = 0
+        self.set_shape(batch_size, length)
         self._source = source
         self._identity = dict(source.identity())
         if tasks is not None:
@@ -96,7 +95,6 @@ class Loader:
             self._identity |= {"packing": packing, "row_length": length}
         self._pad_id = pad_id
         self._on_bad_record = on_bad_record
-        self._packing = packing
         self._tasks = tasks
         self._place = Place()
         self._history: list[list[Place]] = []
@@ -109,6 +107,20 @@ class Loader:
     def epoch(self) -> int:
         """The epoch, from 0, of the last token handed out; with best fit, of the first in its window."""
         return self._place.epoch
+
+    def set_shape(self, batch_size: int, length: int) -> None:
+        """Make the next batches of `batch_size` rows of `length` tokens; they go on right behind the last batch.
+
+        Raises:
+            InputError: no row, rows in which nothing can be predicted, or another length with best fit.
+        """
+        _check_shape(batch_size, length)
+        if self._packing == "best_fit" and self.length not in (0, length):
+            raise InputError(
+                "data.packing: best_fit makes rows of one length: set it to concatenate, or leave the curriculum out"
+            )
+        self.batch_size = batch_size
+        self.length = length
 
     def report(self) -> DataReport:
         """What has been read and skipped up to the last batch; a bad record counts in the first epoch only."""
@@ -189,7 +201,11 @@ class Loader:
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
-        rows = _PACKERS[self._packing](self._documents(self._place), length=self.length, pad_id=self._pad_id)
+        documents = self._documents(self._place)
+        if self._packing == "best_fit":
+            rows = pack_best_fit(documents, length=self.length, pad_id=self._pad_id)
+        else:
+            rows = pack(documents, length=lambda: self.length, pad_id=self._pad_id)
         while batch := list(islice(rows, self.batch_size)):
             self._place = batch[-1].after
             for row in batch:
@@ -239,6 +255,13 @@ class Loader:
         if is_new and bad.kind not in self._announced:
             self._announced.add(bad.kind)
             logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
+
+
+def _check_shape(batch_size: int, length: int) -> None:
+    if length < 2:
+        raise InputError(f"max_seq_length must be at least 2, got {length}: a row of 1 token predicts nothing")
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _stack(rows: list[Row]) -> Batch:
@@ -350,10 +373,7 @@ def build_loader(
         InputError: impossible sizes, files that cannot be used, a separator that the tokenizer does not have, tasks
             that it cannot write.
     """
-    if max_seq_length < 2:
-        raise InputError(f"max_seq_length must be at least 2, got {max_seq_length}: a row of 1 token predicts nothing")
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    _check_shape(batch_size, max_seq_length)  # before files are read for nothing
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}")
     encoder = DocumentEncoder(tokenizer, separator_id_of(tokenizer, settings.document_separator))

@@ -1,4 +1,4 @@
-"""Documents laid into rows of one length, in either of two ways. T tokens of a row.
+"""Documents laid into rows of a given length, in either of two ways. T tokens of a row.
 
 `pack` lays them end to end: a document that does not fit is cut at the row's end and goes on in the next row. No state
 is carried from row to row, so what goes on there is a document of its own to the model: its positions start at 0 again,
@@ -15,7 +15,7 @@ turns of a conversation are that the model is not to write.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,22 +40,23 @@ class Row:
     cut_documents: int
 
 
-def pack(documents: Iterable[tuple[Place, np.ndarray]], *, length: int, pad_id: int) -> Iterator[Row]:
-    """Rows of `length` tokens; when the documents end, what is left makes a last row, padded.
+def pack(documents: Iterable[tuple[Place, np.ndarray]], *, length: Callable[[], int], pad_id: int) -> Iterator[Row]:
+    """Rows of `length()` tokens; when the documents end, what is left makes a last row, padded.
 
     Rows are made only as they are asked for, and no document is taken before the row at hand needs it.
 
     Args:
         documents: the place of each document's first token to lay down, and the ids of the whole document.
+        length: asked as a row begins, so that rows may be of different lengths.
     """
-    row = _RowInProgress(length, pad_id)
+    row = _RowInProgress(length(), pad_id)
     after = Place()
     for after, ids in documents:
         while after.offset < len(ids):
             after = after._replace(offset=row.fill(ids, after.offset))
             if row.is_full:
                 yield row.finish(after)
-                row = _RowInProgress(length, pad_id)
+                row = _RowInProgress(length(), pad_id)
     if row.filled:
         yield row.finish(after)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -99,6 +100,7 @@ class TrainingEngine:
                 num_steps=settings.training.gradient_accumulation_steps, sync_with_dataloader=False
             ),
         )
+        self.lengths = settings.length_schedule(self.accelerator.num_processes)
         self.train_loader = self._loader("train")
         self.eval_loader = self._loader("eval") if self._evaluates else None
         seed_everything(settings.seed)
@@ -204,6 +206,8 @@ class TrainingEngine:
         """One optimizer step. All its micro-batches are fetched first: each is weighted by its part of the whole."""
         t, step = self.settings.training, self.step + 1
         started = time.perf_counter()
+        stage = self.lengths.at(step)
+        self.train_loader.set_shape(stage.batch_size, stage.length)
         micro_batches = [next(batches) for _ in range(t.gradient_accumulation_steps)]
         totals = StepTotals.of(self._sum_over_ranks(StepTotals.local(micro_batches)))
         with_details = self.monitor.due(step)
@@ -238,7 +242,7 @@ class TrainingEngine:
         self.meter.add(values, totals, learning_rate_at(step, t), time.perf_counter() - started)
         if with_details:
             self._record_gates(int(totals.tokens))
-        self.view.step(step, self.meter.newest)
+        self.view.step(step, self.meter.newest | self._length())
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -267,11 +271,15 @@ class TrainingEngine:
             self.gates.write(statistics.dumps())
 
     def _log(self) -> None:
-        row = self.meter.close_row(self.step)
+        row = self.meter.close_row(self.step) | self._length()
         if self.accelerator.is_main_process:
             self.metrics.write(row)
         remaining = self.settings.training.max_steps - self.step
         self.view.row(row, remaining * self.meter.seconds_per_step)
+
+    def _length(self) -> dict[str, Any]:
+        """The last step's tokens in a row, to show beside its other numbers; nothing where all rows are alike."""
+        return {"length": self.train_loader.length} if self.lengths.varies else {}
 
     def _evaluate_if_due(self, stop: StopRequest) -> None:
         """At step 0, at every interval and at the end; also where a stop cut an evaluation short before resuming."""
@@ -327,6 +335,8 @@ class TrainingEngine:
             f"{self.run_directory}: {origin}, {parameters:,} parameters, {rows * t.max_seq_length:,} tokens a step, "
             f"{self.accelerator.device.type}, {'bf16 autocast' if t.mixed_precision == 'bf16' else 'float32'}"
         )
+        if self.lengths.varies:
+            self.view.message(f"length curriculum: rows of {self.lengths}")
         if self.eval_loader is None:
             reason = "data.eval_paths is empty" if t.eval_interval else "training.eval_interval is 0"
             self.view.message(f"no evaluation: {reason}")

@@ -105,14 +105,15 @@ class ProgressView:
                 TaskProgressColumn(),
                 TextColumn("ETA"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),  # last, so that a narrow terminal cuts the learning rate
+                TextColumn("{task.fields[numbers]}"),  # last, so that a narrow terminal cuts their end
                 console=self._console,
             )
             self._task = self._bar.add_task("train", total=max_steps, completed=start, numbers="")
             self._bar.start()
 
-    def step(self, step: int, numbers: Mapping[str, float | None]) -> None:
-        """After every step: redraw the live line with the newest loss, tokens/s, gate mean and learning rate."""
+    def step(self, step: int, numbers: Mapping[str, Any]) -> None:
+        """After every step: redraw the live line with the newest loss, tokens/s, gate mean, learning rate and, under a
+        length curriculum, the length."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=_summary(numbers))
 
@@ -148,6 +149,7 @@ def _summary(numbers: Mapping[str, Any]) -> str:
         ("tokens_per_second", "{:.0f} tok/s"),
         ("gate_mean", "gate {:.3f}"),
         ("lr", "lr {:.2e}"),
+        ("length", "length {}"),
     )
     return "  ".join(text.format(numbers[key]) for key, text in shown if numbers.get(key) is not None)
 

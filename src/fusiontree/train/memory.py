@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fusiontree.data.curriculum import LengthSchedule, Stage
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.ops.cross_entropy import DEFAULT_CHUNK_SIZE
 from fusiontree.train.settings import RunSettings, SystemSettings
@@ -63,6 +64,8 @@ class DryRun:
     parameters: int
     devices: int
     tokens_per_step: int
+    lengths: LengthSchedule
+    """Of the rows; the tokens are the same at every length."""
     memory: MemoryEstimate
 
 
@@ -86,6 +89,7 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
         parameters=components.total(),
         devices=devices,
         tokens_per_step=t.batch_size * t.gradient_accumulation_steps * t.max_seq_length * devices,
+        lengths=settings.length_schedule(devices),
         memory=estimate_memory(
             settings.system,
             parameters=components.total(),
@@ -120,19 +124,26 @@ def estimate_memory(system: SystemSettings, *, parameters: int, activations: int
 
 
 def estimate_activations(settings: RunSettings, config: HybridLanguageModelConfig) -> int:
-    """Bytes that live at the peak of one micro-batch beside parameters, their gradients and optimizer state."""
-    t = settings.training
-    length = min(t.max_seq_length, TRACED_LENGTH)
+    """Bytes that live at the peak of one micro-batch beside parameters, their gradients and optimizer state.
+
+    Every stage of a length curriculum has as many tokens, but shorter rows take a little more memory for them: what
+    counts is the stage that takes most.
+    """
+    return max(_activations_at(settings, config, stage) for stage in settings.length_schedule().stages)
+
+
+def _activations_at(settings: RunSettings, config: HybridLanguageModelConfig, stage: Stage) -> int:
+    length = min(stage.length, TRACED_LENGTH)
     kinds = Counter((config.branch(i), config.layer_window(i)) for i in range(config.num_layers))
     kept = peak = 0
     for (branch, window), count in kinds.items():
-        one, two = (_trace(settings, config, branch, window, layers, length) for layers in (1, 2))
+        one, two = (_trace(settings, config, branch, window, layers, stage.batch_size, length) for layers in (1, 2))
         a_layer = two.kept - one.kept
         # What the model holds outside its layers is counted with the first kind alone.
         kept += a_layer * count + (one.kept - a_layer if kept == 0 else 0)
         peak = max(peak, one.peak - one.kept)
-    scale = t.max_seq_length / length
-    loss = _loss_bytes(config, t.batch_size * t.max_seq_length)
+    scale = stage.length / length
+    loss = _loss_bytes(config, stage.batch_size * stage.length)
     return round((kept + peak) * scale) + loss
 
 
@@ -151,7 +162,13 @@ class _Trace:
 
 
 def _trace(
-    settings: RunSettings, config: HybridLanguageModelConfig, branch: str, window: int, layers: int, length: int
+    settings: RunSettings,
+    config: HybridLanguageModelConfig,
+    branch: str,
+    window: int,
+    layers: int,
+    rows: int,
+    length: int,
 ) -> _Trace:
     fields = config.to_diff_dict() | {
         "num_layers": layers,
@@ -173,7 +190,7 @@ def _trace(
         # Gradients exist beforehand, as in every micro-batch but the first, so that none is counted here.
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        input_ids = torch.zeros(settings.training.batch_size, length, dtype=torch.long)
+        input_ids = torch.zeros(rows, length, dtype=torch.long)
         is_bf16 = settings.training.mixed_precision == "bf16"
         with LiveBytes() as live:
             with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):

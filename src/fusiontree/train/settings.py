@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from fusiontree.config import Settings, apply_overrides, load_yaml, place_in_yaml
+from fusiontree.data.curriculum import CurriculumSettings, LengthSchedule
 from fusiontree.data.settings import DataSettings
 from fusiontree.errors import InputError, SettingError, nearest
 
@@ -141,12 +142,35 @@ class RunSettings(Settings):
     model: dict[str, Any] = Field(default_factory=dict, description="fields of HybridLanguageModelConfig")
     data: DataSettings = Field(default_factory=DataSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    curriculum: CurriculumSettings = Field(default_factory=CurriculumSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
     gate_monitor: GateMonitorSettings = Field(default_factory=GateMonitorSettings)
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
     system: SystemSettings = Field(default_factory=SystemSettings)
     output_dir: str = Field("runs/default", description="the run directory; from a file: runs/<name of the file>")
     seed: int = Field(0, ge=0, lt=2**32, description="of initialisation, data order, dropout and branch dropout")
+
+    @model_validator(mode="after")
+    def _curriculum_fits_training(self) -> RunSettings:
+        self.length_schedule()
+        return self
+
+    def length_schedule(self, devices: int = 1) -> LengthSchedule:
+        """Which shape each step's batches have.
+
+        Args:
+            devices: that share an optimizer step.
+
+        Raises:
+            SettingError: a stage of the curriculum that does not go with the training section.
+        """
+        t = self.training
+        return self.curriculum.schedule(
+            batch_size=t.batch_size,
+            max_seq_length=t.max_seq_length,
+            max_steps=t.max_steps,
+            micro_batches=t.gradient_accumulation_steps * devices,
+        )
 
 
 def load_run_settings(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunSettings:
