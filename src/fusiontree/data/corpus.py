@@ -203,10 +203,19 @@ def _index(path: str, cache_dir: str | None) -> LineIndex:
             head = file.read(8)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    check_is_text(path, head)
+    return index_lines(path, cache_dir)
+
+
+def check_is_text(name: str, head: bytes) -> None:
+    """Refuse what is visibly no UTF-8 text by its first bytes, at least 8 of them where there are as many.
+
+    Raises:
+        InputError: it is compressed, an archive, parquet, Arrow or UTF-16; says what to do.
+    """
     for magic, description in _FOREIGN:
         if head.startswith(magic):
-            raise InputError(f"{path} is {description}")
-    return index_lines(path, cache_dir)
+            raise InputError(f"{name} is {description}")
 
 
 def _check_unchanged(file: LineIndex, status: os.stat_result) -> None:

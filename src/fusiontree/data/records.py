@@ -1,8 +1,9 @@
-"""From a line of bytes to a text, or to the reason why there is none."""
+"""From a line of bytes, or a row of a table, to a text, or to the reason why there is none."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import NamedTuple
 
 BLANK_LINE = "blank line"
@@ -14,6 +15,7 @@ NOT_AN_OBJECT = "not an object"
 NOT_A_STRING = "not a string"
 NOT_UTF8 = "not UTF-8"
 NO_TOKENS = "no tokens"  # the tokenizer drops all there is
+TOO_LONG = "too long"  # a line that a stream does not hold in memory
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_KEYS_SHOWN = 8
@@ -31,13 +33,9 @@ def decode_record(line: bytes, text_key: str) -> str | BadRecord:
 
     A byte order mark and a CR before the line's end are accepted; a text of white space alone counts as empty.
     """
-    line = line.removeprefix(_BYTE_ORDER_MARK)
-    try:
-        content = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
-    if not content.strip():
-        return BadRecord(BLANK_LINE, "nothing on the line")
+    content = decode_text_line(line)
+    if isinstance(content, BadRecord):
+        return content
     try:
         record = json.loads(content)
     except json.JSONDecodeError as error:
@@ -52,10 +50,41 @@ def decode_record(line: bytes, text_key: str) -> str | BadRecord:
     if not isinstance(text, str):
         return BadRecord(NOT_A_STRING, f"key {text_key!r} holds a JSON {_kind_of(text)}")
     if not text.strip():
-        return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
+        return _empty(text, text_key)
     if b"\\u" in line and not _is_encodable(text):
         return BadRecord(LONE_SURROGATE, f"key {text_key!r} holds half of a surrogate pair")
     return text
+
+
+def decode_text_line(line: bytes) -> str | BadRecord:
+    """One line of plain text without its line end; a byte order mark and a CR before the line's end are accepted."""
+    line = line.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    if not text.strip():
+        return BadRecord(BLANK_LINE, "nothing on the line")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def decode_row(row: Mapping[str, object], text_key: str) -> str | BadRecord:
+    """The text in column `text_key` of one row of a table, by the rules of `decode_record`."""
+    if text_key not in row:
+        return BadRecord(MISSING_KEY, f"no column {text_key!r}, {_keys_of(row)}")
+    text = row[text_key]
+    if not isinstance(text, str):
+        found = "null" if text is None else f"a value of type {type(text).__name__}"
+        return BadRecord(NOT_A_STRING, f"column {text_key!r} holds {found}")
+    if not text.strip():
+        return _empty(text, text_key)
+    if not _is_encodable(text):
+        return BadRecord(LONE_SURROGATE, f"column {text_key!r} holds half of a surrogate pair")
+    return text
+
+
+def _empty(text: str, text_key: str) -> BadRecord:
+    return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
 
 
 def _is_encodable(text: str) -> bool:
@@ -76,7 +105,7 @@ def _kind_of(value: object) -> str:
     return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
 
 
-def _keys_of(record: dict[str, object]) -> str:
+def _keys_of(record: Mapping[str, object]) -> str:
     if not record:
         return "the object has no keys"
     shown = [repr(key if len(key) <= 40 else key[:39] + "…") for key in list(record)[:_MAX_KEYS_SHOWN]]
