@@ -7,9 +7,11 @@ dropped. So the bytes come once and in order, and all of them come from one vers
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import re
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,14 +136,17 @@ class RemoteFile:
         Raises:
             InputError: as `chunks`.
         """
+        if self._version is not None:
+            return self._version
         backoff = Backoff(self.name, self._patience)
-        while self._version is None:
-            try:
-                # Not HEAD: some servers refuse it, and signed URLs are signed for one method.
-                with self._client() as client, self._response(client, 0):
-                    pass
-            except _Interrupted as error:
-                backoff.failed(str(error))
+        with self._client() as client:
+            while self._version is None:
+                try:
+                    # Not HEAD: some servers refuse it, and signed URLs are signed for one method.
+                    with self._response(client, 0):
+                        pass
+                except _Interrupted as error:
+                    backoff.failed(str(error))
         return self._version
 
     def identity(self) -> list[object]:
@@ -157,21 +162,24 @@ class RemoteFile:
         """
         position = 0
         backoff = Backoff(self.name, self._patience)
-        while True:
-            try:
-                with self._client() as client:
+        with self._client() as client:
+            while True:
+                try:
                     for chunk in self._rest(client, position):
                         position += len(chunk)
                         backoff.progress()
                         yield chunk
-                return
-            except _Interrupted as error:
-                backoff.failed(str(error))
+                    return
+                except _Interrupted as error:
+                    backoff.failed(str(error))
 
     def _client(self) -> httpx.Client:
         # Ranges count the bytes that are sent, so nothing is to be compressed for the way.
         return httpx.Client(
-            timeout=self._patience.timeout, follow_redirects=True, headers={"Accept-Encoding": "identity"}
+            timeout=self._patience.timeout,
+            follow_redirects=True,
+            headers={"Accept-Encoding": "identity"},
+            verify=_ssl_context(),
         )
 
     def _rest(self, client: httpx.Client, position: int) -> Iterator[bytes]:
@@ -243,6 +251,12 @@ class RemoteFile:
         return InputError(
             f"{self.name} has changed since this run began to read it; start again, the data is no longer the same"
         )
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    # Reading the certificates anew for each file takes longer than a small file does.
+    return httpx.create_ssl_context()
 
 
 def _number(value: str | None) -> int | None:

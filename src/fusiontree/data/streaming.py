@@ -7,6 +7,7 @@ counted through and cut into blocks, and each block is permuted. To begin anywhe
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import itertools
@@ -292,9 +293,10 @@ def _shards_of(entry: StreamEntry, patience: Patience, where: str) -> dict[tuple
 def _data_set(
     entry: StreamEntry, folder: str | None, patience: Patience, where: str
 ) -> dict[tuple[object, ...], Shard]:
-    commit = None
+    commit: str | None = None
+    version: list[object]
     if folder:
-        name, version = folder, _files_in(folder)
+        name, version = folder, [_files_in(folder)]
         advice = f"name the files in it, such as {os.path.join(folder, '*.jsonl')}"
     else:
         name, _, revision = entry.path.partition("@")
@@ -304,13 +306,7 @@ def _data_set(
     from datasets import load_dataset
 
     try:
-        data_set = load_dataset(
-            name,
-            entry.config,
-            split=entry.split,
-            streaming=True,
-            revision=commit,
-        )
+        data_set = load_dataset(name, entry.config, split=entry.split, streaming=True, revision=commit)
         if data_set.column_names and entry.text_key in data_set.column_names:
             data_set = data_set.select_columns([entry.text_key])
         num_shards = data_set.num_shards
@@ -320,7 +316,7 @@ def _data_set(
     return {
         (name, commit, entry.config, entry.split, entry.text_key, index): HubShard(
             label if num_shards == 1 else f"{label}[{index}]",
-            lambda index=index: data_set.shard(num_shards, index),  # type: ignore[misc]
+            functools.partial(data_set.shard, num_shards, index),
             version=[*version, entry.config, entry.split, entry.text_key, num_shards, index],
             text_key=entry.text_key,
             patience=None if folder else patience,
@@ -330,10 +326,15 @@ def _data_set(
     }
 
 
-def _files_in(folder: str) -> list[object]:
-    """Names, sizes and modification times of the files under a folder."""
-    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return [[path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+def _files_in(folder: str) -> str:
+    """Hexadecimal digest of the names, sizes and modification times of the files under a folder, hidden ones aside."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("[!.]*")):
+        if path.is_file():
+            status = path.stat()
+            name = path.relative_to(folder).as_posix()
+            digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    return digest.hexdigest()[:32]
 
 
 def _hub_revision(name: str, revision: str | None, patience: Patience, where: str) -> str | None:
@@ -346,10 +347,9 @@ def _hub_revision(name: str, revision: str | None, patience: Patience, where: st
         ) from error
     try:
         # Asked first because loading retries an unreachable hub for the better part of a minute.
-        found = HfApi().dataset_info(name, revision=revision, timeout=patience.timeout).sha
+        return HfApi().dataset_info(name, revision=revision, timeout=patience.timeout).sha
     except Exception as error:
         raise InputError(
             f"{where}: {name} is no file or folder here, and the hub did not provide a data set of that name "
             f"({first_line(error)}); {_HUB_ADVICE}"
         ) from error
-    return found
