@@ -113,8 +113,7 @@ def test_all_formats_give_the_same_texts_here_and_behind_a_url(tmp_path, server,
     assert one_epoch(make(server.add(name, FILES[name]), seed=None)) == local
     (tmp_path / "plain.jsonl").write_bytes(JSONL)
     assert one_epoch(make(str(tmp_path / name))) == one_epoch(make(str(tmp_path / "plain.jsonl")))
-    assert list(StreamingDataset([StreamEntry(str(tmp_path / name))])) != TEXTS
-    assert sorted(StreamingDataset([StreamEntry(str(tmp_path / name))])) == sorted(TEXTS)
+    assert list(StreamingDataset([StreamEntry(str(tmp_path / name))])) == TEXTS
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -285,7 +284,7 @@ def test_reading_from_any_place_gives_the_same_rest(two_files, make, shuffle_blo
         return make(*two_files, shuffle_block=shuffle_block, world_size=world_size, rank=world_size - 1)
 
     whole = plain(islice(build().read(Place()), 140))
-    for number in range(100):
+    for number in range(0, 100, 3):
         place = whole[number][0]
         assert plain(islice(build().read(place._replace(offset=3)), 40)) == whole[number : number + 40]
 
@@ -329,7 +328,7 @@ def test_a_failing_server_gives_what_a_healthy_one_gives(server, make, name, ran
     assert one_epoch(source, Place(1)) == one_epoch(make(f"{server.address}/{name}"), Place(1))
 
 
-@pytest.mark.parametrize("fault", [Fault(status=500), Fault("drop"), Fault("end"), Fault("stall", 100)])
+@pytest.mark.parametrize("fault", [Fault(status=500), Fault("drop"), Fault("end"), Fault("stall")])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_a_server_that_stays_down_ends_the_stream_in_time(server, make, name, fault):
     source = make(server.add(name, FILES[name], always=fault), timeout=0.2, tries=3)
@@ -517,6 +516,6 @@ def test_entries_that_cannot_be_used(tmp_path, make, monkeypatch, entry, problem
         make("a.csv", shuffle_block=0)
 
 
-def test_a_json_lines_file_of_ids_is_int32(two_files, make):
+def test_documents_are_int32(two_files, make):
     _, content, _ = next(make(two_files[0], seed=None).read(Place()))
     assert isinstance(content, np.ndarray) and content.dtype == np.int32
