@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fusiontree.data.report import DataReport
     from fusiontree.data.settings import DataSettings
     from fusiontree.data.static import LongContextDataset
+    from fusiontree.data.streaming import StreamingDataset
     from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "LazyDataset",
     "Loader",
     "LongContextDataset",
+    "StreamingDataset",
     "build_loader",
     "documents",
     "load_tokenizer",
@@ -45,6 +47,7 @@ _MODULES = {
     "LazyDataset": "lazy",
     "Loader": "loader",
     "LongContextDataset": "static",
+    "StreamingDataset": "streaming",
     "build_loader": "loader",
     "documents": "loader",
     "load_tokenizer": "tokenizer",

@@ -34,20 +34,11 @@ from fusiontree.data.records import (
     too_long,
 )
 from fusiontree.data.report import DataReport
+from fusiontree.data.text_stream import check_is_text
 from fusiontree.data.unpack import is_arrow_folder, is_text, unpacked
 from fusiontree.errors import InputError
 
 _MAX_OPEN_FILES = 64
-
-# First bytes of files that are no JSONL, with what to do about them.
-_FOREIGN = (
-    (b"BZh", "bzip2-compressed: unpack it first (bunzip2 -k)"),
-    (b"\xfd7zXZ", "xz-compressed: unpack it first (unxz -k)"),
-    (b"PK\x03\x04", "a zip archive: unpack it first"),
-    (b"ARROW1", "a bare Arrow file: name the folder that Dataset.save_to_disk has written"),
-    (b"\xff\xfe", "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
-    (b"\xfe\xff", "UTF-16 text: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)"),
-)
 
 
 def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
@@ -263,9 +254,7 @@ def _index(path: str, text_key: str, txt_documents: str, cache_dir: str | None) 
             head = file.read(8)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    for magic, description in _FOREIGN:
-        if head.startswith(magic):
-            raise InputError(f"{path} is {description}")
+    check_is_text(path, head)
     return index_lines(lines, cache_dir, name=path, whole=is_text(path) and txt_documents == "file")
 
 

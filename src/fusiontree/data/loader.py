@@ -22,10 +22,12 @@ from fusiontree.data.order import MixedOrder, Order, Place, PlainOrder
 from fusiontree.data.ordered import OrderedSource
 from fusiontree.data.packing import Row, pack, pack_best_fit
 from fusiontree.data.records import BLANK_LINE, BadRecord
+from fusiontree.data.remote import Patience
 from fusiontree.data.report import DataReport
-from fusiontree.data.settings import DataSettings
+from fusiontree.data.settings import STREAMING_PRESETS, DataSettings, StreamSource
 from fusiontree.data.source import DocumentSource, RecordSet
 from fusiontree.data.static import LongContextDataset
+from fusiontree.data.streaming import MixedStreams, StreamEntry, StreamingDataset, StreamingSource, open_streams
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of, separator_id_of
 from fusiontree.errors import InputError
 
@@ -42,6 +44,7 @@ _NOTHING = (0, -1)
 _DIFFERENCES = {
     "data": "the files' contents, their order or data.text_key differ",
     "chat_template": "the tokenizer's chat template differs",
+    "shuffle_block": "data.shuffle_block differs",
     "weights": "the weights of data.train_sources differ",
     "sizes": "the sizes of data.train_sources differ",
     "tokenizer": "the tokenizer differs",
@@ -378,17 +381,7 @@ def build_loader(
         raise ValueError(f"rank {rank} of {world_size}")
     encoder = DocumentEncoder(tokenizer, separator_id_of(tokenizer, settings.document_separator))
     order_seed = seed if split == "train" and settings.shuffle else None
-    records, order = open_records(settings, encoder, split, seed=order_seed)
-    if split == "train" and len(records) < world_size:
-        raise InputError(f"data.train_paths: {len(records)} records are too few for {world_size} processes")
-    source = OrderedSource(
-        records,
-        order,
-        num_workers=settings.num_workers,
-        endless=split == "train",
-        rank=rank,
-        world_size=world_size,
-    )
+    source = _open_source(settings, encoder, split, seed=order_seed, rank=rank, world_size=world_size)
     is_augmented = settings.needle_in_haystack_prob > 0 or settings.structured_task_prob > 0
     return Loader(
         source,
@@ -398,6 +391,65 @@ def build_loader(
         on_bad_record=settings.on_bad_record,
         packing=settings.packing if split == "train" else "concatenate",
         tasks=_tasks_of(settings, encoder, seed) if split == "train" and is_augmented else None,
+    )
+
+
+def _open_source(
+    settings: DataSettings, encoder: DocumentEncoder, split: Split, *, seed: int | None, rank: int, world_size: int
+) -> DocumentSource:
+    ranks = {"rank": rank, "world_size": world_size}
+    if split == "train" and settings.data_mode == "hf_streaming":
+        return StreamingSource(open_training_streams(settings, seed=seed), encoder, endless=True, **ranks)
+    records, order = open_records(settings, encoder, split, seed=seed)
+    if split == "train" and len(records) < world_size:
+        raise InputError(f"data.train_paths: {len(records)} records are too few for {world_size} processes")
+    return OrderedSource(records, order, num_workers=settings.num_workers, endless=split == "train", **ranks)
+
+
+def open_training_streams(settings: DataSettings, *, seed: int | None) -> StreamingDataset | MixedStreams:
+    """What `data_mode: hf_streaming` trains on.
+
+    Raises:
+        InputError: nothing is named, or more than one of the settings that may; a stream that cannot be opened.
+    """
+    entries: dict[str, list[StreamEntry]] = {
+        "hf_streaming_sources": [_stream(settings, source) for source in settings.hf_streaming_sources],
+        "hf_streaming_preset": [
+            _stream(settings, source) for source in STREAMING_PRESETS.get(settings.hf_streaming_preset or "", ())
+        ],
+        "train_sources": [
+            _stream(settings, StreamSource(path=path, weight=source.weight, text_key=source.text_key))
+            for source in settings.train_sources
+            for path in source.paths
+        ],
+        "train_paths": [_stream(settings, StreamSource(path=path)) for path in settings.train_paths],
+    }
+    named = [name for name, given in entries.items() if given]
+    if len(named) != 1:
+        raise InputError(
+            f"data.{named[0]} and data.{named[1]} are both given: keep one of them"
+            if named
+            else "data.hf_streaming_sources is empty: name at least one file, URL or data set, or a hf_streaming_preset"
+        )
+    if any(len(source.paths) > 1 for source in settings.train_sources):
+        raise InputError("data.train_sources: in data_mode hf_streaming, each source names one path or glob")
+    return open_streams(
+        entries[named[0]],
+        seed=seed,
+        shuffle_block=settings.shuffle_block,
+        patience=Patience(timeout=settings.stream_timeout, tries=settings.stream_tries),
+        where=f"data.{named[0]}",
+    )
+
+
+def _stream(settings: DataSettings, source: StreamSource) -> StreamEntry:
+    return StreamEntry(
+        source.path,
+        source.config,
+        source.split,
+        source.text_key or settings.text_key,
+        settings.txt_documents,
+        source.weight,
     )
 
 

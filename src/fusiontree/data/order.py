@@ -106,17 +106,14 @@ class PlainOrder:
         return {"seed": self.seed}
 
 
-class MixedOrder:
-    """Records of several sources in fixed shares, each source in its own order, over and over.
+class Turns:
+    """Which of several sources each place falls to, by fixed shares.
 
     Of each `PERIOD` places a source has a fixed number, spread evenly, so any stretch holds the shares to within one
-    record a source. An epoch is as many places as there are records in all; a source of a greater share than its size
-    repeats within it, one of a smaller goes on in the next.
+    record a source.
 
     Args:
-        sizes: records of each source, at least 1; their numbers follow each other.
         weights: of each source, above 0; only their ratios count.
-        seed: of the shuffles; None = each source as it stands.
 
     Raises:
         InputError: a weight so small that it has no place in a period.
@@ -124,11 +121,7 @@ class MixedOrder:
 
     PERIOD = 4096
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> None:
-        self.size = sum(sizes)
-        self._sizes = np.array(sizes, dtype=np.int64)
-        self._first = np.cumsum([0, *sizes[:-1]])
-        self._seed = seed
+    def __init__(self, weights: Sequence[float]) -> None:
         exact = np.array(weights, dtype=np.float64) / sum(weights) * self.PERIOD
         counts = np.floor(exact).astype(np.int64)
         # Largest remainders first, as seats are given to parties.
@@ -138,17 +131,54 @@ class MixedOrder:
             raise InputError(
                 f"source {int(np.argmin(counts)) + 1} has less than 1/{self.PERIOD} of all weights: raise its weight"
             )
-        self._counts = counts
-        turns = [(np.arange(count) + 0.5) / count for count in counts.tolist()]
-        which = np.repeat(np.arange(len(counts)), counts)
-        turn = np.argsort(np.concatenate(turns), kind="stable")
-        self._source = which[turn]  # [PERIOD]: whose place it is
-        self._rank = np.concatenate([np.arange(count) for count in counts.tolist()])[turn]  # [PERIOD]: its how manieth
+        self.counts = counts
+        turn = np.argsort(
+            np.concatenate([(np.arange(count) + 0.5) / count for count in counts.tolist()]), kind="stable"
+        )
+        self._source = np.repeat(np.arange(len(counts)), counts)[turn]  # [PERIOD]
+        self._number = np.concatenate([np.arange(count) for count in counts.tolist()])[turn]  # [PERIOD]
+
+    def source(self, places: np.ndarray) -> np.ndarray:
+        """Whose turn it is at places from 0 on, without end."""
+        return self._source[places % self.PERIOD]
+
+    def pick(self, places: np.ndarray) -> np.ndarray:
+        """How many turns that source has had before."""
+        period, within = np.divmod(places, self.PERIOD)
+        return period * self.counts[self._source[within]] + self._number[within]
+
+    def before(self, place: int) -> list[int]:
+        """How many turns each source has had before a place."""
+        period, within = divmod(place, self.PERIOD)
+        begun = np.bincount(self._source[:within], minlength=len(self.counts))
+        return (period * self.counts + begun).tolist()
+
+
+class MixedOrder:
+    """Records of several sources in fixed shares (see `Turns`), each source in its own order, over and over.
+
+    An epoch is as many places as there are records in all; a source of a greater share than its size repeats within it,
+    one of a smaller goes on in the next.
+
+    Args:
+        sizes: records of each source, at least 1; their numbers follow each other.
+        weights: see `Turns`.
+        seed: of the shuffles; None = each source as it stands.
+
+    Raises:
+        InputError: see `Turns`.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int | None) -> None:
+        self.size = sum(sizes)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._first = np.cumsum([0, *sizes[:-1]])
+        self._seed = seed
+        self._turns = Turns(weights)
 
     def __call__(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        period, within = np.divmod(np.asarray(places, dtype=np.int64) + epoch * self.size, self.PERIOD)
-        sources = self._source[within]
-        picks = period * self._counts[sources] + self._rank[within]
+        everywhere = np.asarray(places, dtype=np.int64) + epoch * self.size
+        sources, picks = self._turns.source(everywhere), self._turns.pick(everywhere)
         records = np.empty_like(picks)
         for source in np.unique(sources).tolist():
             mine = sources == source
@@ -161,7 +191,7 @@ class MixedOrder:
         return records
 
     def identity(self) -> dict[str, object]:
-        return {"seed": self._seed, "weights": self._counts.tolist(), "sizes": self._sizes.tolist()}
+        return {"seed": self._seed, "weights": self._turns.counts.tolist(), "sizes": self._sizes.tolist()}
 
 
 class Share:

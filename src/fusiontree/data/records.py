@@ -1,8 +1,9 @@
-"""From a line of bytes to a text or a conversation, or to the reason why there is none."""
+"""From a line of bytes, or a row of a table, to a text or a conversation, or to the reason why there is none."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 BLANK_LINE = "blank line"
@@ -45,11 +46,17 @@ Content = str | Conversation | BadRecord
 
 
 def decode_text(line: bytes) -> str | BadRecord:
-    """A line, or a file, that is the text itself."""
-    content = _decode(line)
-    if isinstance(content, BadRecord):
-        return content
-    return content.removesuffix("\n").removesuffix("\r") if content.strip() else BadRecord(BLANK_LINE, "no text")
+    """A line, or a file, that is the text itself, without its line end."""
+    if line.startswith(DAMAGED_MARK):
+        return BadRecord(DAMAGED_FILE, line.removeprefix(DAMAGED_MARK).decode(errors="replace").strip())
+    line = line.removeprefix(_BYTE_ORDER_MARK)
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    if not text.strip():
+        return BadRecord(BLANK_LINE, "nothing there")
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def too_long(num_bytes: int) -> BadRecord | None:
@@ -59,26 +66,14 @@ def too_long(num_bytes: int) -> BadRecord | None:
     return BadRecord(TOO_LONG, f"{num_bytes / 1e6:.0f} MB, more than {MAX_RECORD_BYTES / 1e6:.0f}")
 
 
-def _decode(line: bytes) -> str | BadRecord:
-    if line.startswith(DAMAGED_MARK):
-        return BadRecord(DAMAGED_FILE, line.removeprefix(DAMAGED_MARK).decode(errors="replace").strip())
-    line = line.removeprefix(_BYTE_ORDER_MARK)
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
-
-
 def decode_record(line: bytes, text_key: str) -> Content:
     """What stands under `text_key` in one line of JSONL: a text, or a list of messages.
 
     A byte order mark and a CR before the line's end are accepted; a text of white space alone counts as empty.
     """
-    content = _decode(line)
+    content = decode_text(line)
     if isinstance(content, BadRecord):
         return content
-    if not content.strip():
-        return BadRecord(BLANK_LINE, "nothing on the line")
     try:
         record = json.loads(content)
     except json.JSONDecodeError as error:
@@ -95,10 +90,31 @@ def decode_record(line: bytes, text_key: str) -> Content:
     if not isinstance(text, str):
         return BadRecord(NOT_A_STRING, f"key {text_key!r} holds a JSON {_kind_of(text)}")
     if not text.strip():
-        return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
+        return _empty(text, text_key)
     if "\\u" in content and not _is_encodable(text):
         return BadRecord(LONE_SURROGATE, f"key {text_key!r} holds half of a surrogate pair")
     return text
+
+
+def decode_row(row: Mapping[str, object], text_key: str) -> Content:
+    """What stands in column `text_key` of one row of a table, by the rules of `decode_record`."""
+    if text_key not in row:
+        return BadRecord(MISSING_KEY, f"no column {text_key!r}, {_keys_of(row)}")
+    text = row[text_key]
+    if isinstance(text, list) and any(isinstance(message, dict) for message in text):
+        return _conversation(text, text_key)
+    if not isinstance(text, str):
+        found = "null" if text is None else f"a value of type {type(text).__name__}"
+        return BadRecord(NOT_A_STRING, f"column {text_key!r} holds {found}")
+    if not text.strip():
+        return _empty(text, text_key)
+    if not _is_encodable(text):
+        return BadRecord(LONE_SURROGATE, f"column {text_key!r} holds half of a surrogate pair")
+    return text
+
+
+def _empty(text: str, text_key: str) -> BadRecord:
+    return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
 
 
 def _conversation(messages: list[Any], text_key: str) -> Conversation | BadRecord:
@@ -130,7 +146,7 @@ def _kind_of(value: object) -> str:
     return "string" if isinstance(value, str) else "array" if isinstance(value, list) else "object"
 
 
-def _keys_of(record: dict[str, object]) -> str:
+def _keys_of(record: Mapping[str, object]) -> str:
     if not record:
         return "the object has no keys"
     shown = [repr(key if len(key) <= 40 else key[:39] + "…") for key in list(record)[:_MAX_KEYS_SHOWN]]

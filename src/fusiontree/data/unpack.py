@@ -7,21 +7,20 @@ gives the lines before its end and then one line that says so, which `records` c
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import logging
 import os
 import secrets
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fusiontree.data.line_index import cache_folder
 from fusiontree.data.records import DAMAGED_MARK
+from fusiontree.data.text_stream import MAGIC, decompressed
 from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -96,10 +95,8 @@ def _reader(path: str) -> _Reader | None:
         return _arrow_rows
     with suppress(OSError), open(path, "rb") as file:
         head = file.read(4)
-        if head[:2] == b"\x1f\x8b":
-            return _gzip_blocks
-        if head == b"\x28\xb5\x2f\xfd":
-            return _zstd_blocks
+        if head.startswith(tuple(MAGIC.values())):
+            return _packed_lines
         if head == b"PAR1" or path.endswith(".parquet"):
             return _parquet_rows
     return None
@@ -113,58 +110,25 @@ def _stamp(path: str) -> list[tuple[str, int, int]]:
         return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
 
 
-class _EndsEarlyError(Exception):
-    def __str__(self) -> str:
-        return "the file ends too early"
-
-
-def _gzip_blocks(path: str, _: str) -> Iterator[bytes]:
-    with gzip.open(path, "rb") as file:
-        chunks = iter(partial(file.read1, _BLOCK_BYTES), b"")
-        yield from _whole_lines(chunks, (EOFError, gzip.BadGzipFile, zlib.error))
-
-
-def _zstd_blocks(path: str, _: str) -> Iterator[bytes]:
-    import zstandard
-
-    with open(path, "rb") as file:
-        yield from _whole_lines(_zstd_chunks(file), (zstandard.ZstdError, _EndsEarlyError))
-
-
-def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame, as the library's own reader does not tell a frame that is cut off from the end of the file."""
-    import zstandard
-
-    frame, has_begun = zstandard.ZstdDecompressor().decompressobj(), False
-    while packed := file.read(_BLOCK_BYTES):
-        while packed:
-            has_begun = True
-            yield frame.decompress(packed)
-            packed = b""
-            if frame.eof:
-                packed, frame, has_begun = frame.unused_data, zstandard.ZstdDecompressor().decompressobj(), False
-    if has_begun:
-        raise _EndsEarlyError
-
-
-def _whole_lines(chunks: Iterator[bytes], damages: tuple[type[Exception], ...]) -> Iterator[bytes]:
-    """The chunks up to the last whole line before any damage, then a line that names the damage."""
+def _packed_lines(path: str, _: str) -> Iterator[bytes]:
+    """The text up to the last whole line before any damage, then a line that names the damage."""
     pending: list[bytes] = []
     try:
-        for chunk in chunks:
-            whole, newline, rest = chunk.rpartition(b"\n")
-            if newline:
-                yield b"".join([*pending, whole, newline])
-                pending = []
-            pending.append(rest)
-    except damages as error:
-        yield DAMAGED_MARK + first_line(error).encode() + b"\n"
+        with open(path, "rb") as file:
+            for chunk in decompressed(path, iter(partial(file.read, _BLOCK_BYTES), b""), None):
+                whole, newline, rest = chunk.rpartition(b"\n")
+                if newline:
+                    yield b"".join([*pending, whole, newline])
+                    pending = []
+                pending.append(rest)
+    except InputError as error:
+        yield DAMAGED_MARK + str(error).encode() + b"\n"
         return
     yield b"".join(pending)
 
 
 def _parquet_rows(path: str, text_key: str) -> Iterator[bytes]:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:

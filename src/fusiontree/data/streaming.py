@@ -1,0 +1,445 @@
+"""The `hf_streaming` mode: records read from their beginning to their end, from files, URLs and data sets of the hub.
+
+Nothing is indexed, so nothing has to be there before training starts, and only the block at hand is in memory. The
+order is a function of (seed, epoch, position) all the same: the shards of an epoch are permuted, their records are
+counted through and cut into blocks, and each block is permuted. To begin anywhere, what comes before is read over.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch.utils.data import IterableDataset
+
+from fusiontree.data.corpus import resolve_paths
+from fusiontree.data.order import Permutation, Place, Share, Turns
+from fusiontree.data.records import BadRecord, Content
+from fusiontree.data.remote import Patience
+from fusiontree.data.shards import SUFFIXES, HubShard, Shard, file_shard, has_file_suffix, is_url
+from fusiontree.data.source import SourceRecord
+from fusiontree.data.tokenizer import DocumentEncoder
+from fusiontree.errors import InputError, first_line
+
+logger = logging.getLogger(__name__)
+
+# About this much text is tokenised at a time.
+_CHUNK_CHARACTERS = 1 << 18
+_MAX_CHUNK_RECORDS = 256
+
+_MAX_QUESTIONS = 16  # that servers are asked at once
+
+_PATIENCE = Patience()
+
+_UNKNOWN_SIZE = 2**62  # of an epoch, before it ends
+
+_HUB_ADVICE = "check the network, and log in (hf auth login) where the data set is not public"
+
+
+@dataclass(frozen=True)
+class StreamEntry:
+    """One thing to stream.
+
+    Attributes:
+        path: a file or glob, an http(s) URL, a folder that `datasets` loads, or the hub name of a data set, which may
+            end in `@` and a revision. What a file holds is told from its name: .jsonl, .json or .txt, each also with
+            .gz or .zst behind it, or .parquet.
+        config: configuration of a data set (a folder or a hub name); None = its only one.
+        split: of a data set; a file has none, and this is not looked at.
+        text_key: key or column that holds the text or the messages; not looked at where a line is a text.
+        txt_documents: what of a .txt file is one document, the "file" or each "line".
+        weight: share of the records, where entries are mixed.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    txt_documents: str = "line"
+    weight: float = 1.0
+
+
+class StreamRecord(NamedTuple):
+    """A record that is read and not decoded yet; `number` counts a shard's lines or rows from 1."""
+
+    shard: Shard
+    number: int
+    content: Any
+
+    @property
+    def source(self) -> str:
+        return f"{self.shard.name}:{self.number}"
+
+    def decode(self) -> Content:
+        return self.shard.decode(self.content)
+
+
+class StreamingDataset(IterableDataset):
+    """The records of some entries in an order of their own each epoch; iterating gives the texts of the first epoch.
+
+    A `DataLoader` with worker processes would read all of it in each of them: iterate over it in one.
+
+    Args:
+        entries: what to stream; a file that is named twice is read once.
+        seed: of the order; None = the order of the entries, and of the records in them.
+        shuffle_block: records that are mixed with each other. Each process holds as many in memory.
+        patience: with servers.
+        where: the setting the entries come from, for messages.
+
+    Raises:
+        InputError: no entry, a file or a data set that is not there or cannot be used, a server that does not answer.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[StreamEntry],
+        *,
+        seed: int | None = None,
+        shuffle_block: int = 1024,
+        patience: Patience = _PATIENCE,
+        where: str = "streams",
+    ) -> None:
+        if shuffle_block < 1:
+            raise InputError(f"shuffle_block must be at least 1, got {shuffle_block}")
+        if not entries:
+            raise InputError(f"{where} is empty: name at least one file, URL or data set")
+        self.seed = seed
+        self.shuffle_block = shuffle_block
+        shards: dict[tuple[object, ...], Shard] = {}
+        for entry in entries:
+            shards.update(_shards_of(entry, patience, where))
+        self.shards = list(shards.values())
+
+    def __iter__(self) -> Iterator[Content]:
+        return (record.decode() for record in self.records())
+
+    def records(self, epoch: int = 0, start: int = 0, step: int = 1) -> Iterator[StreamRecord]:
+        """The records at the places start, start + step, … of an epoch's order.
+
+        Raises:
+            InputError: a shard cannot be read, or is not what it was.
+        """
+        first_block = start // self.shuffle_block
+        records = self._in_shard_order(epoch, first_block * self.shuffle_block)
+        for number in itertools.count(first_block):
+            block = list(itertools.islice(records, self.shuffle_block))
+            if not block:
+                return
+            begin = number * self.shuffle_block
+            # The first place at or behind the block's begin that is one of those asked for.
+            first = start if begin <= start else begin + (start - begin) % step
+            places = np.arange(first - begin, len(block), step)
+            if self.seed is not None:
+                places = self._permutation("block", number, len(block), epoch)(places)
+            for place in places.tolist():
+                yield block[place]
+
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of what tells the shards' contents, without reading them, and of their order.
+
+        That is, for a file, its name, size and modification time, and for one behind a URL what the server says of it.
+        """
+        with ThreadPoolExecutor(_MAX_QUESTIONS) as pool:
+            versions = list(pool.map(lambda shard: shard.version, self.shards))
+        return hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:32]
+
+    def _in_shard_order(self, epoch: int, skip: int) -> Iterator[StreamRecord]:
+        order = np.arange(len(self.shards))
+        if self.seed is not None:
+            order = self._permutation("shards", 0, len(order), epoch)(order)
+        if skip:
+            logger.info("reading over %d records to where the data goes on", skip)
+        for index in order.tolist():
+            shard = self.shards[index]
+            records = shard.open()
+            skipped = records.skip(skip) if skip else 0
+            skip -= skipped
+            if skip == 0:
+                for number, content in enumerate(records, skipped + 1):
+                    yield StreamRecord(shard, number, content)
+
+    def _permutation(self, kind: str, number: int, size: int, epoch: int) -> Permutation:
+        digest = hashlib.blake2b(f"{self.seed}/{kind}/{number}".encode(), digest_size=8).digest()
+        return Permutation(size, seed=int.from_bytes(digest, "little"), epoch=epoch)
+
+
+class MixedStreams:
+    """Several streams in fixed shares (see `Turns`), each over and over: one epoch without end.
+
+    To begin anywhere, each stream is read over up to there, and more than once where it has come round.
+    """
+
+    def __init__(self, streams: Sequence[StreamingDataset], weights: Sequence[float]) -> None:
+        self.streams = list(streams)
+        self.seed = streams[0].seed
+        self.shuffle_block = streams[0].shuffle_block
+        self.turns = Turns(weights)
+
+    def records(self, epoch: int = 0, start: int = 0, step: int = 1) -> Iterator[StreamRecord]:
+        """The records at the places start, start + step, … of the only epoch, 0."""
+        running = [_endless(s, skip) for s, skip in zip(self.streams, self.turns.before(start), strict=True)]
+        for place in itertools.count(start):
+            record = next(running[int(self.turns.source(np.array([place]))[0])])
+            if (place - start) % step == 0:
+                yield record
+
+    def fingerprint(self) -> str:
+        """See `StreamingDataset.fingerprint`."""
+        parts = [stream.fingerprint() for stream in self.streams]
+        return hashlib.sha256(json.dumps([parts, self.turns.counts.tolist()]).encode()).hexdigest()[:32]
+
+
+def _endless(stream: StreamingDataset, skip: int) -> Iterator[StreamRecord]:
+    for epoch in itertools.count():
+        count = 0
+        for record in stream.records(epoch, skip):
+            count += 1
+            yield record
+        if count == 0:
+            length = sum(1 for _ in stream.records(epoch))
+            if length == 0:
+                raise InputError("a stream that is to be mixed holds no record at all")
+            skip -= length
+        else:
+            skip = 0
+
+
+def open_streams(
+    entries: Sequence[StreamEntry],
+    *,
+    seed: int | None,
+    shuffle_block: int = 1024,
+    patience: Patience = _PATIENCE,
+    where: str = "streams",
+) -> StreamingDataset | MixedStreams:
+    """The entries as one stream; mixed by their weights where these differ.
+
+    Raises:
+        InputError: see `StreamingDataset`.
+    """
+    weights = [entry.weight for entry in entries]
+    if len(set(weights)) <= 1:
+        return StreamingDataset(entries, seed=seed, shuffle_block=shuffle_block, patience=patience, where=where)
+    streams = [
+        StreamingDataset([entry], seed=seed, shuffle_block=shuffle_block, patience=patience, where=f"{where}[{number}]")
+        for number, entry in enumerate(entries)
+    ]
+    return MixedStreams(streams, weights)
+
+
+class StreamingSource:
+    """A stream in the order in which one rank trains on it.
+
+    Of an epoch's order, rank r of w takes the places r, r + w, r + 2w, …: every record falls to one rank, once. A
+    `position` counts this rank's records within an epoch. Every rank reads the whole stream and decodes its own part.
+
+    Args:
+        dataset: as `open_streams` gives it.
+        endless: go on with the next epoch, or stop after one.
+    """
+
+    def __init__(
+        self,
+        dataset: StreamingDataset | MixedStreams,
+        encoder: DocumentEncoder,
+        *,
+        endless: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.endless = endless
+        self.rank = rank
+        self.world_size = world_size
+        self._encoder = encoder
+        self._share = Share(_UNKNOWN_SIZE, rank, world_size)
+
+    def hand_over(self, history: Sequence[Sequence[Place]]) -> Place:
+        """See `DocumentSource`.
+
+        Raises:
+            InputError: the former ranks stood in different epochs, of which the length is not known.
+        """
+        if any(len({place.epoch for place in places}) > 1 for places in history):
+            raise InputError(
+                f"the checkpoint's {len(history[-1])} processes stood in different epochs of a stream: resume with as "
+                f"many instead of {self.world_size}, or from another checkpoint"
+            )
+        self._share = Share(_UNKNOWN_SIZE, self.rank, self.world_size, history)
+        return self._share.start
+
+    @property
+    def first_whole_epoch(self) -> int:
+        return self._share.first_whole_epoch
+
+    def read(self, start: Place) -> Iterator[SourceRecord]:
+        """Every record from that of `start` on; its offset does not matter here.
+
+        Raises:
+            InputError: see `StreamingDataset.records`; or an epoch has no record for this rank.
+        """
+        position = start.position
+        for epoch in itertools.count(start.epoch):
+            first = position
+            for place, record, content in self._encoded(self._records(epoch, position)):
+                source = record.source if isinstance(content, BadRecord) else ""
+                offset = self._share.offset(epoch, place)
+                yield SourceRecord(Place(epoch, position, offset), content, source, place)
+                position += 1
+            if not self.endless:
+                return
+            if position == first == 0 and epoch >= self.first_whole_epoch:
+                raise InputError(
+                    f"the streams hold at most {self.rank} records, too few for {self.world_size} processes"
+                    if self.world_size > 1
+                    else "the streams hold no record at all"
+                )
+            position = 0
+
+    def identity(self) -> dict[str, object]:
+        seed = self.dataset.seed
+        return {
+            "data": self.dataset.fingerprint(),
+            **self._encoder.identity(),
+            "seed": seed,
+            "shuffle_block": None if seed is None else self.dataset.shuffle_block,
+        }
+
+    def _records(self, epoch: int, position: int) -> Iterator[tuple[int, StreamRecord]]:
+        """This rank's places of an epoch from a position on, each with its record."""
+        if epoch >= self.first_whole_epoch:
+            first = self.rank + position * self.world_size
+            yield from zip(
+                itertools.count(first, self.world_size),
+                self.dataset.records(epoch, first, self.world_size),
+                strict=False,
+            )
+            return
+        # What other ranks have left: the places are not evenly spaced.
+        wanted = self._place_at(epoch, position)
+        for place, record in enumerate(self.dataset.records(epoch, wanted), wanted):
+            if place == wanted:
+                yield place, record
+                position += 1
+                wanted = self._place_at(epoch, position)
+
+    def _place_at(self, epoch: int, position: int) -> int:
+        return int(self._share.places(epoch, np.array([position]))[0])
+
+    def _encoded(
+        self, records: Iterator[tuple[int, StreamRecord]]
+    ) -> Iterator[tuple[int, StreamRecord, np.ndarray | BadRecord]]:
+        chunk: list[tuple[int, StreamRecord]] = []
+        contents: list[Content] = []
+        characters = 0
+        for place, record in records:
+            chunk.append((place, record))
+            contents.append(record.decode())
+            characters += len(contents[-1]) if isinstance(contents[-1], str) else 0
+            if characters >= _CHUNK_CHARACTERS or len(chunk) == _MAX_CHUNK_RECORDS:
+                yield from self._encode(chunk, contents)
+                chunk, contents, characters = [], [], 0
+        yield from self._encode(chunk, contents)
+
+    def _encode(
+        self, chunk: list[tuple[int, StreamRecord]], contents: list[Content]
+    ) -> Iterator[tuple[int, StreamRecord, np.ndarray | BadRecord]]:
+        for (place, record), ids in zip(chunk, self._encoder.records(contents), strict=True):
+            yield place, record, ids
+
+
+def _shards_of(entry: StreamEntry, patience: Patience, where: str) -> dict[tuple[object, ...], Shard]:
+    """The shards of an entry, by what makes two of them the same."""
+    path = os.path.expanduser(entry.path)
+    is_folder = not is_url(path) and os.path.isdir(path)
+    is_file = is_url(path) or has_file_suffix(path) or os.path.exists(path) or glob.has_magic(path)
+    if is_folder or not is_file:
+        return _data_set(entry, path if is_folder else None, patience, where)
+    if entry.config is not None:
+        raise InputError(f"{where}: config {entry.config} is of no use to the file {entry.path}; leave it out")
+    paths = [path] if is_url(path) else resolve_paths([path], where=where)
+    return {
+        (path if is_url(path) else os.path.realpath(path), entry.text_key): file_shard(
+            path, text_key=entry.text_key, patience=patience, txt_documents=entry.txt_documents
+        )
+        for path in paths
+    }
+
+
+def _data_set(
+    entry: StreamEntry, folder: str | None, patience: Patience, where: str
+) -> dict[tuple[object, ...], Shard]:
+    commit: str | None = None
+    version: list[object]
+    if folder:
+        name, version = folder, [_files_in(folder)]
+        advice = f"name the files in it, such as {os.path.join(folder, '*.jsonl')}"
+    else:
+        name, _, revision = entry.path.partition("@")
+        commit = _hub_revision(name, revision or None, patience, where)
+        version, advice = [name, commit], _HUB_ADVICE
+    # Takes a second or two, which streams of files alone need not wait for.
+    from datasets import load_dataset
+
+    try:
+        data_set = load_dataset(name, entry.config, split=entry.split, streaming=True, revision=commit)
+        if data_set.column_names and entry.text_key in data_set.column_names:
+            data_set = data_set.select_columns([entry.text_key])
+        num_shards = data_set.num_shards
+    except Exception as error:  # whatever a data set's format and file system raise
+        raise InputError(f"{where}: {entry.path} cannot be streamed: {first_line(error)}") from error
+    label = "/".join(part for part in (entry.path, entry.config, entry.split) if part)
+    return {
+        (name, commit, entry.config, entry.split, entry.text_key, index): HubShard(
+            label if num_shards == 1 else f"{label}[{index}]",
+            functools.partial(data_set.shard, num_shards, index),
+            version=[*version, entry.config, entry.split, entry.text_key, num_shards, index],
+            text_key=entry.text_key,
+            patience=None if folder else patience,
+            advice=advice,
+        )
+        for index in range(num_shards)
+    }
+
+
+def _files_in(folder: str) -> str:
+    """Hexadecimal digest of the names, sizes and modification times of the files under a folder, hidden ones aside."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("[!.]*")):
+        if path.is_file():
+            status = path.stat()
+            name = path.relative_to(folder).as_posix()
+            digest.update(json.dumps([name, status.st_size, status.st_mtime_ns]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _hub_revision(name: str, revision: str | None, patience: Patience, where: str) -> str | None:
+    """The commit that a data set of the hub is at, by which it is read from then on."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(
+            f"{where}: {name} is no file or folder here and no hub name; a file's name ends in {SUFFIXES}"
+        ) from error
+    try:
+        # Asked first because loading retries an unreachable hub for the better part of a minute.
+        return HfApi().dataset_info(name, revision=revision, timeout=patience.timeout).sha
+    except Exception as error:
+        raise InputError(
+            f"{where}: {name} is no file or folder here, and the hub did not provide a data set of that name "
+            f"({first_line(error)}); {_HUB_ADVICE}"
+        ) from error
