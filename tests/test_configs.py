@@ -47,7 +47,7 @@ def test_every_shipped_configuration_builds(path: Path) -> None:
     model = build(settings)
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert settings.output_dir == f"runs/{path.stem}"
-    assert settings.data.tokenizer and settings.data.train_paths
+    assert settings.data.tokenizer and (settings.data.train_paths or settings.data.hf_streaming_preset)
 
 
 def test_the_expected_configurations_ship() -> None:

@@ -176,3 +176,9 @@ def test_tokenise_leaves_tokens_that_train_and_inspect_read(run, config, files, 
     assert code == 2 and "are not those of this run: the files' contents" in err
     assert run("data", "tokenise", config)[2].startswith("error: data.static_dir is not set")
     assert "data.train_paths is empty" in run("data", "tokenise", config, "data.train_paths=[]", *static)[2]
+
+
+def test_inspect_shows_the_beginning_of_a_stream(run, config, files):
+    code, out, err = run("data", "inspect", config, "data.data_mode=hf_streaming", "--records", 20)
+    assert (code, err) == (0, "")
+    assert "sample: 20 records" in out and "about" not in out and "the first packed row: 96 tokens" in out

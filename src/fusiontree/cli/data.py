@@ -166,20 +166,25 @@ def inspect(
     """Show what a run's data are: sizes, lengths, scripts, what is skipped and why, and a packed row."""
     from rich.console import Console
 
-    from fusiontree.data.inspection import inspect_corpus
-    from fusiontree.data.loader import build_loader, open_corpus
-    from fusiontree.data.tokenizer import load_tokenizer, separator_id_of
+    from fusiontree.data.inspection import inspect_corpus, inspect_stream
+    from fusiontree.data.loader import build_loader, open_corpus, open_training_streams
+    from fusiontree.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id_of
 
     settings = _run_settings(arguments, config)
     if settings.data.tokenizer is None:
         raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
     text_tokenizer = load_tokenizer(settings.data.tokenizer)
-    corpus = open_corpus(settings.data, split.value)
-    separator_id = separator_id_of(text_tokenizer, settings.data.document_separator)
+    encoder = DocumentEncoder(text_tokenizer, separator_id_of(text_tokenizer, settings.data.document_separator))
     console = Console(soft_wrap=True, highlight=False)
-    files = "1 file" if len(corpus.files) == 1 else f"{len(corpus.files)} files"
-    console.print(f"data.{split.value}_paths: {files}, {corpus.num_bytes / 1e6:,.3f} MB, {len(corpus)} lines")
-    inspection = inspect_corpus(corpus, text_tokenizer, separator_id, records=records)
+    if settings.data.data_mode == "hf_streaming" and split is Split.train:
+        stream = open_training_streams(settings.data, seed=settings.seed if settings.data.shuffle else None)
+        console.print("data_mode hf_streaming: the first records of the stream")
+        inspection = inspect_stream(stream, encoder, records=records)
+    else:
+        corpus = open_corpus(settings.data, split.value)
+        files = "1 file" if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+        console.print(f"data.{split.value}_paths: {files}, {corpus.num_bytes / 1e6:,.3f} MB, {len(corpus)} lines")
+        inspection = inspect_corpus(corpus, encoder, records=records)
     _print_inspection(console, inspection)
     first = settings.length_schedule().at(1).length
     loader = build_loader(
@@ -195,13 +200,15 @@ def inspect(
 
 def _print_inspection(console: Console, inspection: Inspection) -> None:
     lengths = sorted(inspection.lengths)
-    console.print(f"sample: {inspection.records} of {inspection.of} records")
+    of = "" if inspection.of is None else f" of {inspection.of}"
+    console.print(f"sample: {inspection.records}{of} records")
     _print_skipped(console, inspection.report)
     if not lengths:
         return
+    in_all = "" if inspection.estimated_tokens is None else f", about {inspection.estimated_tokens} in all"
     characters, text_bytes = inspection.characters / inspection.tokens, inspection.text_bytes / inspection.tokens
     console.print(
-        f"tokens: {inspection.tokens} in {len(lengths)} documents, about {inspection.estimated_tokens} in all; "
+        f"tokens: {inspection.tokens} in {len(lengths)} documents{in_all}; "
         f"a token is {characters:.2f} characters, {text_bytes:.2f} bytes"
     )
     console.print(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from fusiontree.data.batch import Batch
 from fusiontree.data.corpus import Corpus
-from fusiontree.data.lazy import LazyDataset
 from fusiontree.data.order import Permutation
 from fusiontree.data.records import BadRecord, Content, Conversation
 from fusiontree.data.report import DataReport
+from fusiontree.data.streaming import MixedStreams, StreamingDataset
 from fusiontree.data.tokenizer import DocumentEncoder
 
 # Names of characters begin with their script; what is not here is counted under its first word.
@@ -30,14 +30,14 @@ class Inspection:
     """A sample of a corpus.
 
     Attributes:
-        records: records looked at; `of`: records there are.
+        records: records looked at; `of`: records there are, None where that is not known.
         lengths: tokens of each document, separator included; characters and text_bytes (UTF-8): of all of them.
         scripts: letters by script, beside "digits", "space" and "other", over the beginnings of the documents.
         report: what could be read and what not.
     """
 
     records: int
-    of: int
+    of: int | None
     lengths: list[int] = field(default_factory=list)
     characters: int = 0
     text_bytes: int = 0
@@ -49,9 +49,9 @@ class Inspection:
         return sum(self.lengths)
 
     @property
-    def estimated_tokens(self) -> int:
+    def estimated_tokens(self) -> int | None:
         """Tokens of the whole corpus, if the rest is like the sample."""
-        return round(self.tokens * self.of / self.records)
+        return None if self.of is None else round(self.tokens * self.of / self.records)
 
     def histogram(self) -> list[tuple[int, int]]:
         """(upper bound in tokens, documents with at most that many and more than the bound before); bounds double."""
@@ -65,22 +65,33 @@ class Inspection:
         return result
 
 
-def inspect_corpus(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, separator_id: int | None, *, records: int
-) -> Inspection:
+def inspect_corpus(corpus: Corpus, encoder: DocumentEncoder, *, records: int) -> Inspection:
     """Read and tokenise up to `records` records, spread evenly over the corpus, the same ones every time."""
     count = min(records, len(corpus))
-    inspection = Inspection(records=count, of=len(corpus))
-    encoder = DocumentEncoder(tokenizer, separator_id)
-    dataset = LazyDataset(corpus, encoder)
-    order = Permutation(len(corpus), seed=0, epoch=0)
-    for start in range(0, count, _RECORDS_AT_ONCE):
-        chosen = order(np.arange(start, min(start + _RECORDS_AT_ONCE, count))).tolist()
-        for record, ids in zip(chosen, dataset.__getitems__(chosen), strict=True):
+    chosen = Permutation(len(corpus), seed=0, epoch=0)(np.arange(count)).tolist()
+    contents = ((corpus.source(record), corpus.read(record)) for record in chosen)
+    return _inspect(contents, encoder, Inspection(records=count, of=len(corpus)))
+
+
+def inspect_stream(stream: StreamingDataset | MixedStreams, encoder: DocumentEncoder, *, records: int) -> Inspection:
+    """Read and tokenise the first `records` records of a stream; how many there are is not known."""
+    first = islice(stream.records(), records)
+    inspection = _inspect(
+        ((record.source, record.decode()) for record in first), encoder, Inspection(records=0, of=None)
+    )
+    report = inspection.report
+    inspection.records = report.documents + report.total_skipped + report.blank_lines
+    return inspection
+
+
+def _inspect(contents: Iterable[tuple[str, Content]], encoder: DocumentEncoder, inspection: Inspection) -> Inspection:
+    contents = iter(contents)
+    while chunk := list(islice(contents, _RECORDS_AT_ONCE)):
+        for (source, content), ids in zip(chunk, encoder.records([content for _, content in chunk]), strict=True):
             if isinstance(ids, BadRecord):
-                inspection.report.add(corpus.source(record), ids)
+                inspection.report.add(source, ids)
                 continue
-            text = text_of(corpus.read(record))
+            text = text_of(content)
             inspection.report.documents += 1
             inspection.lengths.append(len(ids))
             inspection.characters += len(text)

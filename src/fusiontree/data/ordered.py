@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from fusiontree.errors import InputError
 # A worker hands over about this much text at a time: enough to keep the tokenizer busy, little enough to start quickly.
 _CHUNK_BYTES = 1 << 18
 _MAX_CHUNK_RECORDS = 256
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,9 @@ def _start_worker(_: int) -> None:
     # Ctrl-C reaches the terminal's whole process group, and `timeout` and its like send SIGTERM to all of theirs: the
     # process that trains decides what either means and ends its workers, which it does with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # If the trainer is killed, a worker that waits for room in its pipe would never hear of it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
     # A tokenizer that used its threads before the fork would wait for them here for ever.

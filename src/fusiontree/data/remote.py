@@ -205,7 +205,7 @@ class RemoteFile:
                 if new:
                     yield new
             length = self._version.length
-            if False and received < (position if length is None else length):
+            if received < (position if length is None else length):
                 raise _Interrupted(f"the answer ended after {received} of {length or 'more'} bytes")
 
     @contextmanager
