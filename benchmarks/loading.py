@@ -118,7 +118,7 @@ def _jobs(files: list[str], folder: Path, batches: int) -> list[dict]:
     }
     return [
         {**common, "mode": mode, "workers": workers}
-        for mode, choices in (("lazy", (0, 1, 2)), ("static", (0, 1, 2)), ("datasets", (0, 2)))
+        for mode, choices in (("lazy", (0, 1, 2)), ("static", (0, 1, 2)), ("hf_streaming", (0,)), ("datasets", (0, 2)))
         for workers in choices
     ]
 

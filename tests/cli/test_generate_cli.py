@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,7 @@ def test_a_prompt_longer_than_a_learned_table(corpus: Path, tmp_path: Path, caps
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_step_gives_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """In a process of its own, as compiling leaves settings and threads behind."""
     command = [SCRIPT, "generate", folder, "-p", PROMPT, "-n", "24", "--greedy", "--device", "cpu", "--compile"]

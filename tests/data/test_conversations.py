@@ -59,8 +59,8 @@ def test_only_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(chat_to
 
 
 def test_an_opening_of_the_assistant_is_learnt(chat_tokenizer):
-    ids = ConversationEncoder(chat_tokenizer, None)(Conversation([{"role": "assistant", "content": "Hello"}]))
-    assert parts(ids, chat_tokenizer) == [(False, "<|im_start|>assistant\n"), (True, "Hello<|im_end|>\n")]
+    ids = ConversationEncoder(chat_tokenizer, None)(Conversation([{"role": "assistant", "content": "a"}]))
+    assert parts(ids, chat_tokenizer) == [(False, "<|im_start|>assistant\n"), (True, "a<|im_end|>\n")]
 
 
 def test_a_template_that_refuses_or_rewrites_is_a_bad_record(chat_tokenizer):

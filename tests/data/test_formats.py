@@ -13,6 +13,7 @@ import pytest
 import zstandard
 from jsonl_files import text_of, write_jsonl
 
+import fusiontree.data.unpack as unpack
 from fusiontree.config import InputError
 from fusiontree.data.corpus import Corpus, resolve_paths
 from fusiontree.data.records import BadRecord
@@ -152,3 +153,63 @@ def test_a_record_too_long_to_hold_is_not_read(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long" * 100}])
     first, second = (content for _, content in Corpus([path]).records())
     assert first == "short" and second.kind == "too long"
+
+
+def test_processes_that_unpack_one_file_at_once_share_the_first_copy(tmp_path):
+    path, cache = tmp_path / "a.jsonl.gz", tmp_path / "cache"
+    write_gzip(path)
+    first = Corpus([str(path)], cache_dir=str(cache))
+    # The slower one has begun before the faster was done.
+    real = unpack.os.path.exists
+    copy = first.files[0].path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unpack.Path, "exists", lambda self: False)
+        second = Corpus([str(path)], cache_dir=str(cache))
+    assert second.files[0].path == copy and real(copy)
+    assert [content for _, content in first.records()] == TEXTS
+
+
+def test_one_file_is_read_under_two_keys(tmp_path):
+    pq.write_table(pa.table({"q": ["one", "two"], "a": ["three", "four"]}), tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"q": "one", "a": "three"}\n'))
+    for name in ("a.parquet", "a.jsonl.gz"):
+        both = [Corpus([str(tmp_path / name)], text_key=key) for key in ("q", "a")]
+        assert [corpus.read(0) for corpus in both] == ["one", "three"]
+
+
+def test_values_that_are_no_text_are_no_text_in_any_format(tmp_path):
+    column = pa.array([b"h\xc3\xa9llo"], pa.binary())
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    datasets.Dataset(pa.table({"text": column})).save_to_disk(str(tmp_path / "arrow"))
+    for name in ("a.parquet", "arrow"):
+        assert Corpus([str(tmp_path / name)]).read(0).kind == "not a string"
+    broken = pa.Array.from_buffers(
+        pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0\3\0\0\0\5\0\0\0"), pa.py_buffer(b"ok\xffok")]
+    )
+    pq.write_table(pa.table({"text": broken}), tmp_path / "b.parquet")
+    contents = [getattr(content, "kind", content) for _, content in Corpus([str(tmp_path / "b.parquet")]).records()]
+    assert contents == ["ok", "not UTF-8", "ok"]
+
+
+def test_a_whole_text_that_is_cut_off_is_a_fault_and_no_text(tmp_path):
+    packed = gzip.compress("".join(f"line {number} {os.urandom(99).hex()}\n" for number in range(9000)).encode())
+    (tmp_path / "b.txt.gz").write_bytes(packed[: len(packed) // 2])
+    (content,) = (content for _, content in Corpus([f"{tmp_path}/b.txt.gz"]).records())
+    assert content.kind == "damaged file" and "cut off" in content.detail
+    lines = [content for _, content in Corpus([f"{tmp_path}/b.txt.gz"], txt_documents="line").records()]
+    assert len(lines) > 1000 and lines[-1].kind == "damaged file"
+
+
+def test_a_zstd_file_may_begin_with_a_frame_to_skip(tmp_path):
+    skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+    (tmp_path / "a.jsonl.zst").write_bytes(skippable + zstandard.compress(jsonl_bytes()))
+    assert [content for _, content in Corpus([f"{tmp_path}/a.jsonl.zst"]).records()] == TEXTS
+
+
+def test_a_packed_line_too_long_to_hold_is_a_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr("fusiontree.data.unpack.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("fusiontree.data.records.MAX_RECORD_BYTES", 1 << 20)
+    content = b'{"text": "' + b"x" * (5 << 20) + b'"}\n{"text": "after"}\n'
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    first, second = (content for _, content in Corpus([f"{tmp_path}/a.jsonl.gz"]).records())
+    assert first.kind == "too long" and second == "after"

@@ -521,3 +521,14 @@ def test_sources_are_mixed_by_their_weights(corpus, tokenizer, tmp_path):
         build_loader(
             settings.model_copy(update={"train_paths": tuple(corpus)}), tokenizer, batch_size=2, max_seq_length=64
         )
+
+
+def test_a_bad_record_of_a_small_source_counts_once_and_of_a_rare_one_is_not_missed(tokenizer, tmp_path):
+    rare = write_jsonl(tmp_path / "rare.jsonl", [{"text": f"rare {n}"} for n in range(90)] + ["{broken"] * 10)
+    small = write_jsonl(tmp_path / "small.jsonl", [{"text": f"small {n}"} for n in range(9)] + ["{broken"])
+    settings = DataSettings(train_sources=({"paths": rare, "weight": 1}, {"paths": small, "weight": 9}), shuffle=False)
+    loader = build_loader(settings, tokenizer, batch_size=8, max_seq_length=64)
+    batches = iter(loader)
+    for _ in range(60):
+        next(batches)
+    assert loader.report().reasons() == "11 broken JSON"

@@ -30,7 +30,13 @@ def model() -> HybridLanguageModel:
 
 
 def packed(packer: Callable, documents: list[np.ndarray]) -> list[Row]:
-    return list(packer(((Place(0, i), ids) for i, ids in enumerate(documents)), length=LENGTH, pad_id=0))
+    return list(
+        packer(
+            ((Place(0, i), ids) for i, ids in enumerate(documents)),
+            length=LENGTH if packer is pack_best_fit else lambda: LENGTH,
+            pad_id=0,
+        )
+    )
 
 
 @torch.no_grad()

@@ -77,9 +77,7 @@ def test_an_answer_that_says_no_is_believed_at_once(server, status):
 def test_a_server_that_stays_down_is_given_up(server, fault):
     url = server.add("a", CONTENT, always=fault)
     begun = time.monotonic()
-    with pytest.raises(
-        InputError, match=rf"^{url} cannot be read: .*, after 4 tries in a row; training can be resumed"
-    ):
+    with pytest.raises(InputError, match=rf"^{url} cannot be read: .*, after 4 tries in a row; once it can be reached"):
         read(url, IMPATIENT)
     assert time.monotonic() - begun < 4 * IMPATIENT.timeout + 4
     assert len(server.requests) == 4

@@ -344,7 +344,7 @@ def test_a_failing_server_gives_what_a_healthy_one_gives(server, make, name, ran
 def test_a_server_that_stays_down_ends_the_stream_in_time(server, make, name, fault):
     source = make(server.add(name, FILES[name], always=fault), timeout=0.2, tries=3)
     begun = time.monotonic()
-    with pytest.raises(InputError, match=rf"{server.address}/{name} cannot be read: .*training can be resumed"):
+    with pytest.raises(InputError, match=rf"{server.address}/{name} cannot be read: .*once it can be reached"):
         list(source.read(Place()))
     assert time.monotonic() - begun < 5
 
@@ -593,6 +593,7 @@ def test_streams_are_mixed_by_their_weights_and_resume_in_any_round(tmp_path, to
         ),
         ({"train_paths": "none.jsonl"}, "data.train_paths: none.jsonl does not exist"),
         ({"train_sources": ({"paths": ("a.jsonl", "b.jsonl")},)}, "each source names one path or glob"),
+        ({"train_sources": ({"paths": ()},)}, "each source names one path or glob"),
     ],
 )
 def test_what_to_stream_is_named_once(tokenizer, changes, problem):
@@ -615,7 +616,7 @@ def test_all_modes_hold_the_same_documents_each_once_an_epoch(two_files, tokeniz
         for rank in range(ranks.get("world_size", 1)):
             loader = streaming_loader(settings, tokenizer, **ranks, rank=rank, max_seq_length=512)
             source, documents = loader._source, []
-            for place, content, _, _ in source.read(Place()):
+            for place, content, *_ in source.read(Place()):
                 if place.epoch:
                     break
                 if not isinstance(content, BadRecord):
@@ -632,3 +633,14 @@ def test_all_modes_hold_the_same_documents_each_once_an_epoch(two_files, tokeniz
     for world_size in (1, 2, 3):
         assert epoch_of(streamed, world_size=world_size) == expected
         assert epoch_of(other, world_size=world_size) == expected
+
+
+def test_sources_of_equal_weight_come_equally_often_whatever_their_sizes(tmp_path, tokenizer):
+    many = write_jsonl(tmp_path / "many.jsonl", [{"text": f"many {number}"} for number in range(300)])
+    few = write_jsonl(tmp_path / "few.jsonl", [{"text": f"few {number}"} for number in range(10)] + ["{broken"])
+    settings = DataSettings(data_mode="hf_streaming", hf_streaming_sources=({"path": many}, {"path": few}))
+    loader = streaming_loader(settings, tokenizer, max_seq_length=64)
+    ids = [t for batch in islice(loader, 40) for t in batch.input_ids.flatten().tolist()]
+    texts = tokenizer.decode(ids).split(tokenizer.eos_token)[:-1]
+    assert abs(sum(text.startswith("few") for text in texts) / len(texts) - 0.48) < 0.04
+    assert loader.report().reasons() == "1 broken JSON"  # once, however often it comes round

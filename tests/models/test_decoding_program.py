@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from tiny import tiny_model, token_ids
@@ -101,6 +103,7 @@ def test_what_is_no_step_runs_as_before_and_steps_go_on_from_it(uncompiled):
     assert model.lm_head.weight.grad is not None
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_step_generates_the_same_tokens_until_weights_change():
     """The real compiler: once for each of two sets of weights."""
     model = tiny_model(num_layers=1, layer_branches=["both"])

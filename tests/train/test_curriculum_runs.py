@@ -18,8 +18,9 @@ from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
 from fusiontree.cli import main
+from fusiontree.errors import InputError
 from fusiontree.train.engine import TrainingEngine
-from fusiontree.train.settings import RunSettings
+from fusiontree.train.settings import RunSettings, as_run_settings
 
 # Rows of 24 tokens, 2 in a micro-batch, 2 micro-batches in a step: 96 tokens.
 STAGES = [{"length": 8, "steps": 3}, {"length": 16, "tokens": 300}, {"length": 6, "steps": 1}]
@@ -185,3 +186,9 @@ def test_a_stage_that_does_not_fit_is_told_with_the_line_of_the_file(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {config}, line 3: curriculum.stages.0.length: no whole number of rows of 7 tokens")
     assert line.endswith("= 48 tokens: use 6 or 8")
+
+
+def test_best_fit_and_a_curriculum_are_refused_before_anything_is_made(run_settings) -> None:
+    sections = run_settings(data={"packing": "best_fit"}, curriculum={"stages": [{"length": 12, "steps": 2}]})
+    with pytest.raises(InputError, match="best_fit makes rows of one length"):
+        as_run_settings(sections)

@@ -1,6 +1,6 @@
 """Long-context tasks written into training documents: a fact to find again, a list to recall, a sequence to copy.
 
-What a document gets follows from (seed, epoch, number of its record) and from the document alone, so every data mode,
+What a document gets follows from (seed, epoch, number of its record) and from the document alone, so any
 number of workers and resume gives the same, and each epoch something else. It works on token ids: a clue goes in
 somewhere, its question and answer come at the document's end. Only the answer is learnt (see `packing`): of clue and
 question nothing could be known beforehand. Where packing cuts a document between the two, the answer cannot be known

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fusiontree.data.records import NOT_A_CONVERSATION, BadRecord, Conversation
 from fusiontree.errors import InputError, first_line
 
+_STAND_IN = "words-of-the-assistant"  # for what it says, to find where that begins
+
 
 class ConversationEncoder:
     """Conversations to signed ids (see `packing`): all is read, and learnt is each turn of the assistant with its end.
@@ -78,5 +80,4 @@ class ConversationEncoder:
 
     def _render_opening(self, messages: list[dict[str, Any]]) -> str:
         """What stands before a conversation that the assistant opens."""
-        content = messages[0].get("content")
-        return self._render(messages[:1]).partition(content)[0] if isinstance(content, str) and content else ""
+        return self._render([{**messages[0], "content": _STAND_IN}]).partition(_STAND_IN)[0]

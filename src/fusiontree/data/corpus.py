@@ -78,6 +78,8 @@ def _check_is_file(path: str, where: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
+        if "://" in path:
+            raise InputError(f"{where}: {path} is a URL, which only data_mode hf_streaming reads") from error
         reason = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
         raise InputError(f"{where}: {path} {reason}") from error
     if stat.S_ISDIR(mode) and is_arrow_folder(path):

@@ -224,7 +224,7 @@ class Loader:
         """
         whole_epoch_from = max(start.epoch + (start.position > 0), self._source.first_whole_epoch)
         found = False
-        for place, content, source, number in self._source.read(start):
+        for place, content, source, number, is_first in self._source.read(start):
             is_new = place[:2] > self._counted
             if is_new:
                 self._counted = place[:2]
@@ -236,7 +236,8 @@ class Loader:
                     )
                 whole_epoch_from, found = place.epoch, False
             if isinstance(content, BadRecord):
-                self._skip(place, source, content, is_new)
+                if is_first:
+                    self._skip(source, content, is_new)
                 continue
             found = True
             self._report.documents += is_new and place.offset == 0
@@ -246,9 +247,7 @@ class Loader:
                 place = max(place, start)
             yield place, content
 
-    def _skip(self, place: Place, source: str, bad: BadRecord, is_new: bool) -> None:
-        if place.epoch > 0:
-            return  # the same records as in the first epoch
+    def _skip(self, source: str, bad: BadRecord, is_new: bool) -> None:
         if is_new:
             self._report.add(source, bad)
         if bad.kind == BLANK_LINE:
@@ -337,8 +336,6 @@ def open_records(
         tokens = LongContextDataset(static_folder(settings, split))
         if mine := {key: value for key, value in encoder.identity().items() if tokens.identity().get(key) != value}:
             LongContextDataset(static_folder(settings, split), {**tokens.identity(), **mine})
-        if settings.train_sources:
-            raise InputError("data.train_sources needs paths")
         return tokens, PlainOrder(len(tokens), seed)
     corpora = _open_corpora(settings, split)
     records: RecordSet = LazyDataset(Corpus.joined(corpora), encoder)
@@ -424,6 +421,8 @@ def open_training_streams(settings: DataSettings, *, seed: int | None) -> Stream
         ],
         "train_paths": [_stream(settings, StreamSource(path=path)) for path in settings.train_paths],
     }
+    if any(len(source.paths) != 1 for source in settings.train_sources):
+        raise InputError("data.train_sources: in data_mode hf_streaming, each source names one path or glob")
     named = [name for name, given in entries.items() if given]
     if len(named) != 1:
         raise InputError(
@@ -431,11 +430,10 @@ def open_training_streams(settings: DataSettings, *, seed: int | None) -> Stream
             if named
             else "data.hf_streaming_sources is empty: name at least one file, URL or data set, or a hf_streaming_preset"
         )
-    if any(len(source.paths) > 1 for source in settings.train_sources):
-        raise InputError("data.train_sources: in data_mode hf_streaming, each source names one path or glob")
     return open_streams(
         entries[named[0]],
         seed=seed,
+        is_mixed=named[0] != "train_paths",
         shuffle_block=settings.shuffle_block,
         patience=Patience(timeout=settings.stream_timeout, tries=settings.stream_tries),
         where=f"data.{named[0]}",

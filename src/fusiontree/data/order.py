@@ -85,6 +85,10 @@ class Order(Protocol):
         """Record numbers, int64, at places (integers in range(size))."""
         ...
 
+    def is_first(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """bool: whether the record at each place has not come before."""
+        ...
+
     def identity(self) -> dict[str, object]:
         """What the order depends on beside the records, as plain values."""
         ...
@@ -101,6 +105,9 @@ class PlainOrder:
         if self.seed is None:
             return np.asarray(places, dtype=np.int64)
         return Permutation(self.size, seed=self.seed, epoch=epoch)(places)
+
+    def is_first(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        return np.full(len(places), epoch == 0)
 
     def identity(self) -> dict[str, object]:
         return {"seed": self.seed}
@@ -189,6 +196,10 @@ class MixedOrder:
                     record[rounds == number] = order(record[rounds == number])
             records[mine] = self._first[source] + record
         return records
+
+    def is_first(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        everywhere = np.asarray(places, dtype=np.int64) + epoch * self.size
+        return self._turns.pick(everywhere) < self._sizes[self._turns.source(everywhere)]
 
     def identity(self) -> dict[str, object]:
         return {"seed": self._seed, "weights": self._turns.counts.tolist(), "sizes": self._sizes.tolist()}

@@ -106,10 +106,14 @@ class OrderedSource:
         for (first, places, records), chunk in zip(self._chunks(start), chunks, strict=True):
             if isinstance(chunk, Failure):
                 raise InputError(chunk.message)
-            for number, (place, record, content) in enumerate(zip(places, records, chunk, strict=True)):
+            firsts = self._order.is_first(first.epoch, np.array(places)).tolist()
+            each = zip(places, records, chunk, firsts, strict=True)
+            for number, (place, record, content, is_first) in enumerate(each):
                 source = self._records.source(record) if isinstance(content, BadRecord) else ""
                 offset = self._share.offset(first.epoch, place)
-                yield SourceRecord(Place(first.epoch, first.position + number, offset), content, source, record)
+                yield SourceRecord(
+                    Place(first.epoch, first.position + number, offset), content, source, record, is_first
+                )
 
     def identity(self) -> dict[str, object]:
         return {**self._records.identity(), **self._order.identity()}

@@ -19,8 +19,8 @@ NOT_UTF8 = "not UTF-8"
 NO_TOKENS = "no tokens"  # the tokenizer drops all there is
 TOO_LONG = "too long"
 
-#: A line that begins so was written where a packed file ends too early; no JSON does.
-DAMAGED_MARK = b"\x00fusiontree: damaged: "
+# Begins a line that `fault_line` wrote; no JSON and no text does.
+_FAULT_MARK = b"\x00fusiontree fault: "
 #: A longer record is not read: it would take many times its size in memory.
 MAX_RECORD_BYTES = 1 << 28
 
@@ -47,8 +47,8 @@ Content = str | Conversation | BadRecord
 
 def decode_text(line: bytes) -> str | BadRecord:
     """A line, or a file, that is the text itself, without its line end."""
-    if line.startswith(DAMAGED_MARK):
-        return BadRecord(DAMAGED_FILE, line.removeprefix(DAMAGED_MARK).decode(errors="replace").strip())
+    if fault := _fault_in(line):
+        return fault
     line = line.removeprefix(_BYTE_ORDER_MARK)
     try:
         text = line.decode("utf-8")
@@ -57,6 +57,23 @@ def decode_text(line: bytes) -> str | BadRecord:
     if not text.strip():
         return BadRecord(BLANK_LINE, "nothing there")
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def fault_line(fault: BadRecord) -> bytes:
+    """A line that is read back as `fault`, in place of a record or where a file ends too early."""
+    return _FAULT_MARK + json.dumps(fault).encode() + b"\n"
+
+
+def _fault_in(line: bytes) -> BadRecord | None:
+    """The fault that a line tells, or a file that is read as one line."""
+    begin = line.find(_FAULT_MARK)
+    if begin < 0 or (begin > 0 and line[begin - 1 : begin] != b"\n"):
+        return None
+    try:
+        kind, detail = json.loads(line[begin + len(_FAULT_MARK) :])
+    except (ValueError, TypeError):
+        return None  # a text that happens to hold the mark
+    return BadRecord(str(kind), str(detail))
 
 
 def too_long(num_bytes: int) -> BadRecord | None:

@@ -100,7 +100,7 @@ class Backoff:
             tries = f"{self._failures} {'try' if self._failures == 1 else 'tries in a row'}"
             raise InputError(
                 f"{self._name} cannot be read: {reason}, after {tries}; "
-                "training can be resumed from its last checkpoint once it can be reached"
+                "once it can be reached, training goes on from its last checkpoint"
             )
         longest = min(_LONGEST_PAUSE_S, self._patience.pause * 2 ** max(0, self._failures - 1))
         pause = longest * self._random.uniform(0.5, 1.0)

@@ -13,12 +13,14 @@ from fusiontree.data.records import BadRecord
 
 class SourceRecord(NamedTuple):
     """One record in its turn: where it stands, its int32 ids (signed as in `packing`) or why it has none, and then its
-    `file:line`; and its number among all records, which neither order nor rank nor data mode changes."""
+    `file:line`; its number among all records, which neither order nor rank changes (of a stream its place in the
+    epoch's order); and whether it has not come before, in an earlier epoch or round of its source."""
 
     place: Place
     content: np.ndarray | BadRecord
     source: str
     number: int
+    is_first: bool = True
 
 
 class RecordSet(Protocol):

@@ -17,6 +17,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,8 +89,15 @@ def tokenise(
         yield from _failing(finished, shards - len(missing), shards)
         return
     # Spawned: a tokenizer that has used its threads must not be forked.
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(min(processes, len(jobs)), mp_context=get_context("spawn"))
+    try:
         yield from _failing(pool.map(_write_shard, jobs), shards - len(missing), shards)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that tokenises was killed, perhaps for lack of memory: use fewer --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _failing(finished: Iterator[str | None], done: int, shards: int) -> Iterator[tuple[int, int]]:
@@ -269,5 +277,5 @@ def _require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
         if found["identity"].get(key) != wanted["identity"].get(key):
             raise InputError(
                 f"the tokens in {folder} are not those of this run: {_DIFFERENCES.get(key, f'{key} differs')}; "
-                "tokenise into another data.static_dir, or restore what they were made from"
+                "delete the folder and tokenise again, or name another data.static_dir"
             )

@@ -79,6 +79,7 @@ class StreamRecord(NamedTuple):
     shard: Shard
     number: int
     content: Any
+    is_first: bool  # it has not come in an earlier round
 
     @property
     def source(self) -> str:
@@ -170,7 +171,7 @@ class StreamingDataset(IterableDataset):
             skip -= skipped
             if skip == 0:
                 for number, content in enumerate(records, skipped + 1):
-                    yield StreamRecord(shard, number, content)
+                    yield StreamRecord(shard, number, content, epoch == 0)
 
     def _permutation(self, kind: str, number: int, size: int, epoch: int) -> Permutation:
         digest = hashlib.blake2b(f"{self.seed}/{kind}/{number}".encode(), digest_size=8).digest()
@@ -222,23 +223,23 @@ def open_streams(
     entries: Sequence[StreamEntry],
     *,
     seed: int | None,
+    is_mixed: bool = False,
     shuffle_block: int = 1024,
     patience: Patience = _PATIENCE,
     where: str = "streams",
 ) -> StreamingDataset | MixedStreams:
-    """The entries as one stream; mixed by their weights where these differ.
+    """The entries as one stream: all records of all once an epoch, or (`is_mixed`) by the entries' weights.
 
     Raises:
         InputError: see `StreamingDataset`.
     """
-    weights = [entry.weight for entry in entries]
-    if len(set(weights)) <= 1:
+    if not is_mixed or len(entries) == 1:
         return StreamingDataset(entries, seed=seed, shuffle_block=shuffle_block, patience=patience, where=where)
     streams = [
         StreamingDataset([entry], seed=seed, shuffle_block=shuffle_block, patience=patience, where=f"{where}[{number}]")
         for number, entry in enumerate(entries)
     ]
-    return MixedStreams(streams, weights)
+    return MixedStreams(streams, [entry.weight for entry in entries])
 
 
 class StreamingSource:
@@ -298,7 +299,7 @@ class StreamingSource:
             for place, record, content in self._encoded(self._records(epoch, position)):
                 source = record.source if isinstance(content, BadRecord) else ""
                 offset = self._share.offset(epoch, place)
-                yield SourceRecord(Place(epoch, position, offset), content, source, place)
+                yield SourceRecord(Place(epoch, position, offset), content, source, place, record.is_first)
                 position += 1
             if not self.endless:
                 return

@@ -9,17 +9,15 @@ from typing import Protocol
 
 import zstandard
 
-from fusiontree.data.records import TOO_LONG, BadRecord
+from fusiontree.data.records import MAX_RECORD_BYTES, TOO_LONG, BadRecord
 from fusiontree.errors import InputError
-
-MAX_LINE_BYTES = 1 << 28
 
 # What is handed to a decompressor at a time, which bounds what comes back: zstd packs up to 2**17 zeros into 4 bytes.
 _PIECE_BYTES = 1 << 12
 _MAX_ZSTD_WINDOW_BYTES = 1 << 31  # of `zstd --long=31`; taken only where a file asks for it
 _HEAD_BYTES = 8
 
-MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
+_MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -47,6 +45,13 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, /) -> bytes: ...
 
 
+def compression_of(head: bytes) -> str | None:
+    """ "gzip" or "zstd", by the first bytes of a file; a zstd file may begin with a frame to skip."""
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+        return "zstd"
+    return next((kind for kind, magic in _MAGIC.items() if head.startswith(magic)), None)
+
+
 def check_is_text(name: str, head: bytes) -> None:
     """Refuse what is visibly no UTF-8 text by its first bytes, at least 8 of them where there are as many.
 
@@ -58,7 +63,7 @@ def check_is_text(name: str, head: bytes) -> None:
             raise InputError(f"{name} is {description}")
 
 
-def split_lines(chunks: Iterator[bytes], limit: int = MAX_LINE_BYTES) -> Iterator[bytes | BadRecord]:
+def split_lines(chunks: Iterator[bytes], limit: int = MAX_RECORD_BYTES) -> Iterator[bytes | BadRecord]:
     """Lines without their newline; one of more than `limit` bytes is read over and gives its length instead.
 
     As in an index of lines, a newline at the very end begins no further line.
@@ -85,7 +90,7 @@ def split_lines(chunks: Iterator[bytes], limit: int = MAX_LINE_BYTES) -> Iterato
         yield b"".join(held) if size <= limit else _too_long(size, limit)
 
 
-def whole(chunks: Iterator[bytes], limit: int = MAX_LINE_BYTES) -> Iterator[bytes | BadRecord]:
+def whole(chunks: Iterator[bytes], limit: int = MAX_RECORD_BYTES) -> Iterator[bytes | BadRecord]:
     """All of it as one record, if it holds anything; of more than `limit` bytes its length instead."""
     held: list[bytes] = []
     size = 0
@@ -119,7 +124,7 @@ def decompressed(name: str, chunks: Iterator[bytes], compression: str | None) ->
         head += chunk
         if len(head) >= _HEAD_BYTES:
             break
-    found = next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
+    found = compression_of(head)
     everything = chain((head,), chunks)
     if found is not None:
         return _unpacked(name, everything, found)

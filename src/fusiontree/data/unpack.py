@@ -16,17 +16,24 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fusiontree.data.line_index import cache_folder
-from fusiontree.data.records import DAMAGED_MARK
-from fusiontree.data.text_stream import MAGIC, decompressed
+from fusiontree.data.records import (
+    DAMAGED_FILE,
+    MAX_RECORD_BYTES,
+    BadRecord,
+    Content,
+    Conversation,
+    decode_row,
+    fault_line,
+)
+from fusiontree.data.shards import LocalFile, ParquetShard
+from fusiontree.data.text_stream import COMPRESSIONS, compression_of, decompressed
 from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 1 << 20
-_ROWS_AT_ONCE = 256
 _ARROW_FOLDER_FILES = ("state.json", "dataset_info.json")
 
 
@@ -37,6 +44,8 @@ def is_arrow_folder(path: str) -> bool:
 
 def unpacked(path: str, text_key: str, cache_dir: str | None = None) -> str:
     """The file to read lines from: `path` itself, or the cache's unpacked copy of it, made if need be.
+
+    Several processes may ask for one file at once: the first copy that is whole stays.
 
     Args:
         text_key: the one column that is kept of parquet and Arrow files.
@@ -53,8 +62,9 @@ def unpacked(path: str, text_key: str, cache_dir: str | None = None) -> str:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     folder = Path(cache_folder(cache_dir))
-    place = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:24]
-    content = hashlib.sha256(repr((stamp, text_key)).encode()).hexdigest()[:16]
+    column = "" if lines is _packed_lines else text_key
+    place = hashlib.sha256(os.fsencode(os.path.realpath(path)) + b"\0" + column.encode()).hexdigest()[:24]
+    content = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
     # The ending says how the lines are to be read; that of a packed file is the second last.
     target = folder / f"{place}-{content}{'.txt' if is_text(path) else '.jsonl'}"
     if target.exists():
@@ -68,10 +78,12 @@ def unpacked(path: str, text_key: str, cache_dir: str | None = None) -> str:
                 output.write(block)
         if _stamp(path) != stamp:
             raise InputError(f"{path} changed while it was being unpacked; wait until it is complete")
+        # Not replaced: another process may have read and indexed its copy already.
+        with suppress(FileExistsError):
+            os.link(temporary, target)
         for old in folder.glob(f"{place}-*"):
-            if not old.name.endswith(".tmp"):
+            if old != target and not old.name.endswith(".tmp"):
                 old.unlink(missing_ok=True)
-        os.replace(temporary, target)
     except OSError as error:
         raise InputError(
             f"{path} cannot be unpacked into {folder}: {error.strerror or error}; set data.cache_dir to another folder"
@@ -94,10 +106,10 @@ def _reader(path: str) -> _Reader | None:
     if os.path.isdir(path):
         return _arrow_rows
     with suppress(OSError), open(path, "rb") as file:
-        head = file.read(4)
-        if head.startswith(tuple(MAGIC.values())):
+        head = file.read(8)
+        if compression_of(head) or path.endswith(tuple(COMPRESSIONS)):
             return _packed_lines
-        if head == b"PAR1" or path.endswith(".parquet"):
+        if head.startswith(b"PAR1") or path.endswith(".parquet"):
             return _parquet_rows
     return None
 
@@ -113,47 +125,50 @@ def _stamp(path: str) -> list[tuple[str, int, int]]:
 def _packed_lines(path: str, _: str) -> Iterator[bytes]:
     """The text up to the last whole line before any damage, then a line that names the damage."""
     pending: list[bytes] = []
+    held, has_begun = 0, False  # bytes of the line at hand that are not yet, and whether some already are, written
+    compression = COMPRESSIONS.get(os.path.splitext(path)[1].lower())
     try:
         with open(path, "rb") as file:
-            for chunk in decompressed(path, iter(partial(file.read, _BLOCK_BYTES), b""), None):
+            for chunk in decompressed(path, iter(partial(file.read, _BLOCK_BYTES), b""), compression):
                 whole, newline, rest = chunk.rpartition(b"\n")
                 if newline:
                     yield b"".join([*pending, whole, newline])
-                    pending = []
+                    pending, held, has_begun = [], 0, False
                 pending.append(rest)
+                held += len(rest)
+                if held > MAX_RECORD_BYTES:  # too long to be read, and so to be held
+                    yield b"".join(pending)
+                    pending, held, has_begun = [], 0, True
     except InputError as error:
-        yield DAMAGED_MARK + str(error).encode() + b"\n"
+        yield (b"\n" if has_begun else b"") + fault_line(BadRecord(DAMAGED_FILE, str(error)))
         return
     yield b"".join(pending)
 
 
 def _parquet_rows(path: str, text_key: str) -> Iterator[bytes]:
-    import pyarrow
-    from pyarrow import parquet
-
+    shard = ParquetShard(LocalFile(path), text_key=text_key)
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [text_key] if text_key in names else names[:1]
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                yield from map(_as_line, batch.to_pylist())
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
-        yield DAMAGED_MARK + first_line(error).encode() + b"\n"
+        for value in shard.open():
+            yield _as_line(shard.decode(value), text_key)
+    except InputError as error:
+        yield fault_line(BadRecord(DAMAGED_FILE, str(error)))
 
 
 def _arrow_rows(path: str, text_key: str) -> Iterator[bytes]:
-    from datasets import Dataset, load_from_disk
+    from datasets import load_from_disk
 
     try:
         rows = load_from_disk(path)
     except Exception as error:  # whatever a broken folder makes pyarrow or datasets raise
         raise InputError(f"the data set in {path} cannot be read: {first_line(error)}") from error
-    if not isinstance(rows, Dataset):
-        raise InputError(f"{path} holds several splits: name the folder of one, such as {os.path.join(path, 'train')}")
     if text_key in rows.column_names:
         rows = rows.select_columns([text_key])
-    yield from map(_as_line, rows)
+    for row in rows:
+        yield _as_line(decode_row(row, text_key), text_key)
 
 
-def _as_line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=True, default=str).encode() + b"\n"
+def _as_line(content: Content, text_key: str) -> bytes:
+    if isinstance(content, BadRecord):
+        return fault_line(content)
+    value = content.messages if isinstance(content, Conversation) else content
+    return json.dumps({text_key: value}).encode() + b"\n"

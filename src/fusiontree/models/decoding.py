@@ -74,6 +74,8 @@ _Program = Callable[[StepInputs, Sequence[HybridLayerState]], StepOutputs]
 class DecodingProgram:
     """The programs of one model, each made when the first step of its shape is taken, and again if weights change.
 
+    Writing to a weight's `.data` is no change that can be seen: make a new one after that.
+
     Raises:
         InputError: on CPU, there is no C++ compiler.
     """
@@ -105,7 +107,8 @@ class DecodingProgram:
         # A graph is bound to the tensors of one state; what was compiled reads any of as many rows.
         states = [tensor.data_ptr() for tensor in cache.tensors()] if x.is_cuda else []
         weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self._weights]
-        key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), *states, *weights)
+        room = cache.capacity if x.is_cuda else None
+        key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), room, *states, *weights)
         program = self._programs.get(key)
         if program is None:
             while len(self._programs) >= _MAX_PROGRAMS:

@@ -152,7 +152,11 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _curriculum_fits_training(self) -> RunSettings:
-        self.length_schedule()
+        if self.length_schedule().varies and self.data.packing == "best_fit":
+            raise SettingError(
+                "data.packing: best_fit makes rows of one length: set it to concatenate, or leave the curriculum out",
+                "data.packing",
+            )
         return self
 
     def length_schedule(self, devices: int = 1) -> LengthSchedule:
