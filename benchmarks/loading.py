@@ -167,10 +167,7 @@ def main(argv: list[str]) -> None:
             ]
         for number in range(options.rounds):
             for job in jobs:
-                if job["what"] == "large again" or job["what"] == "corpus":
-                    cache = folder / ("cache" if job["what"] == "corpus" else f"cache{number}")
-                else:
-                    cache = folder / f"cache{number}"
+                cache = folder / ("cache" if job["what"] == "corpus" else f"cache{number}")
                 if job["mode"] == "datasets":
                     cache = folder / f"datasets{number}-{job['workers']}"  # its caches would answer the second time
                 found.append(run_apart({**job, "cache": str(cache)}) | {"round": number})

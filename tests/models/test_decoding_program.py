@@ -131,6 +131,21 @@ def test_a_compiled_step_generates_the_same_tokens_until_weights_change():
     assert len(model._decoding_program._programs) == 2
 
 
+@torch.no_grad()
+def test_modules_that_are_replaced_are_not_bypassed(uncompiled):
+    model = tiny_model()
+    model.compile_decoding()
+    program = pair_of_states(model)[0]
+    model(token_ids(2, 1), past_key_values=program)
+    model.resize_token_embeddings(70)
+    model.layers[0].fusion_proj = torch.nn.Linear(32, 32)
+    usual = program.clone()
+    found = model(token_ids(2, 1), past_key_values=program).logits
+    model._decoding_program = None
+    torch.testing.assert_close(found, model(token_ids(2, 1), past_key_values=usual).logits, **TOLERANCE)
+    assert found.shape == (2, 1, 70)
+
+
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"install g\+\+"):

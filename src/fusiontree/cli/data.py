@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fusiontree.data.batch import Batch
     from fusiontree.data.inspection import Inspection
     from fusiontree.data.report import DataReport
+    from fusiontree.data.settings import DataSettings
+    from fusiontree.data.tokenizer import DocumentEncoder
     from fusiontree.train.settings import RunSettings
 
 app = typer.Typer(
@@ -121,13 +123,10 @@ def tokenise(
     from fusiontree.data.lazy import LazyDataset
     from fusiontree.data.loader import names_files, open_corpus, static_folder
     from fusiontree.data.static import tokenise as tokenise_records
-    from fusiontree.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id_of, vocab_size_of
+    from fusiontree.data.tokenizer import vocab_size_of
 
     settings = _run_settings(arguments, config).data
-    if settings.tokenizer is None:
-        raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
-    text_tokenizer = load_tokenizer(settings.tokenizer)
-    encoder = DocumentEncoder(text_tokenizer, separator_id_of(text_tokenizer, settings.document_separator))
+    encoder = _encoder_of(settings)
     kinds: tuple[Literal["train", "eval"], ...] = ("train", "eval")
     splits = [split for split in kinds if names_files(settings, split)]
     if not splits:
@@ -139,11 +138,20 @@ def tokenise(
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(f"{split} shards")
             steps = tokenise_records(
-                records, folder, vocab_size=vocab_size_of(text_tokenizer), processes=processes or os.cpu_count() or 1
+                records, folder, vocab_size=vocab_size_of(encoder.tokenizer), processes=processes or os.cpu_count() or 1
             )
             for done, shards in steps:
                 progress.update(task, completed=done, total=shards)
         print(f"{split}: {len(records)} records in {shards} shard{'' if shards == 1 else 's'} in {folder}")
+
+
+def _encoder_of(settings: DataSettings) -> DocumentEncoder:
+    from fusiontree.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id_of
+
+    if settings.tokenizer is None:
+        raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
+    tokenizer = load_tokenizer(settings.tokenizer)
+    return DocumentEncoder(tokenizer, separator_id_of(tokenizer, settings.document_separator))
 
 
 def _run_settings(arguments: list[str] | None, config: str | None) -> RunSettings:
@@ -168,13 +176,10 @@ def inspect(
 
     from fusiontree.data.inspection import inspect_corpus, inspect_stream
     from fusiontree.data.loader import build_loader, open_corpus, open_training_streams
-    from fusiontree.data.tokenizer import DocumentEncoder, load_tokenizer, separator_id_of
 
     settings = _run_settings(arguments, config)
-    if settings.data.tokenizer is None:
-        raise InputError("data.tokenizer is not set: name a tokenizer folder or a hub name")
-    text_tokenizer = load_tokenizer(settings.data.tokenizer)
-    encoder = DocumentEncoder(text_tokenizer, separator_id_of(text_tokenizer, settings.data.document_separator))
+    encoder = _encoder_of(settings.data)
+    text_tokenizer = encoder.tokenizer
     console = Console(soft_wrap=True, highlight=False)
     if settings.data.data_mode == "hf_streaming" and split is Split.train:
         stream = open_training_streams(settings.data, seed=settings.seed if settings.data.shuffle else None)

@@ -333,9 +333,7 @@ def open_records(
         InputError: files or tokens that cannot be used.
     """
     if settings.data_mode == "static" and not names_files(settings, split):
-        tokens = LongContextDataset(static_folder(settings, split))
-        if mine := {key: value for key, value in encoder.identity().items() if tokens.identity().get(key) != value}:
-            LongContextDataset(static_folder(settings, split), {**tokens.identity(), **mine})
+        tokens = LongContextDataset(static_folder(settings, split), encoder.identity())
         return tokens, PlainOrder(len(tokens), seed)
     corpora = _open_corpora(settings, split)
     records: RecordSet = LazyDataset(Corpus.joined(corpora), encoder)

@@ -101,37 +101,31 @@ def decode_record(line: bytes, text_key: str) -> Content:
         return BadRecord(NOT_AN_OBJECT, f"a JSON {_kind_of(record)} where an object is needed")
     if text_key not in record:
         return BadRecord(MISSING_KEY, f"no key {text_key!r}, {_keys_of(record)}")
-    text = record[text_key]
-    if isinstance(text, list) and any(isinstance(message, dict) for message in text):
-        return _conversation(text, text_key)
-    if not isinstance(text, str):
-        return BadRecord(NOT_A_STRING, f"key {text_key!r} holds a JSON {_kind_of(text)}")
-    if not text.strip():
-        return _empty(text, text_key)
-    if "\\u" in content and not _is_encodable(text):
-        return BadRecord(LONE_SURROGATE, f"key {text_key!r} holds half of a surrogate pair")
-    return text
+    value = record[text_key]
+    # In valid UTF-8 only an escape can write half of a pair, and looking for one costs less than encoding the text.
+    return _content_of(value, text_key, "key", f"a JSON {_kind_of(value)}", may_hold_halves="\\u" in content)
 
 
 def decode_row(row: Mapping[str, object], text_key: str) -> Content:
     """What stands in column `text_key` of one row of a table, by the rules of `decode_record`."""
     if text_key not in row:
         return BadRecord(MISSING_KEY, f"no column {text_key!r}, {_keys_of(row)}")
-    text = row[text_key]
-    if isinstance(text, list) and any(isinstance(message, dict) for message in text):
-        return _conversation(text, text_key)
-    if not isinstance(text, str):
-        found = "null" if text is None else f"a value of type {type(text).__name__}"
-        return BadRecord(NOT_A_STRING, f"column {text_key!r} holds {found}")
-    if not text.strip():
-        return _empty(text, text_key)
-    if not _is_encodable(text):
-        return BadRecord(LONE_SURROGATE, f"column {text_key!r} holds half of a surrogate pair")
-    return text
+    value = row[text_key]
+    kind = "null" if value is None else f"a value of type {type(value).__name__}"
+    return _content_of(value, text_key, "column", kind, may_hold_halves=True)
 
 
-def _empty(text: str, text_key: str) -> BadRecord:
-    return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if text else 'no characters'}")
+def _content_of(value: object, text_key: str, place: str, kind: str, *, may_hold_halves: bool) -> Content:
+    """`value` as a text or a conversation; `place` and `kind` say in messages where it stands and what it is."""
+    if isinstance(value, list) and any(isinstance(message, dict) for message in value):
+        return _conversation(value, text_key)
+    if not isinstance(value, str):
+        return BadRecord(NOT_A_STRING, f"{place} {text_key!r} holds {kind}")
+    if not value.strip():
+        return BadRecord(EMPTY_TEXT, f"key {text_key!r} holds {'white space alone' if value else 'no characters'}")
+    if may_hold_halves and not _is_encodable(value):
+        return BadRecord(LONE_SURROGATE, f"{place} {text_key!r} holds half of a surrogate pair")
+    return value
 
 
 def _conversation(messages: list[Any], text_key: str) -> Conversation | BadRecord:

@@ -75,7 +75,7 @@ def tokenise(
         for entry in folder.glob("*.tmp"):
             entry.unlink(missing_ok=True)
         if (folder / _MANIFEST).exists():
-            _require_same(folder, manifest)
+            _require_same(folder, _read_manifest(folder), records.identity())
         else:
             atomic_write(folder / _MANIFEST, json.dumps(manifest, indent=1))
     except OSError as error:
@@ -151,7 +151,7 @@ class LongContextDataset(Dataset):
 
     Args:
         folder: where they lie.
-        expected: what the run would tokenise, if it names files (`RecordSet.identity`); None = take what is there.
+        expected: what of `RecordSet.identity` must be equal; None = take what is there.
 
     Raises:
         InputError: no tokens there, not all of them, or tokens of something else.
@@ -161,7 +161,7 @@ class LongContextDataset(Dataset):
         self.folder = Path(folder).expanduser()
         self._manifest = _read_manifest(self.folder)
         if expected is not None:
-            _require_same(self.folder, {"format": _FORMAT, "identity": dict(expected)})
+            _require_same(self.folder, self._manifest, expected)
         missing = [n for n in range(_num_shards(self._manifest)) if not _index_path(self.folder, n).exists()]
         if missing:
             raise InputError(
@@ -271,10 +271,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _require_same(folder: Path, wanted: Mapping[str, Any]) -> None:
-    found = _read_manifest(folder)
-    for key in {**found["identity"], **wanted["identity"]}:
-        if found["identity"].get(key) != wanted["identity"].get(key):
+def _require_same(folder: Path, manifest: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
+    for key, value in wanted.items():
+        if manifest["identity"].get(key) != value:
             raise InputError(
                 f"the tokens in {folder} are not those of this run: {_DIFFERENCES.get(key, f'{key} differs')}; "
                 "delete the folder and tokenise again, or name another data.static_dir"

@@ -82,7 +82,6 @@ class DecodingProgram:
 
     def __init__(self, model: HybridLanguageModel):
         self._model = model
-        self._weights = list(model.parameters())
         self._programs: dict[tuple, _Program] = {}
         if model.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
             raise InputError(
@@ -106,7 +105,7 @@ class DecodingProgram:
         x = inputs.x
         # A graph is bound to the tensors of one state; what was compiled reads any of as many rows.
         states = [tensor.data_ptr() for tensor in cache.tensors()] if x.is_cuda else []
-        weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self._weights]
+        weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self._model.parameters()]
         room = cache.capacity if x.is_cuda else None
         key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), room, *states, *weights)
         program = self._programs.get(key)
