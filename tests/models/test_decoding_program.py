@@ -139,6 +139,7 @@ def test_modules_that_are_replaced_are_not_bypassed(uncompiled):
     model(token_ids(2, 1), past_key_values=program)
     model.resize_token_embeddings(70)
     model.layers[0].fusion_proj = torch.nn.Linear(32, 32)
+    model.lm_head = torch.nn.Linear(32, 70, bias=False)
     usual = program.clone()
     found = model(token_ids(2, 1), past_key_values=program).logits
     model._decoding_program = None
