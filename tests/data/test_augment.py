@@ -118,6 +118,42 @@ def test_lists_and_sequences_stand_before_or_behind_and_are_asked_for_at_the_end
     assert len(layouts) == 6  # before or behind, with one to three questions
 
 
+@pytest.mark.parametrize("text", [ENGLISH_TEXT, CHINESE_TEXT])
+def test_it_says_where_answers_stand_and_how_far_behind_their_clue_they_are_asked_for(text):
+    augment = tasks(needle=1.0, structured=1.0)
+    kinds = set()
+    for record in range(40):
+        ids, answers = augment.write(~document(text), 0, record)
+        assert ids.tobytes() == augment(~document(text), 0, record).tobytes()
+        # All but the answers is marked as read.
+        assert [place for answer in answers for place in range(answer.start, answer.stop)] == np.where(ids >= 0)[
+            0
+        ].tolist()
+        plain = bytes(np.where(ids < 0, ~ids, ids)[1:-1].tolist())
+        phrases = ENGLISH if text is ENGLISH_TEXT else CHINESE
+        made = [
+            needle_task(expected_draws("needle", record), phrases),
+            structured_task(expected_draws("structured", record), phrases),
+        ]
+        expected = [(task, question, said) for task in made for question, said in task.asked]
+        for answer, (task, question, said) in zip(answers, expected, strict=True):
+            clue, question, said = task.clue.encode(), question.encode(), said.encode()
+            assert answer.kind == task.kind
+            # The ids of a text on bytes begin behind the opening token.
+            assert plain[answer.start - 1 : answer.stop - 1] == said
+            assert plain[: answer.start - 1].endswith(question)
+            between = plain[: answer.start - 1].removesuffix(question)[plain.index(clue) + len(clue) :]
+            is_before = task.kind != "needle" and plain.startswith(clue)  # a line's end belongs to such a clue
+            assert answer.distance == len(between) - is_before
+            kinds.add(answer.kind)
+    assert kinds == {"needle", "recall", "copy"}
+
+
+def test_without_a_task_there_is_no_answer():
+    assert tasks().write(document(ENGLISH_TEXT), 0, 0)[1] == []
+    assert tasks(1.0, 1.0).write(document("short"), 0, 0)[1] == []
+
+
 def test_both_in_one_document():
     ids = tasks(needle=1.0, structured=1.0)(document(ENGLISH_TEXT), 0, 7)
     needle = needle_task(expected_draws("needle", 7), ENGLISH)
@@ -204,7 +240,7 @@ def test_the_draws_are_fixed_for_all_time():
     draws = Draws("needle/1/0/0")
     assert [draws.below(100) for _ in range(4)] == [17, 61, 42, 2]
     asked = "\nQuestion: What is the key to bronze?\nAnswer:", " 66155"
-    assert needle_task(Draws("a"), ENGLISH) == (" Remember that the key to bronze is 66155.", [asked])
+    assert needle_task(Draws("a"), ENGLISH) == (" Remember that the key to bronze is 66155.", [asked], "needle")
 
 
 def test_no_name_or_key_stands_within_another():
@@ -215,7 +251,7 @@ def test_no_name_or_key_stands_within_another():
 
 
 def test_a_tokenizer_without_digits_is_refused():
-    with pytest.raises(InputError, match="the tokenizer has no digits: set both to 0") as caught:
+    with pytest.raises(InputError, match="the tokenizer has no digits: set data.needle_in_.* to 0 or") as caught:
         tasks(needle=0.5, encode=lambda text: encode(text.replace("7", "?")))
     assert "\n" not in str(caught.value)
 

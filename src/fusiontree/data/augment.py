@@ -1,4 +1,4 @@
-"""Long-context tasks written into training documents: a fact to find again, a list to recall, a sequence to copy.
+"""Long-context tasks written into documents: a fact to find again, a list to recall, a sequence to copy.
 
 What a document gets follows from (seed, epoch, number of its record) and from the document alone, so any
 number of workers and resume gives the same, and each epoch something else. It works on token ids: a clue goes in
@@ -12,11 +12,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from typing_extensions import Self
 
 from fusiontree.data.inspection import script_of
+from fusiontree.data.tokenizer import DocumentEncoder
 from fusiontree.errors import InputError
 
 MIN_TOKENS = 32  # a shorter document is left alone: it would be all task
@@ -30,12 +32,26 @@ _DIGITS_OF_A_VALUE = 3
 
 _T = TypeVar("_T")
 
+TaskKind = Literal["needle", "recall", "copy"]
+"""A fact asked for, a value of a list, a sequence repeated."""
+
 
 class Task(NamedTuple):
     """A clue, and what is asked about it at the document's end: questions, each with its answer."""
 
     clue: str
     asked: list[tuple[str, str]]
+    kind: TaskKind
+
+
+class Answer(NamedTuple):
+    """Where an answer stands in its document: the tokens start <= place < stop."""
+
+    kind: TaskKind
+    start: int
+    stop: int
+    distance: int
+    """Tokens between its clue's end and its question's start."""
 
 
 class Draws:
@@ -148,7 +164,7 @@ def needle_task(draws: Draws, phrases: Phrases) -> Task:
     fact, question = draws.one(phrases.needles)
     name, number = draws.one(phrases.names), draws.digits(_DIGITS_OF_A_NEEDLE)
     asked = phrases.question.format(question.format(name=name)), phrases.answer.format(number)
-    return Task(fact.format(name=name, number=number), [asked])
+    return Task(fact.format(name=name, number=number), [asked], "needle")
 
 
 def structured_task(draws: Draws, phrases: Phrases) -> Task:
@@ -161,13 +177,14 @@ def structured_task(draws: Draws, phrases: Phrases) -> Task:
             (phrases.question.format(phrases.list_question.format(key)), phrases.answer.format(values[key]))
             for key in draws.some(keys, 1 + draws.below(3))
         ]
-        return Task(phrases.list_clue.format(pairs), asked)
+        return Task(phrases.list_clue.format(pairs), asked, "recall")
     items = [
         draws.one(phrases.keys) if draws.happens(0.5) else draws.digits(_DIGITS_OF_A_VALUE)
         for _ in range(6 + draws.below(19))
     ]
     sequence = phrases.space.join(items)
-    return Task(phrases.copy_clue.format(sequence), [(phrases.copy_question, phrases.answer.format(sequence))])
+    asked = [(phrases.copy_question, phrases.answer.format(sequence))]
+    return Task(phrases.copy_clue.format(sequence), asked, "copy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +198,7 @@ class LongContextTasks:
     seed: of all draws.
     encode, decode: the run's tokenizer, without special tokens.
     opening: ids that stay first in a document that begins with them; separator_id: id that stays last where it is.
+    without_digits: what to do about a tokenizer that cannot write digits, for the message.
 
     Raises:
         InputError: the tokenizer cannot write digits.
@@ -193,13 +211,28 @@ class LongContextTasks:
     decode: Callable[[list[int]], str]
     opening: tuple[int, ...] = ()
     separator_id: int | None = None
+    without_digits: str = (
+        "set data.needle_in_haystack_prob and data.structured_task_prob to 0 or take another tokenizer"
+    )
 
     def __post_init__(self) -> None:
         if self.decode(list(self.encode(_DIGITS))).replace(" ", "") != _DIGITS:
             raise InputError(
-                "data.needle_in_haystack_prob and data.structured_task_prob write numbers into documents, and the "
-                "tokenizer has no digits: set both to 0 or take another tokenizer"
+                "long-context tasks write numbers into documents, and the tokenizer has no digits: "
+                + self.without_digits
             )
+
+    @classmethod
+    def for_encoder(cls, encoder: DocumentEncoder, **fields: Any) -> Self:
+        """For the documents of `encoder`; `fields` are those that it does not determine."""
+        tokenizer = encoder.tokenizer
+        return cls(
+            encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+            decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
+            opening=tuple(encoder.prefix),
+            separator_id=encoder.separator_id,
+            **fields,
+        )
 
     def identity(self) -> dict[str, object]:
         """What must be equal for the same documents to come out; plain values."""
@@ -215,13 +248,17 @@ class LongContextTasks:
         Args:
             record: number of the document's record among all.
         """
+        return self.write(ids, epoch, record)[0]
+
+    def write(self, ids: np.ndarray, epoch: int, record: int) -> tuple[np.ndarray, list[Answer]]:
+        """The same ids, and where the answers stand in them, first to last."""
         if len(ids) < MIN_TOKENS:
-            return ids
+            return ids, []
         needle, structured = (Draws(f"{kind}/{self.seed}/{epoch}/{record}") for kind in ("needle", "structured"))
         has_needle = needle.happens(self.needle_in_haystack_prob)
         has_structured = structured.happens(self.structured_task_prob)
         if not has_needle and not has_structured:
-            return ids
+            return ids, []
         plain = np.where(ids < 0, ~ids, ids).tolist()
         start = len(self.opening) if tuple(plain[: len(self.opening)]) == self.opening else 0
         stop = len(ids) - (plain[-1] == self.separator_id)
@@ -230,18 +267,26 @@ class LongContextTasks:
         if has_needle:
             task = needle_task(needle, phrases)
             place = self._place_near(plain, start + needle.below(stop - start + 1), start, stop)
-            parts = [ids[start:place], self._read(task.clue), ids[place:stop]]
-            asked += task.asked
+            clue = self._read(task.clue)
+            parts = [ids[start:place], clue, ids[place:stop]]
+            asked.append((task, clue))
         if has_structured:
             task = structured_task(structured, phrases)
-            if structured.happens(0.5):
-                parts.insert(0, self._read(task.clue + "\n"))
-            else:
-                parts.append(self._read("\n" + task.clue))
-            asked += task.asked
-        for question, answer in asked:
-            parts += [self._read(question), np.array(self.encode(answer), dtype=np.int32)]
-        return np.concatenate((ids[:start], *parts, ids[stop:]))
+            is_before = structured.happens(0.5)
+            clue = self._read(task.clue + "\n" if is_before else "\n" + task.clue)
+            parts.insert(0 if is_before else len(parts), clue)
+            asked.append((task, clue))
+        parts.insert(0, ids[:start])
+        ends = {id(part): int(end) for part, end in zip(parts, np.cumsum([len(part) for part in parts]), strict=True)}
+        length, answers = sum(map(len, parts)), []
+        for task, clue in asked:
+            for question, answer in task.asked:
+                question_ids, answer_ids = self._read(question), np.array(self.encode(answer), dtype=np.int32)
+                first = length + len(question_ids)
+                answers.append(Answer(task.kind, first, first + len(answer_ids), length - ends[id(clue)]))
+                parts += [question_ids, answer_ids]
+                length = first + len(answer_ids)
+        return np.concatenate((*parts, ids[stop:])), answers
 
     def _read(self, text: str) -> np.ndarray:
         return ~np.array(self.encode(text), dtype=np.int32)

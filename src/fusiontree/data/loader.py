@@ -450,15 +450,11 @@ def _stream(settings: DataSettings, source: StreamSource) -> StreamEntry:
 
 
 def _tasks_of(settings: DataSettings, encoder: DocumentEncoder, seed: int) -> LongContextTasks:
-    tokenizer = encoder.tokenizer
-    return LongContextTasks(
+    return LongContextTasks.for_encoder(
+        encoder,
         needle_in_haystack_prob=settings.needle_in_haystack_prob,
         structured_task_prob=settings.structured_task_prob,
         seed=seed,
-        encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
-        decode=lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)),
-        opening=tuple(encoder.prefix),
-        separator_id=encoder.separator_id,
     )
 
 
