@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -49,26 +49,16 @@ def evaluate_perplexity(
         InputError: there is no tokenizer, no token can be predicted, or a document is longer than the model's learned
             time encoding.
     """
-    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise InputError(f"{name} holds no tokenizer to read texts with: save the one it was trained with there")
-    read = 0
-
-    def counted() -> Iterator[tuple[str, str]]:
-        nonlocal read
-        for text, source in texts:
-            read += len(text.encode("utf-8", "surrogatepass"))
-            yield text, source
-
+    tokenizer = tokenizer_for(model, tokenizer, name)
     started = time.perf_counter()
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16"):
         result = evaluate_documents(
             model,
             tokenizer,
-            counted(),
+            texts,
             piece=piece,
             max_tokens=max_tokens,
-            progress=lambda tokens: progress(read, tokens),
+            progress=lambda tokens: progress(texts.bytes_read, tokens),
         )
     seconds = time.perf_counter() - started
     return EvalReport(
@@ -94,3 +84,17 @@ def evaluate_perplexity(
             "tokens_per_second": round(result.tokens / seconds, 1),
         },
     )
+
+
+def tokenizer_for(
+    model: HybridLanguageModel, tokenizer: PreTrainedTokenizerBase | None, name: str
+) -> PreTrainedTokenizerBase:
+    """`tokenizer`, or the model's own if None.
+
+    Raises:
+        InputError: the model `name` has none.
+    """
+    found: PreTrainedTokenizerBase | None = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    if found is None:
+        raise InputError(f"{name} holds no tokenizer to read texts with: save the one it was trained with there")
+    return found

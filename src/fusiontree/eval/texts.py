@@ -28,6 +28,7 @@ class Texts:
         paths: the files.
         num_bytes: of all files.
         report: documents read and skipped so far.
+        bytes_read: of the documents so far.
 
     Raises:
         InputError: no file, a file that cannot be read, or one without a single text.
@@ -45,18 +46,23 @@ class Texts:
                 raise InputError(f"{where}: {path} cannot be used: {problem.kind}, {problem.detail}")
         self.num_bytes = sum(Path(path).stat().st_size for path in self.paths)
         self.report = DataReport()
+        self.bytes_read = 0
+        self._is_warned = False
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        """(text, `file` or `file:line`) in file order."""
+        """(text, `file` or `file:line`) in file order; what was skipped is logged once, however often they are read."""
         report = self.report = DataReport()
+        self.bytes_read = 0
         for source, content in self._records():
             if isinstance(content, BadRecord):
                 report.add(source, content)
             else:
                 report.documents += 1
+                self.bytes_read += len(content.encode("utf-8", "surrogatepass"))
                 yield content, source
-        if report.skipped:
+        if report.skipped and not self._is_warned:
             logger.warning(report.summary())
+            self._is_warned = True
 
     def _records(self) -> Iterator[tuple[str, str | BadRecord]]:
         for path in self.paths:

@@ -6,11 +6,11 @@ Autocast is the caller's: both functions compute in whatever context they are ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ from fusiontree.ops.cross_entropy import token_cross_entropy
 
 FIRST_BUCKET = 64
 """Tokens of the first position bucket; each later one ends at twice its start."""
+
+_SizedT = TypeVar("_SizedT", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,7 @@ def evaluate_documents(
     totals = {"documents": 0, "bytes": 0, "too_short": 0}
 
     def encoded() -> Iterator[np.ndarray]:
-        predictable = 0
-        for text, _ in documents:
-            (ids,) = encode([text])
+        for text, ids in encoded_documents(encode, documents, max_tokens):
             if len(ids) < 2:
                 totals["too_short"] += 1
                 continue
@@ -156,15 +156,12 @@ def evaluate_documents(
             given = 0 if encode.prefix else token_bytes(tokenizer, int(ids[0]))
             totals["bytes"] += len(text.encode("utf-8")) - given
             yield ids
-            predictable += len(ids) - 1
-            if max_tokens is not None and predictable >= max_tokens:
-                return
 
     device = next(model.parameters()).device
     with evaluation_mode(model):
         for row in packed_rows(encoded(), piece):
             for positions, losses in _row_losses(model, row, piece, device):
-                buckets = np.ceil(np.log2((positions + 1) / FIRST_BUCKET)).clip(min=0).astype(np.int64)
+                buckets = bucket_of(positions)
                 np.add.at(sums, buckets, losses)
                 np.add.at(counts, buckets, 1)
                 progress(int(counts.sum()))
@@ -172,25 +169,43 @@ def evaluate_documents(
     if tokens == 0:
         raise InputError("no token of the evaluation data can be predicted: its documents are empty or one token long")
     by_position = [
-        PositionLoss(
-            start=0 if bucket == 0 else FIRST_BUCKET << (bucket - 1),
-            end=FIRST_BUCKET << bucket,
-            tokens=int(counts[bucket]),
-            loss=float(sums[bucket] / counts[bucket]),
-        )
+        PositionLoss(**bucket_range(bucket), tokens=int(counts[bucket]), loss=float(sums[bucket] / counts[bucket]))
         for bucket in np.flatnonzero(counts).tolist()
     ]
     return DocumentLoss(loss=float(sums.sum() / tokens), tokens=tokens, by_position=by_position, **totals)
 
 
-def packed_rows(documents: Iterable[np.ndarray], piece: int) -> Iterator[list[np.ndarray]]:
+def bucket_of(positions: np.ndarray) -> np.ndarray:
+    """Number of the bucket that each position or distance lies in."""
+    return np.ceil(np.log2((positions + 1) / FIRST_BUCKET)).clip(min=0).astype(np.int64)
+
+
+def bucket_range(bucket: int) -> dict[str, int]:
+    """The bucket's first position as `start`, the first behind it as `end`."""
+    return {"start": 0 if bucket == 0 else FIRST_BUCKET << (bucket - 1), "end": FIRST_BUCKET << bucket}
+
+
+def encoded_documents(
+    encode: DocumentEncoder, documents: Iterable[tuple[str, str]], max_tokens: int | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(text, int32 ids) up to the document that reaches `max_tokens` tokens that can be predicted; None = all."""
+    predictable = 0
+    for text, _ in documents:
+        (ids,) = encode([text])
+        yield text, ids
+        predictable += max(0, len(ids) - 1)
+        if max_tokens is not None and predictable >= max_tokens:
+            return
+
+
+def packed_rows(documents: Iterable[_SizedT], piece: int) -> Iterator[list[_SizedT]]:
     """Group documents: each long one alone, short ones together as long as they fit into one piece."""
-    waiting: list[np.ndarray] = []
-    for ids in documents:
-        if waiting and sum(map(len, waiting)) + len(ids) > piece:
+    waiting: list[_SizedT] = []
+    for document in documents:
+        if waiting and sum(map(len, waiting)) + len(document) > piece:
             yield waiting
             waiting = []
-        waiting.append(ids)
+        waiting.append(document)
     if waiting:
         yield waiting
 
@@ -199,21 +214,39 @@ def _row_losses(
     model: HybridLanguageModel, row: list[np.ndarray], piece: int, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(positions, losses) of the predicted tokens of a row of whole documents, piece by piece."""
+    positions = torch.cat([torch.arange(len(document)) for document in row])
+    targets = torch.from_numpy(np.concatenate(row).astype(np.int64)).roll(-1)
+    targets[positions.roll(-1) == 0] = IGNORE_INDEX  # a document's first token, and what follows the row
+    for part, hidden in hidden_in_pieces(model, row, piece, device):
+        losses = token_cross_entropy(hidden, model.lm_head.weight, targets[None, part].to(device))
+        counted = targets[part] != IGNORE_INDEX
+        yield (positions[part][counted] + 1).numpy(), losses[0].cpu().double()[counted].numpy()
+
+
+def hidden_in_pieces(
+    model: HybridLanguageModel, row: Sequence[np.ndarray], piece: int, device: torch.device
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Reads a row of whole documents, `piece` tokens at a time and with the state of all before.
+
+    Args:
+        row: ids of each document.
+
+    Returns:
+        For each piece, which tokens of the row it is, and their hidden states [1, tokens, H].
+    """
     ids = torch.from_numpy(np.concatenate(row).astype(np.int64))[None].to(device)
     positions = torch.cat([torch.arange(len(document)) for document in row])[None].to(device)
-    targets = torch.full_like(ids, IGNORE_INDEX)
-    targets[:, :-1] = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORE_INDEX)
     length = ids.shape[1]
     cache = HybridCache(model.config) if length > piece else None
     for start in range(0, length, piece):
         part = slice(start, min(start + piece, length))
-        hidden = model.backbone(
-            input_ids=ids[:, part],
-            # A row of one document needs no positions, which would make the model look for boundaries in it.
-            position_ids=positions[:, part] if len(row) > 1 else None,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        losses = token_cross_entropy(hidden, model.lm_head.weight, targets[:, part])
-        counted = targets[0, part] != IGNORE_INDEX
-        yield (positions[0, part][counted] + 1).cpu().numpy(), losses[0][counted].double().cpu().numpy()
+        yield (
+            part,
+            model.backbone(
+                input_ids=ids[:, part],
+                # A row of one document needs no positions, which would make the model look for boundaries in it.
+                position_ids=positions[:, part] if len(row) > 1 else None,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state,
+        )
