@@ -15,6 +15,7 @@ import pytest
 
 from fusiontree.artifacts import (
     Artifact,
+    DistanceAnswers,
     EvalReport,
     GateStatistics,
     LayerDecision,
@@ -22,6 +23,8 @@ from fusiontree.artifacts import (
     PositionLoss,
     PrunePlan,
     RunManifest,
+    TaskAnswers,
+    TaskReport,
     atomic_directory,
     atomic_write,
 )
@@ -64,6 +67,23 @@ REPORT = EvalReport(
     loss=4.25,
     perplexity=math.exp(4.25),
     by_position=[PositionLoss(start=0, end=64, tokens=100, loss=4.25)],
+    tasks=TaskReport(
+        written=["needle"],
+        seed=0,
+        documents=2,
+        tokens=200,
+        too_short=1,
+        results=[
+            TaskAnswers(
+                task="needle",
+                answers=2,
+                right=0.5,
+                tokens=10,
+                loss=1.5,
+                by_distance=[DistanceAnswers(start=0, end=64, answers=2, right=0.5, tokens=10, loss=1.5)],
+            )
+        ],
+    ),
 )
 
 
@@ -73,6 +93,14 @@ def test_a_record_loads_as_it_was_saved(tmp_path: Path, record: Artifact) -> Non
     record.save(path)
     assert type(record).load(path) == record
     assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+
+
+def test_a_report_of_before_there_were_tasks_still_loads(tmp_path: Path) -> None:
+    record = json.loads(REPORT.dumps())
+    (tmp_path / "report.json").write_text(
+        json.dumps({k: v for k, v in record.items() if k != "tasks"} | {"version": 1})
+    )
+    assert EvalReport.load(tmp_path / "report.json") == REPORT.model_copy(update={"tasks": None})
 
 
 def test_numbers_that_are_not_finite_survive_in_strict_json(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from fusiontree.errors import InputError
 from fusiontree.version import __version__
 
 __all__ = [
+    "AnswerStatistics",
     "Artifact",
     "BranchKind",
+    "DistanceAnswers",
     "EvalReport",
     "GateStatistics",
     "LayerDecision",
@@ -35,6 +37,8 @@ __all__ = [
     "PositionLoss",
     "PrunePlan",
     "RunManifest",
+    "TaskAnswers",
+    "TaskReport",
     "atomic_directory",
     "atomic_write",
     "checkpoint_name",
@@ -228,10 +232,54 @@ class PositionLoss(_Record):
     """Mean, in nats per token."""
 
 
+class AnswerStatistics(_Record):
+    """How well answers are known, each predicted from all that stands before it."""
+
+    answers: int
+    right: float
+    """Share of the answers of which every token is the likeliest next one, as greedy decoding would have to find it."""
+    tokens: int
+    """Of all answers."""
+    loss: float
+    """Mean, in nats per token."""
+
+
+class DistanceAnswers(AnswerStatistics):
+    """Those with start <= tokens between the clue's end and the question's start < end."""
+
+    start: int
+    end: int
+
+
+class TaskAnswers(AnswerStatistics):
+    """Those of one kind of task."""
+
+    task: Literal["needle", "recall", "copy"]
+    """A fact asked for, a value of a list, a sequence repeated."""
+    by_distance: list[DistanceAnswers]
+
+
+class TaskReport(_Record):
+    """What a model finds again in documents that long-context tasks were written into."""
+
+    written: list[str]
+    """What was written into every document that is long enough: `needle`, `structured` (a list or a sequence)."""
+    seed: int
+    """What was written follows from it and the documents' numbers."""
+    documents: int
+    """Documents with tasks."""
+    tokens: int
+    """Tokens in them, tasks included."""
+    too_short: int
+    """Documents left out because they are too short to carry a task."""
+    results: list[TaskAnswers]
+
+
 class EvalReport(Artifact):
     """How well a model predicts a text."""
 
     KIND = "eval_report"
+    VERSION = 2  # 1 knows no `tasks`
 
     model: str
     """Path or name of the model."""
@@ -244,6 +292,8 @@ class EvalReport(Artifact):
     perplexity: float
     """exp(loss), per token of the model's own tokenizer."""
     by_position: list[PositionLoss] = []
+    tasks: TaskReport | None = None
+    """What is found again in the same documents, where that was asked for; all else is about the texts as they are."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """How it was measured: context length, data type, device, limits."""
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())
