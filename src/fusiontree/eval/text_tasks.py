@@ -106,8 +106,6 @@ def evaluate_tasks(
             enough, or one that with its tasks is longer than the model's learned time encoding.
     """
     wanted = check_tasks(tasks)
-    if piece < 2:
-        raise InputError(f"evaluation needs pieces of at least 2 tokens, got {piece}")
     encode = DocumentEncoder(tokenizer_for(model, tokenizer, name), separator_id=None)
     writer = LongContextTasks.for_encoder(
         encode,
@@ -160,7 +158,7 @@ def _score_row(model: HybridLanguageModel, row: list[_Document], piece: int) -> 
     for answer, start in answers:
         is_answer[start + answer.start : start + answer.stop] = True
     losses, is_likeliest = np.zeros(len(ids)), np.zeros(len(ids), dtype=bool)
-    for part, hidden in hidden_in_pieces(model, [document.ids for document in row], piece, model.device):
+    for part, hidden in hidden_in_pieces(model, [document.ids for document in row], piece):
         # A token is predicted from the state behind the one before it.
         places = np.flatnonzero(is_answer[part.start + 1 : part.stop + 1])
         for chunk in (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)):

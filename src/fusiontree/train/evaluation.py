@@ -137,10 +137,8 @@ def evaluate_documents(
         progress: called with the tokens predicted so far.
 
     Raises:
-        InputError: no token can be predicted.
+        InputError: no token can be predicted, or `piece` is below 2.
     """
-    if piece < 2:
-        raise InputError(f"evaluation needs pieces of at least 2 tokens, got {piece}")
     encode = DocumentEncoder(tokenizer, separator_id=None)
     sums = np.zeros(64)
     counts = np.zeros(64, dtype=np.int64)
@@ -157,10 +155,9 @@ def evaluate_documents(
             totals["bytes"] += len(text.encode("utf-8")) - given
             yield ids
 
-    device = next(model.parameters()).device
     with evaluation_mode(model):
         for row in packed_rows(encoded(), piece):
-            for positions, losses in _row_losses(model, row, piece, device):
+            for positions, losses in _row_losses(model, row, piece):
                 buckets = bucket_of(positions)
                 np.add.at(sums, buckets, losses)
                 np.add.at(counts, buckets, 1)
@@ -199,7 +196,13 @@ def encoded_documents(
 
 
 def packed_rows(documents: Iterable[_SizedT], piece: int) -> Iterator[list[_SizedT]]:
-    """Group documents: each long one alone, short ones together as long as they fit into one piece."""
+    """Group documents: each long one alone, short ones together as long as they fit into one piece.
+
+    Raises:
+        InputError: `piece` is below 2, before the first document is read.
+    """
+    if piece < 2:
+        raise InputError(f"evaluation needs pieces of at least 2 tokens, got {piece}")
     waiting: list[_SizedT] = []
     for document in documents:
         if waiting and sum(map(len, waiting)) + len(document) > piece:
@@ -211,20 +214,20 @@ def packed_rows(documents: Iterable[_SizedT], piece: int) -> Iterator[list[_Size
 
 
 def _row_losses(
-    model: HybridLanguageModel, row: list[np.ndarray], piece: int, device: torch.device
+    model: HybridLanguageModel, row: list[np.ndarray], piece: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(positions, losses) of the predicted tokens of a row of whole documents, piece by piece."""
     positions = torch.cat([torch.arange(len(document)) for document in row])
     targets = torch.from_numpy(np.concatenate(row).astype(np.int64)).roll(-1)
     targets[positions.roll(-1) == 0] = IGNORE_INDEX  # a document's first token, and what follows the row
-    for part, hidden in hidden_in_pieces(model, row, piece, device):
-        losses = token_cross_entropy(hidden, model.lm_head.weight, targets[None, part].to(device))
+    for part, hidden in hidden_in_pieces(model, row, piece):
+        losses = token_cross_entropy(hidden, model.lm_head.weight, targets[None, part].to(hidden.device))
         counted = targets[part] != IGNORE_INDEX
         yield (positions[part][counted] + 1).numpy(), losses[0].cpu().double()[counted].numpy()
 
 
 def hidden_in_pieces(
-    model: HybridLanguageModel, row: Sequence[np.ndarray], piece: int, device: torch.device
+    model: HybridLanguageModel, row: Sequence[np.ndarray], piece: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Reads a row of whole documents, `piece` tokens at a time and with the state of all before.
 
@@ -234,8 +237,8 @@ def hidden_in_pieces(
     Returns:
         For each piece, which tokens of the row it is, and their hidden states [1, tokens, H].
     """
-    ids = torch.from_numpy(np.concatenate(row).astype(np.int64))[None].to(device)
-    positions = torch.cat([torch.arange(len(document)) for document in row])[None].to(device)
+    ids = torch.from_numpy(np.concatenate(row).astype(np.int64))[None].to(model.device)
+    positions = torch.cat([torch.arange(len(document)) for document in row])[None].to(model.device)
     length = ids.shape[1]
     cache = HybridCache(model.config) if length > piece else None
     for start in range(0, length, piece):
