@@ -49,3 +49,47 @@ class TextDecoder:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class StopText:
+    """Cuts a text that comes in pieces before the first of some strings; where the text is cut into pieces changes
+    nothing.
+
+    Text that may be the beginning of such a string is held back until it is known.
+
+    Args:
+        stops: the strings, none of them empty.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What can be shown once `text` has come; nothing after a stop."""
+        if not self._stops:
+            return text
+        if self.stopped:
+            return ""
+        self._held += text
+        # The one that is complete first counts, as if the text came character by character.
+        ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            shown, self._held = self._held[: min(ends)[1]], ""
+            return shown
+        keep = max(map(self._begun, self._stops))
+        at = len(self._held) - keep
+        shown, self._held = self._held[:at], self._held[at:]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back, once the text is over."""
+        shown, self._held = self._held, ""
+        return shown
+
+    def _begun(self, stop: str) -> int:
+        """Length of the longest end of what is held that `stop` begins with."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)

@@ -149,6 +149,11 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         """
         self._decoding_program = DecodingProgram(self)
 
+    @property
+    def decodes_compiled(self) -> bool:
+        """Whether `compile_decoding` was called."""
+        return self._decoding_program is not None
+
     def set_dropout_key(self, seed: int, step: int, micro_batch: int) -> None:
         """Choose the branch dropout of the next training forward; equal keys drop equal branches on every rank.
 
