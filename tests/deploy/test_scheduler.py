@@ -13,7 +13,8 @@ import torch
 
 from fusiontree import HybridLanguageModel, InputError, load
 from fusiontree.deploy.sampling import SamplingOptions
-from fusiontree.deploy.scheduler import Delta, Scheduler, SchedulerSettings, Sequence
+from fusiontree.deploy.scheduler import Scheduler, SchedulerSettings
+from fusiontree.deploy.sequences import Delta, Sequence
 from fusiontree.deploy.slots import state_bytes
 from fusiontree.eval.near_ties import compare_greedy
 from tiny_models import save_tiny_model

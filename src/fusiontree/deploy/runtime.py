@@ -19,11 +19,12 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of, vocab_size_of
-from fusiontree.deploy import scheduler
+from fusiontree.deploy import sequences
 from fusiontree.deploy.loading import find_model, load
 from fusiontree.deploy.prefix import load_conversation, save_conversation
 from fusiontree.deploy.sampling import KnownTokens, SamplingOptions
-from fusiontree.deploy.scheduler import Delta, Scheduler, SchedulerSettings
+from fusiontree.deploy.scheduler import Scheduler, SchedulerSettings
+from fusiontree.deploy.sequences import Delta
 from fusiontree.deploy.text import TextDecoder
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
@@ -302,7 +303,7 @@ class TextStream(Iterator[str]):
     ) -> None:
         self._runtime = runtime
         self._deltas: deque[Delta] = deque()
-        self.sequence = scheduler.Sequence(
+        self.sequence = sequences.Sequence(
             row, options, self._deltas.append, ends=runtime.end_ids, keep_state=keep_state
         )
         runtime.scheduler.submit(self.sequence)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fusiontree.data.tokenizer import vocab_size_of
-from fusiontree.deploy.prefix import PrefixStore, Snapshot
-from fusiontree.deploy.sampling import Choice, SamplingOptions, TokenSampler, choose_tokens
+from fusiontree.deploy.prefix import PrefixStore
+from fusiontree.deploy.sampling import Choice, TokenSampler, choose_tokens
+from fusiontree.deploy.sequences import Delta, Sequence
 from fusiontree.deploy.slots import Slots, length_class, state_bytes
 from fusiontree.deploy.text import StopText, TextDecoder
 from fusiontree.errors import InputError
@@ -61,65 +61,6 @@ class SchedulerSettings:
                 f"snapshot_interval must be a multiple of prefill_piece {self.prefill_piece}, got "
                 f"{self.snapshot_interval}"
             )
-
-
-@dataclass
-class Delta:
-    """What has become of a sequence since the last one: text in whole characters, tokens, how it ended.
-
-    finish_reason: None while it goes on; "stop" at the end token or a stop string, "length" at the last token asked
-        for, "cancelled", "timeout" past its deadline, "error".
-    """
-
-    text: str = ""
-    choices: list[Choice] = field(default_factory=list)
-    finish_reason: str | None = None
-    error: BaseException | None = None
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and its continuation, as `Scheduler.submit` takes it.
-
-    prompt: ids, at least one.
-    options: how it is continued.
-    deliver: called by the thread of `step` with each `Delta`.
-    ends: ids that end it.
-    keep_state: also keep a snapshot at the end of the continuation, for a conversation that goes on.
-    deadline: `time.monotonic()` at which it ends.
-    group: sequences of one group have one prompt, which is read once if they run at the same time.
-    """
-
-    prompt: list[int]
-    options: SamplingOptions
-    deliver: Callable[[Delta], None]
-    ends: frozenset[int] = frozenset()
-    keep_state: bool = False
-    deadline: float | None = None
-    group: object = None
-
-    generated: list[int] = field(default_factory=list, init=False)
-    cached_tokens: int = field(default=0, init=False)
-    finish_reason: str | None = field(default=None, init=False)
-    submitted: float = field(default_factory=time.monotonic, init=False)
-    started: float | None = field(default=None, init=False)
-    first_token: float | None = field(default=None, init=False)
-    finished: float | None = field(default=None, init=False)
-
-    # Of the scheduler.
-    cancelled: bool = field(default=False, init=False)
-    read: int = field(default=0, init=False)
-    on_grid: bool = field(default=True, init=False)
-    state: HybridCache | None = field(default=None, init=False)
-    logits: torch.Tensor | None = field(default=None, init=False)
-    snapshot: Snapshot | None = field(default=None, init=False)
-    sampler: TokenSampler = field(init=False)
-    decoder: TextDecoder = field(init=False)
-    stop_text: StopText = field(init=False)
-
-    def cancel(self) -> None:
-        """End it before the next step."""
-        self.cancelled = True
 
 
 @dataclass

@@ -23,8 +23,7 @@ from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout
 
 _FORMAT = "fusiontree-cache-1"
-_MINIMUM_CAPACITY = 64
-_UNBOUNDED = 2**31 - 1
+_MINIMUM_CAPACITY, _UNBOUNDED = 64, 2**31 - 1
 _ROW_COUNTS = ("lengths", "next_position", "read")
 
 
@@ -233,7 +232,7 @@ class HybridCache(Cache):
 
     def _mapped(self, function: Any) -> HybridCache:
         other = copy.copy(self)
-        other.layers = [copy.copy(layer) for layer in self.layers]
+        other.layers = list(map(copy.copy, self.layers))
         other._map_rows(function)
         return other
 
@@ -256,10 +255,9 @@ class HybridCache(Cache):
     # Slots: rows that come and go in a batch of fixed buffers.
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Give the buffers room for so many rows, and tokens of each; the first rows and tokens keep what they hold.
+        """Give the buffers room for so many rows, and tokens of each; the first ones keep what they hold.
 
-        The counts per row stay as they are: `first_rows` sets them.
-        """
+        Counts per row stay as they are: `first_rows` sets them."""
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
                 grows = name.startswith("global")
@@ -284,16 +282,13 @@ class HybridCache(Cache):
                     target[row] = tensor[source_row]
 
     def take_row(self, row: int, tokens: int) -> HybridCache:
-        """A copy of `row` as a state of its own; it holds one document without padding, `tokens` tokens long."""
+        """A copy of `row` as a state of its own: one document without padding, `tokens` tokens long."""
         view = self._mapped(lambda tensor: tensor[row : row + 1])
         view.set_lengths([tokens])
         return view.snapshot()
 
     def first_rows(self, lengths: Sequence[int]) -> HybridCache:
-        """A state of the first rows in the same memory, of one document each without padding, so many tokens long.
-
-        What is read on top of it within the capacity is written here too.
-        """
+        """A state of the first rows in the same memory, of one document each without padding, so many tokens long."""
         view = self._mapped(lambda tensor: tensor[: len(lengths)])
         view.set_lengths(lengths)
         return view
