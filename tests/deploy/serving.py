@@ -16,7 +16,7 @@ import openai
 
 TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message.role == 'tool' %}{{ raise_exception('there are no tools') }}{% endif %}"
+    "{% if message.role == 'developer' %}{{ raise_exception('nobody develops here') }}{% endif %}"
     "[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
@@ -43,6 +43,7 @@ class ServerProcess:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
+        self.key = "none"
         self.lines: list[str] = []
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -65,8 +66,8 @@ class ServerProcess:
             if line.startswith("{") and json.loads(line)["event"] == event:
                 return json.loads(line)
 
-    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **({"max_retries": 0} | options))
+    def client(self, key: str | None = None, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, **({"max_retries": 0} | options))
 
     def stop(self, how: int = signal.SIGTERM, seconds: float = 60) -> int:
         """Its exit code."""

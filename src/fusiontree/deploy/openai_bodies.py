@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.errors import nearest
 
 _DEEPEST = 32
+_HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 _TYPES = ("str", "int", "float", "bool", "none")
 # Of OpenAI's interface, but not here: harmless while they ask for nothing.
 _UNSUPPORTED = frozenset(
@@ -46,17 +48,11 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        message, param = _printable(message), None if param is None else _printable(param)
         super().__init__(message)
         self.status = status
         self.headers = headers or {}
         kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _printable(text: str) -> str:
-    """Without halves of surrogate pairs, which a body may hold and no answer can."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _Strict(BaseModel):
@@ -78,12 +74,18 @@ class TextPart(_Strict):
 
 
 class Message(_Strict):
-    """One message of a conversation."""
+    """One message of a conversation; an answer can be handed back as it came, with all that it leaves empty."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
-    refusal: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_is_empty(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {key: value for key, value in fields.items() if key in cls.model_fields or value not in (None, [])}
 
     def plain(self) -> dict[str, str]:
         """As chat templates want it."""
@@ -215,6 +217,11 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
         raise ApiError(400, "the body must be a JSON object")
     if _is_deeper(fields, _DEEPEST):
         raise ApiError(400, "the body's JSON is nested too deeply")
+    if _HALF_PAIR.search(content):
+        try:
+            json.dumps(fields, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ApiError(400, "the body holds half of a surrogate pair, which is no character") from error
     for name in [name for name in fields if name in _UNSUPPORTED or name in _NOTES]:
         value = fields.pop(name)
         if name in _UNSUPPORTED and value not in _NEUTRAL and not (name == "best_of" and value == 1):
