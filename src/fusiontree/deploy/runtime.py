@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,29 +25,21 @@ from fusiontree.deploy.prefix import load_conversation, save_conversation
 from fusiontree.deploy.sampling import KnownTokens, SamplingOptions
 from fusiontree.deploy.scheduler import Scheduler, SchedulerSettings
 from fusiontree.deploy.sequences import Delta
-from fusiontree.deploy.text import TextDecoder
+from fusiontree.deploy.streams import Generation, TextStream
+from fusiontree.deploy.text import TextDecoder, render_chat
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 
-__all__ = ["Generation", "InferenceRuntime", "SamplingOptions", "SchedulerSettings", "find_model", "generate", "load"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A continuation and what it took.
-
-    finish_reason: "stop" at the end token or a stop string, "length" at the last token asked for.
-    cached_tokens: of the prompt, that were known from a snapshot.
-    seconds_to_first_token, seconds: from the call.
-    """
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int
-    new_tokens: int
-    cached_tokens: int
-    seconds_to_first_token: float
-    seconds: float
+__all__ = [
+    "Generation",
+    "InferenceRuntime",
+    "SamplingOptions",
+    "SchedulerSettings",
+    "TextStream",
+    "find_model",
+    "generate",
+    "load",
+]
 
 
 class InferenceRuntime:
@@ -137,7 +129,7 @@ class InferenceRuntime:
         )
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if num_beams == 1:
-            return [one.text for one in self.run(texts, options)]
+            return [one.text for one in self.run(texts, [_numbered(options, number) for number in range(len(texts))])]
         plain = SamplingOptions(max_new_tokens=max_new_tokens, seed=seed)
         if num_beams < 1:
             raise InputError(f"num_beams must be at least 1, got {num_beams}")
@@ -148,13 +140,15 @@ class InferenceRuntime:
             )
         return self._search_beams(self._encode_prompts(texts, max_new_tokens), max_new_tokens, num_beams)
 
-    def run(self, prompts: Sequence[str], options: SamplingOptions | Sequence[SamplingOptions]) -> list[Generation]:
-        """Continues each prompt, with options of its own or with those for all, of which prompt i takes seed + i."""
-        if isinstance(options, SamplingOptions):
-            options = [_numbered(options, number) for number in range(len(prompts))]
+    def run(self, prompts: Sequence[str], options: Sequence[SamplingOptions]) -> Iterator[Generation]:
+        """Continues each prompt with its own options, as many at once as the settings allow; gives them in order.
+
+        Raises:
+            InputError: as `generate`, at the call.
+        """
         rows = self._encode_prompts(list(prompts), [one.max_new_tokens for one in options])
         streams = [self._submit(row, one) for row, one in zip(rows, options, strict=True)]
-        return [stream.result() for stream in streams]
+        return (stream.result() for stream in streams)
 
     def stream(
         self,
@@ -178,22 +172,37 @@ class InferenceRuntime:
         Raises:
             InputError: as `generate`, at the call.
         """
-        options = SamplingOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            stop=tuple(stop),
-            seed=seed,
+        return self.stream_text(
+            prompt,
+            SamplingOptions(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=tuple(stop),
+                seed=seed,
+            ),
         )
-        (row,) = self._encode_prompts([prompt], [max_new_tokens])
+
+    def stream_text(self, prompt: str, options: SamplingOptions) -> TextStream:
+        """As `stream`, with all options."""
+        (row,) = self._encode_prompts([prompt], [options.max_new_tokens])
         return self._submit(row, options)
 
     def stream_ids(self, ids: Sequence[int], options: SamplingOptions, *, keep_state: bool = False) -> TextStream:
         """As `stream`, for a prompt of token ids. `keep_state`: keep the state at the end, to go on from there."""
         return self._submit(list(ids), options, keep_state)
+
+    def encode_chat(self, messages: list[dict[str, str]], answers: bool = True) -> list[int]:
+        """Ids of a conversation, written by the tokenizer's chat template; `answers`: up to where the assistant speaks.
+
+        Raises:
+            InputError: there is no template, or it refuses the messages.
+        """
+        text = render_chat(self.tokenizer, messages, answers)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def save_conversation(self, path: str | Path, ids: Sequence[int], text: str = "") -> None:
         """Writes the state after the longest known prefix of `ids` to a file, and `text` beside it.
@@ -222,7 +231,10 @@ class InferenceRuntime:
         return text
 
     def _submit(self, row: list[int], options: SamplingOptions, keep_state: bool = False) -> TextStream:
-        return TextStream(self, row, options, keep_state)
+        deltas: deque[Delta] = deque()
+        sequence = sequences.Sequence(row, options, deltas.append, ends=self.end_ids, keep_state=keep_state)
+        self.scheduler.submit(sequence)
+        return TextStream(sequence, deltas, self._step)
 
     def _step(self) -> None:
         with self._step_lock:
@@ -293,66 +305,6 @@ class InferenceRuntime:
                 break
             text.append(decoder.push(token))
         return "".join([*text, decoder.finish()])
-
-
-class TextStream(Iterator[str]):
-    """A text that is being continued: iterating over it gives its pieces, and runs whatever else its runtime runs."""
-
-    def __init__(
-        self, runtime: InferenceRuntime, row: list[int], options: SamplingOptions, keep_state: bool = False
-    ) -> None:
-        self._runtime = runtime
-        self._deltas: deque[Delta] = deque()
-        self.sequence = sequences.Sequence(
-            row, options, self._deltas.append, ends=runtime.end_ids, keep_state=keep_state
-        )
-        runtime.scheduler.submit(self.sequence)
-
-    def __next__(self) -> str:
-        while True:
-            while self._deltas:
-                delta = self._deltas.popleft()
-                if delta.error is not None:
-                    raise delta.error
-                if delta.text:
-                    return delta.text
-            if self.sequence.finish_reason is not None:
-                raise StopIteration
-            self._runtime._step()
-
-    def __enter__(self) -> TextStream:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the generation; nothing more comes."""
-        if self.sequence.finish_reason is None:
-            self.sequence.cancel()
-            self._runtime._step()
-        self._deltas.clear()
-
-    def __del__(self) -> None:
-        # A stream that nobody reads any more takes no more steps; the next step of another one drops it.
-        if hasattr(self, "sequence"):
-            self.sequence.cancel()
-
-    def result(self) -> Generation:
-        """The rest of the text, once it is whole, and figures."""
-        text = "".join(self)
-        sequence = self.sequence
-        assert sequence.finish_reason is not None and sequence.finished is not None
-        first = sequence.first_token if sequence.first_token is not None else sequence.finished
-        return Generation(
-            text=text,
-            finish_reason=sequence.finish_reason,
-            prompt_tokens=len(sequence.prompt),
-            new_tokens=len(sequence.generated),
-            cached_tokens=sequence.cached_tokens,
-            seconds_to_first_token=first - sequence.submitted,
-            seconds=sequence.finished - sequence.submitted,
-        )
 
 
 def _numbered(options: SamplingOptions, number: int) -> SamplingOptions:

@@ -17,7 +17,6 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from jinja2 import TemplateError
 
 from fusiontree.data.tokenizer import DocumentEncoder
 from fusiontree.deploy.engine import Draining, Engine, QueueFull
@@ -27,7 +26,8 @@ from fusiontree.deploy.runtime import InferenceRuntime
 from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.deploy.sequences import Delta, Sequence
 from fusiontree.deploy.server_metrics import Metrics
-from fusiontree.errors import InputError, first_line
+from fusiontree.deploy.text import render_chat
+from fusiontree.errors import InputError
 
 logger = logging.getLogger("fusiontree.server")
 
@@ -111,18 +111,10 @@ class Prompts:
     def render(self, body: ChatBody) -> str:
         """What the chat template makes of the messages."""
         if self._tokenizer.chat_template is None:
-            raise ApiError(
-                400,
-                "the model's tokenizer has no chat template, so it cannot hold a conversation: use /v1/completions",
-                code="no_chat_template",
-            )
-        messages = [message.plain() for message in body.messages]
-        try:
-            with self._lock:
-                return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            problem = f"the chat template refuses the messages: {first_line(error)}"
-            raise ApiError(400, problem, param="messages") from error
+            problem = "the model's tokenizer has no chat template, so it cannot hold a conversation"
+            raise ApiError(400, f"{problem}: use /v1/completions", code="no_chat_template")
+        with self._lock:
+            return render_chat(self._tokenizer, [message.plain() for message in body.messages])
 
 
 @dataclass
@@ -178,10 +170,10 @@ class Service:
         most = self.settings.max_new_tokens
         if wanted is not None and wanted > most:
             raise ApiError(400, f"{wanted} new tokens are asked for, {most} are allowed here", param="max_tokens")
-        prompts = await self._encode(body)
         events: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
         answer = Answer(self.settings.name, is_chat, self._shown, logprobs)
         try:
+            prompts = await self._encode(body)
             options = body.options(wanted or (most if is_chat else _DEFAULT_COMPLETION_TOKENS), logprobs, _new_seed())
             rows = self._sequences(prompts, body.choices, options, wanted is None, is_chat, events)
             job = _Job(answer, rows, events, bool(body.stream))

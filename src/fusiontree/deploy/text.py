@@ -1,10 +1,13 @@
-"""From token ids back to text, as they come."""
+"""From token ids back to text, as they come; conversations as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from fusiontree.errors import InputError, first_line
 
 # What a decoder writes for bytes that are not (yet) a character.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -93,3 +96,19 @@ class StopText:
         """Length of the longest end of what is held that `stop` begins with."""
         longest = min(len(stop) - 1, len(self._held))
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answers: bool = True) -> str:
+    """A conversation as the tokenizer's chat template writes it; `answers`: up to where the assistant speaks.
+
+    Raises:
+        InputError: there is no template, or it refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError("the model's tokenizer has no chat template, so it cannot hold a conversation")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the chat template refuses the messages: {first_line(error)}") from error
+    assert isinstance(text, str)
+    return text
