@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -43,6 +44,7 @@ class ServerProcess:
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
+        atexit.register(self.process.kill)  # should its test fail
         self.key = "none"
         self.lines: list[str] = []
         self._arrived: queue.SimpleQueue[str] = queue.SimpleQueue()

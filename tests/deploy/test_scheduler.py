@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -196,6 +197,8 @@ def test_a_conversation_goes_on_from_where_it_ended(model: HybridLanguageModel) 
     said = [*first.prompt, *first.generated]
     then = client.submit_and_run([*said, 11, 12], 10)
     assert then.cached_tokens == len(said) - 1
+    found = client.scheduler.prefixes.find(said)
+    assert found is not None and [part.tokens for part in found.path()] == [5, 14]  # which shares the prompt's keys
     alone = client.ids_alone(then.prompt, 10)
     assert compare_greedy(model, then.prompt, then.generated, alone) != "different"
 
@@ -291,3 +294,21 @@ def test_settings_that_cannot_be(model: HybridLanguageModel) -> None:
             SchedulerSettings(**fields)
     with pytest.raises(InputError, match="logit_bias: there is no token 300, the last one is 299"):
         Client(model).submit([5], options={"logit_bias": {300: 1.0}})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_steps_of_several_rows_change_nothing(corpus: Path, tmp_path: Path) -> None:
+    model = load(save_tiny_model(tmp_path, corpus / "tokenizer"), device="cpu")
+    draw = random.Random(10)
+    prompts = [draw_prompt(draw, length) for length in (2, 9, 17)]
+    alone = [Client(model).submit_and_run(prompt, 16).generated for prompt in prompts]
+    model.compile_decoding()
+    client = Client(model, prefill_piece=512)
+    sequences = [client.submit(prompt, 16) for prompt in prompts]  # as four rows, of which one is idle
+    client.run()
+    assert client.scheduler.counts.peak_rows == 3
+    for sequence, expected in zip(sequences, alone, strict=True):
+        assert (
+            compare_greedy(load(tmp_path, device="cpu"), sequence.prompt, sequence.generated, expected) != "different"
+        )

@@ -393,6 +393,14 @@ def test_a_killed_server_loses_nothing_but_what_ran(folder: Path) -> None:
         client.completions.create(model="tiny", prompt="a", max_tokens=4000, n=2)
     (choice,) = client.completions.create(model="tiny", prompt="a", max_tokens=4000, temperature=0).choices
     assert choice.finish_reason == "length" and choice.text
+
+    def slowly() -> Iterator[bytes]:
+        yield b'{"model": '
+        time.sleep(4)
+        yield b'"tiny", "prompt": "a"}'
+
+    response = httpx.post(f"{server.url}/v1/completions", content=slowly(), timeout=30)
+    assert response.status_code == 408 and "the body did not arrive within 2 seconds" in sentence_of(response)
     stream = client.completions.create(model="tiny", prompt="a", max_tokens=4000, temperature=0, stream=True)
     next(iter(stream))
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL

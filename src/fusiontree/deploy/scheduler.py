@@ -297,7 +297,7 @@ class Scheduler:
     def _place(self, sequence: Sequence, state: HybridCache) -> None:
         bound = length_class(state.max_length + 1)
         if bound not in self._classes:
-            self._classes[bound] = Slots(self._model, bound)
+            self._classes[bound] = Slots(self._model, bound, self.settings.max_rows)
         slots = self._classes[bound]
         spare = self._fits(self.state_bytes + slots.spare_bytes(state))
         if not spare:
@@ -316,15 +316,17 @@ class Scheduler:
         logits = slots.step([sequence.generated[-1] for sequence in slots.owners])
         self.counts.steps += 1
         choices = choose_tokens(logits, [sequence.sampler for sequence in slots.owners])
+        snapshots = [sequence.snapshot for sequence in slots.owners]
         ended = [self._take(one, choice) for one, choice in zip(slots.owners, choices, strict=True)]
         for row in reversed(range(len(ended))):
             if not ended[row]:
                 continue
             sequence = slots.owners[row]
             read = len(sequence.prompt) + len(sequence.generated) - 1
+            # Not on the grid of pieces, where all snapshots are exact.
             if sequence.keep_state and self.settings.prefix_bytes and read % self.settings.prefill_piece:
                 tokens = [*sequence.prompt, *sequence.generated][:read]
-                self.prefixes.add(tokens, slots.take(row), after=sequence.snapshot)
+                self.prefixes.add(tokens, slots.take(row), after=snapshots[row])
             slots.remove(row)
 
     def _take(self, sequence: Sequence, choice: Choice) -> bool:

@@ -5,6 +5,7 @@ run(InferenceRuntime(load("runs/quickstart")), ServerSettings(name="quickstart")
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -83,18 +84,25 @@ def build_app(runtime: InferenceRuntime, settings: ServerSettings) -> FastAPI:
             raise ApiError(404, f"there is no model {name[:80]!r} here", param="model", code="model_not_found")
         return JSONResponse(model)
 
-    @app.post("/v1/completions", responses=_described(400, 401, 404, 413, 429, 503, streams=True))
+    @app.post("/v1/completions", responses=_described(400, 401, 404, 408, 413, 429, 503, streams=True))
     async def completions(request: Request) -> Response:
         """Continue a text."""
-        return await service.answer(parse_body(CompletionBody, await _read_body(request, settings)), request)
+        return await service.answer(parse_body(CompletionBody, await _body(request, settings)), request)
 
-    @app.post("/v1/chat/completions", responses=_described(400, 401, 404, 413, 429, 503, streams=True))
+    @app.post("/v1/chat/completions", responses=_described(400, 401, 404, 408, 413, 429, 503, streams=True))
     async def chat(request: Request) -> Response:
         """Answer in a conversation."""
-        return await service.answer(parse_body(ChatBody, await _read_body(request, settings)), request)
+        return await service.answer(parse_body(ChatBody, await _body(request, settings)), request)
 
     _describe_bodies(app, settings, {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody})
     return app
+
+
+async def _body(request: Request, settings: ServerSettings) -> bytes:
+    try:
+        return await asyncio.wait_for(_read_body(request, settings), settings.request_seconds)
+    except asyncio.TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive within {settings.request_seconds:g} seconds") from error
 
 
 async def _read_body(request: Request, settings: ServerSettings) -> bytes:
@@ -171,6 +179,7 @@ _MEANINGS = {
     400: "The request cannot be used.",
     401: "A key is needed.",
     404: "There is no such model.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     429: "The queue is full; `Retry-After` says when to try again.",
     503: "The server is stopping, or the request did not begin in time.",

@@ -13,7 +13,7 @@ from fusiontree.models.cache import cache_geometry
 # lengths up to this many tokens, four times as many, and so on.
 _SHORTEST_CLASS = 1024
 _CLASS_FACTOR = 4
-_SPARE_ROWS = 4
+_LEAST_ROWS = 4
 _LEAST_ROOM = 64  # tokens
 
 
@@ -47,10 +47,12 @@ class Slots(Generic[Owner]):
     Args:
         model: that reads them.
         bound: of the class: no row is ever longer.
+        max_rows: room that is made beforehand never exceeds so many rows.
     """
 
-    def __init__(self, model: HybridLanguageModel, bound: int) -> None:
+    def __init__(self, model: HybridLanguageModel, bound: int, max_rows: int) -> None:
         self.bound = bound
+        self._max_rows = max_rows
         self.owners: list[Owner] = []
         self.lengths: list[int] = []
         self._model = model
@@ -90,12 +92,12 @@ class Slots(Generic[Owner]):
         rows = len(self.lengths) + 1
         if rows <= self._rows:
             rows = self._rows
-        elif spare:
-            rows += max(_SPARE_ROWS, rows // 4) - 1
+        elif spare:  # it doubles, so that growing is rare
+            rows = max(rows, min(self._max_rows, max(2 * rows - 2, _LEAST_ROWS)))
         return rows, self._room_for(length + 1)
 
     def _room_for(self, tokens: int) -> int:
-        """It doubles, so that growing is rare."""
+        """Doubles like the rows."""
         if tokens <= self._room:
             return self._room
         return min(self.bound, max(_LEAST_ROOM, 1 << (tokens - 1).bit_length()))
