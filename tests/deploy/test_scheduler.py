@@ -16,7 +16,7 @@ from fusiontree import HybridLanguageModel, InputError, load
 from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.deploy.scheduler import Scheduler, SchedulerSettings
 from fusiontree.deploy.sequences import Delta, Sequence
-from fusiontree.deploy.slots import state_bytes
+from fusiontree.deploy.slots import program_rows, state_bytes
 from fusiontree.eval.near_ties import compare_greedy
 from tiny_models import save_tiny_model
 
@@ -296,6 +296,13 @@ def test_settings_that_cannot_be(model: HybridLanguageModel) -> None:
         Client(model).submit([5], options={"logit_bias": {300: 1.0}})
 
 
+@pytest.mark.parametrize("most", [1, 2, 5, 8, 64, 100, 1000])
+def test_compiled_steps_come_in_few_sizes(most: int) -> None:
+    sizes = {program_rows(rows, most) for rows in range(1, most + 1)}
+    assert len(sizes) <= 4 and min(sizes) == 1 and max(sizes) == most
+    assert all(rows <= program_rows(rows, most) for rows in range(1, most + 1))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_steps_of_several_rows_change_nothing(corpus: Path, tmp_path: Path) -> None:
@@ -304,10 +311,13 @@ def test_compiled_steps_of_several_rows_change_nothing(corpus: Path, tmp_path: P
     prompts = [draw_prompt(draw, length) for length in (2, 9, 17)]
     alone = [Client(model).submit_and_run(prompt, 16).generated for prompt in prompts]
     model.compile_decoding()
-    client = Client(model, prefill_piece=512)
+    client = Client(model, prefill_piece=512, max_rows=4)
+    client.scheduler.warm_up()
+    programs = dict(model._decoding_program._programs)
     sequences = [client.submit(prompt, 16) for prompt in prompts]  # as four rows, of which one is idle
     client.run()
     assert client.scheduler.counts.peak_rows == 3
+    assert model._decoding_program._programs == programs  # all of them were there
     for sequence, expected in zip(sequences, alone, strict=True):
         assert (
             compare_greedy(load(tmp_path, device="cpu"), sequence.prompt, sequence.generated, expected) != "different"

@@ -38,7 +38,7 @@ def serve(
     drain_seconds: int = typer.Option(30, "--drain-seconds", min=0, help="To finish what runs when told to stop."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
-    compile: bool = typer.Option(False, "--compile", help="Compile steps of 1, 2, 4 … rows, each when first needed."),
+    compile: bool = typer.Option(False, "--compile", help="Compile steps for up to four numbers of rows first."),
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does: /v1/completions, /v1/chat/completions, /v1/models.
 
@@ -80,7 +80,11 @@ def serve(
         snapshot_interval=snapshot_interval,
     )
     loaded = load(model, device=device, dtype=dtype_named(dtype))
-    run(InferenceRuntime(loaded, settings=memory, compile=compile), settings)
+    runtime = InferenceRuntime(loaded, settings=memory, compile=compile)
+    if compile:
+        typer.echo("compiling steps of decoding, which can take minutes the first time", err=True)
+        runtime.scheduler.warm_up()
+    run(runtime, settings)
 
 
 def _name_of(folder: Path) -> str:

@@ -20,7 +20,7 @@ from fusiontree.data.tokenizer import vocab_size_of
 from fusiontree.deploy.prefix import PrefixStore
 from fusiontree.deploy.sampling import Choice, TokenSampler, choose_tokens
 from fusiontree.deploy.sequences import Delta, Sequence
-from fusiontree.deploy.slots import Slots, length_class, state_bytes
+from fusiontree.deploy.slots import Slots, length_class, program_rows, state_bytes
 from fusiontree.deploy.text import StopText, TextDecoder
 from fusiontree.errors import InputError
 from fusiontree.models import HybridCache, HybridLanguageModel
@@ -176,6 +176,17 @@ class Scheduler:
         for slots in list(self._classes.values()):
             if slots.lengths:
                 self._decode(slots)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Make the programs of compiled steps now, which takes a minute or so for each of at most four on CPU."""
+        state, most = HybridCache(self._model.config, capacity=_LEAST_ROOM), self.settings.max_rows
+        self._model.backbone(torch.zeros(1, 1, dtype=torch.long, device=self._model.device), past_key_values=state)
+        for rows in sorted({program_rows(rows, most) for rows in range(1, most + 1)}):
+            slots: Slots[None] = Slots(self._model, length_class(1), most)
+            for _ in range(rows):
+                slots.add(state, None, spare=False)
+            slots.step([0] * rows)
 
     def fail(self, error: BaseException) -> None:
         """End everything that runs or waits with `error`, and forget its states."""

@@ -25,6 +25,15 @@ def length_class(tokens: int) -> int:
     return bound
 
 
+def program_rows(rows: int, max_rows: int) -> int:
+    """The rows of the compiled step that takes so many: of four numbers, as a program is kept for no more of them."""
+    factor = next(factor for factor in range(2, max_rows + 2) if factor**3 >= max_rows)
+    size = 1
+    while size < rows:
+        size *= factor
+    return max(rows, min(size, max_rows))
+
+
 def state_bytes(config: HybridLanguageModelConfig, dtype: torch.dtype, tokens: int) -> int:
     """Bytes of the state of one row with room for so many tokens, in a model that computes in `dtype`."""
     scan_size = max(dtype.itemsize, torch.float32.itemsize)
@@ -131,8 +140,8 @@ class Slots(Generic[Owner]):
         """Each row reads its token: logits [B, V]."""
         assert self._state is not None
         rows = len(tokens)
-        if self._model.decodes_compiled:  # one program for each number of rows: idle ones fill up
-            rows = 1 << (rows - 1).bit_length()
+        if self._model.decodes_compiled:  # idle rows fill up
+            rows = program_rows(rows, self._max_rows)
         size = max(rows, self._rows), self._room_for(max(self.lengths) + 1)
         if size != (self._rows, self._room):
             self._resize(*size)
