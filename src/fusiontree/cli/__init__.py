@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fusiontree.errors import InputError, nearest
+from fusiontree.errors import ElsewhereError, InputError, nearest
 from fusiontree.version import __version__
 
 __all__ = ["app", "main"]
@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # A command with sub-commands that was given none answers with its help, which is no sentence.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
-        print(error if is_help else f"error: {sentence}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(error if is_help else f"error: {sentence}", file=sys.stderr)
         return BAD_INPUT
 
 

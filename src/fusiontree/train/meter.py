@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -66,6 +67,12 @@ class StepMeter:
             "lr": learning_rate,
         }
 
+    def add_skipped(self, totals: StepTotals, seconds: float) -> None:
+        """Count a step that was left out: its tokens were read and its time passed, but it has no loss."""
+        self._window["tokens"] += totals.tokens
+        self._window["seconds"] += seconds
+        self.tokens += int(totals.tokens)
+
     def _composite(self, terms: dict[str, float]) -> float:
         return sum(self._coefficients[name] * terms[name] for name in TERMS)
 
@@ -73,9 +80,11 @@ class StepMeter:
         """The row of all steps since the last one: losses are means (the LM loss over tokens), `lr` and `grad_norm` the
         last step's, `tokens` and `elapsed` (seconds) totals of the run, `tokens_per_second` of the steps alone."""
         window = self._window
-        terms = {name: window[name] / window["steps"] for name in TERMS[1:]}
-        terms["lm"] = window["lm"] / window["labels"]
-        self.seconds_per_step = window["seconds"] / window["steps"]
+        steps, labels = max(1.0, window["steps"]), max(1.0, window["labels"])
+        # All steps since the last row may have been left out.
+        terms = {name: window[name] / steps if window["steps"] else math.nan for name in TERMS[1:]}
+        terms["lm"] = window["lm"] / labels if window["steps"] else math.nan
+        self.seconds_per_step = window["seconds"] / steps
         row = {
             "step": step,
             "loss": self._composite(terms),

@@ -47,6 +47,10 @@ class GateMonitor:
             added = {name: value + getattr(self._sums, name) for name, value in added.items()}
         self._sums = GateDetails(**added)
 
+    def forget(self) -> None:
+        """Drop what was added for a step that is left out."""
+        self._sums = None
+
     def record(
         self, step: int, tokens: int, tokens_seen: int, reduce: Callable[[torch.Tensor], torch.Tensor] = torch.clone
     ) -> GateStatistics:

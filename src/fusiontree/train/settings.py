@@ -40,6 +40,13 @@ class TrainingSettings(Settings):
     eval_batches: int | None = Field(50, ge=1, description="batches of one evaluation; null = the whole eval set")
     save_interval: int = Field(500, ge=0, description="also at the end; 0 = at the end alone")
     save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null = all")
+    save_best: bool = Field(False, description="also keep, as `best`, the checkpoint of the lowest evaluation loss")
+    max_skipped_steps: int = Field(
+        5, ge=0, description="steps in a row left out for not being finite before the run goes back, then stops"
+    )
+    spike_deviations: float = Field(
+        6.0, gt=0, description="standard deviations above the recent mean at which a loss is reported as a spike"
+    )
     log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
 
     @field_validator("mixed_precision", mode="before")
@@ -123,15 +130,38 @@ class SystemSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is a device")
     num_devices: int | None = Field(None, ge=1, description="devices the run is meant for; null = as launched")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null = torch decides")
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = no sharding")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = that of the JSON, or none")
+    deepspeed_config: str | None = Field(None, description="DeepSpeed JSON file; what it leaves out is set from here")
     offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO)")
     offload_params: bool = Field(False, description="parameters in host memory (ZeRO-3)")
+    fsdp: bool = Field(False, description="FSDP2: parameters, gradients and optimizer state in shards")
+    timeout: int = Field(1800, ge=1, description="seconds that processes wait for one another before the run ends")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        return self.zero_stage > 0 or self.deepspeed_config is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an engine runs that divides its state among processes."""
+        return self.uses_deepspeed or self.fsdp
+
+    @property
+    def engine(self) -> str:
+        """What trains, in words."""
+        if self.fsdp:
+            return "FSDP2"
+        if self.uses_deepspeed:
+            return f"DeepSpeed ZeRO-{self.zero_stage}" if self.zero_stage else f"DeepSpeed ({self.deepspeed_config})"
+        return "plain training or DDP"
 
     @model_validator(mode="after")
-    def _offload_needs_zero(self) -> SystemSettings:
-        if self.offload_optimizer and self.zero_stage == 0:
+    def _one_engine(self) -> SystemSettings:
+        if self.fsdp and self.uses_deepspeed:
+            raise ValueError("fsdp and DeepSpeed (zero_stage, deepspeed_config) are two engines: keep one")
+        if self.offload_optimizer and not self.uses_deepspeed:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
-        if self.offload_params and self.zero_stage != 3:
+        if self.offload_params and self.zero_stage != 3 and self.deepspeed_config is None:
             raise ValueError("offload_params needs zero_stage 3")
         return self
 
