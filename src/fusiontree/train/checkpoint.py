@@ -53,8 +53,8 @@ class TrainingState:
     """Optimizer steps taken."""
     meter: dict[str, Any]
     """`StepMeter.state_dict()`: tokens, elapsed seconds, the open row."""
-    loader: list[dict[str, Any]]
-    """Each rank's `Loader.state_dict()` after the last batch of `step`."""
+    loader: dict[str, Any]
+    """`Loader.state_dict()` after the last batch of `step`, the same on every rank."""
     gate_monitor: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     """Optimizer moments `optimizer.<parameter>.<key>` and RNG states `rng.<library>`."""

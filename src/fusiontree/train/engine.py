@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import GradientAccumulationPlugin
 
 from fusiontree.artifacts import RunManifest, checkpoint_name, make_directory
 from fusiontree.config import dump_yaml
@@ -313,7 +313,7 @@ class TrainingEngine:
         state = TrainingState(
             step=self.step,
             meter=self.meter.state_dict(),
-            loader=gather_object([self.train_loader.state_dict()]),
+            loader=self.train_loader.state_dict(),
             gate_monitor=self.monitor.state_dict(),
             tensors=optimizer_tensors(self.optimizer) | tensors,
             python_rng=python_rng,
