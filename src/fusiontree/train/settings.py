@@ -37,7 +37,9 @@ class TrainingSettings(Settings):
     )
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="autocast dtype; parameters are float32 always")
     eval_interval: int = Field(500, ge=0, description="also at step 0 and at the end; 0 = never evaluate")
-    eval_batches: int | None = Field(50, ge=1, description="batches of one evaluation; null = the whole eval set")
+    eval_batches: int | None = Field(
+        50, ge=1, description="batches of one evaluation on each device; null = the whole eval set"
+    )
     save_interval: int = Field(500, ge=0, description="also at the end; 0 = at the end alone")
     save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null = all")
     save_best: bool = Field(False, description="also keep, as `best`, the checkpoint of the lowest evaluation loss")
