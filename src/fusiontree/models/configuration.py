@@ -91,7 +91,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     window_size: int = 256
     attention_type: str = "local_global"
     mamba_version: int = 2
-    mamba_expand: int = 1
+    mamba_expand: int = 2
     mamba_head_dim: int = 64
     mamba_state_size: int = None  # resolved in __post_init__
     conv_kernel: int = 4
