@@ -64,8 +64,8 @@ def test_it_goes_back_once_and_then_stops_with_the_layer(run_settings, tmp_path:
     with pytest.raises(InputError, match=r"first in the output of layers\.1\.attention, training stopped") as caught:
         engine.run()
     assert "step_00000004" in str(caught.value)
-    # Steps 5 to 7, back to 4, 5 to 7 once more, and the last of them again to find the layer.
-    assert list(dict.fromkeys(faulty)) == [5, 6, 7] and engine.step == 7
+    # Steps 5 to 7, back to 4, 5 to 7 once more, and the last of them again, counted by then, to find the layer.
+    assert list(dict.fromkeys(faulty)) == [5, 6, 7, 8] and engine.step == 7
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 

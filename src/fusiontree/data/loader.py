@@ -61,8 +61,8 @@ class Loader:
 
     A training loader is endless and every `iter()` goes on behind the last batch handed out; an evaluation loader makes
     one pass, from the beginning at every `iter()`, and its last batch may hold fewer rows, the last of them padded. All
-    processes have as many batches: one that is left without a row gets one in which nothing is predicted. Iterate over one at a time, and not through a wrapper that
-    fetches ahead: the state is that after the last batch fetched.
+    processes have as many batches: one that is left without a row gets one in which nothing is predicted. Iterate over
+    one at a time, and not through a wrapper that fetches ahead: the state is that after the last batch fetched.
 
     Args:
         source: tokenised records in order.

@@ -108,7 +108,7 @@ class TrainingEngine:
         self.gates = JsonlLog(self.run_directory / "gates.jsonl")
         if state is not None:
             self.processes.on_all(lambda: self._restore(state))
-        self.evaluated_step = self.processes.on_main(lambda: self._open_run_directory(model.config.vocab_size))
+        self.evaluated_step = self.processes.on_main(self._open_run_directory)
 
     def _load(self) -> tuple[TrainingState | None, HybridLanguageModel, Teacher | None]:
         """What comes from files: the place to resume from, the data, the model and its teacher."""
@@ -159,7 +159,7 @@ class TrainingEngine:
         self.step = state.step
         self.parallel.restore_moments(load_moments(self.checkpoint))
 
-    def _open_run_directory(self, vocab_size: int) -> int | None:
+    def _open_run_directory(self) -> int | None:
         """Make the directory, or drop from its logs what a resumed run is about to write again.
 
         Returns:
@@ -169,7 +169,9 @@ class TrainingEngine:
         remove_unfinished(self.run_directory / "checkpoints")
         evaluated = self._truncate_logs(self.step if self.checkpoint else -1)
         resolved = self.settings.model_dump(mode="json")
-        resolved["model"]["vocab_size"] = vocab_size
+        # Every field, so that the file trains the same run again when a default has changed.
+        config = self.parallel.module.config
+        resolved["model"] = {name: getattr(config, name) for name in type(config).__annotations__}
         dump_yaml(resolved, self.run_directory / "config.yaml")
         manifest = self.run_directory / "manifest.json"
         if self.checkpoint is None or not manifest.exists():
@@ -433,13 +435,13 @@ class TrainingEngine:
             self.monitor.plan(source=str(self.run_directory)).save(self.run_directory / "prune_plan.json")
 
     def _announce(self) -> None:
-        parameters = sum(p.numel() for p in self.parallel.module.parameters())
         t = self.settings.training
         rows = t.batch_size * t.gradient_accumulation_steps * self.processes.count
         origin = f"resumed from {self.checkpoint}" if self.checkpoint else "new run"
         self.view.message(
-            f"{self.run_directory}: {origin}, {parameters:,} parameters, {rows * t.max_seq_length:,} tokens a step, "
-            f"{self.processes.device.type}, {'bf16 autocast' if t.mixed_precision == 'bf16' else 'float32'}"
+            f"{self.run_directory}: {origin}, {self.parallel.num_parameters:,} parameters, "
+            f"{rows * t.max_seq_length:,} tokens a step, {self._engine()}, "
+            f"{'bf16 autocast' if t.mixed_precision == 'bf16' else 'float32'}"
         )
         for sentence in self.passed_over:
             self.view.warn(sentence)
@@ -448,6 +450,12 @@ class TrainingEngine:
         if self.eval_loader is None:
             reason = "data.eval_paths is empty" if t.eval_interval else "training.eval_interval is 0"
             self.view.message(f"no evaluation: {reason}")
+
+    def _engine(self) -> str:
+        device, count = self.processes.device.type, self.processes.count
+        if not self.settings.system.is_sharded:
+            return device if count == 1 else f"DDP on {count} x {device}"
+        return f"{self.settings.system.engine} on {count} x {device}"
 
     def _report_end(self, signal: Signals | None) -> None:
         for name, loader in (("data", self.train_loader), ("evaluation data", self.eval_loader)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import os
@@ -43,12 +44,11 @@ def check_launch(settings: RunSettings) -> None:
         )
     if system.uses_deepspeed:
         key = "system.deepspeed_config" if system.deepspeed_config else "system.zero_stage"
-        for package in ("deepspeed", "ninja"):
-            if importlib.util.find_spec(package) is None:
-                raise InputError(
-                    f"{key} asks for DeepSpeed but the package {package} is not installed: "
-                    "pip install 'fusiontree[deepspeed]'"
-                )
+        if importlib.util.find_spec("deepspeed") is None:
+            raise InputError(
+                f"{key} asks for DeepSpeed, which is not installed: pip install 'fusiontree[deepspeed]', or set it to "
+                f"{'null' if system.deepspeed_config else 0}"
+            )
     elif _is_set(_USE_DEEPSPEED):
         raise InputError(
             f"the launcher asks for DeepSpeed ({_USE_DEEPSPEED}) but system.zero_stage is 0 and there is no "
@@ -99,6 +99,7 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
     if system.uses_deepspeed:
         if not on_cuda:
             os.environ["DS_ACCELERATOR"] = "cpu"
+            _leave_communication_to_gloo()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, launched_processes()))
         _forget_deepspeed_in_transformers()
@@ -121,14 +122,20 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
                 )
             ],
         )
+    if torch.distributed.is_initialized():
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
     _check_what_runs(accelerator, settings)
     return accelerator
 
 
-def close_accelerator() -> None:
-    """Leave the group of processes, so that this process can open another one."""
+def _leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def close_accelerator() -> None:
+    """Forget accelerate's state, so that this process can open another engine; the group of processes stays."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -155,6 +162,16 @@ def _single_launch() -> dict[str, str]:
         port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _leave_communication_to_gloo() -> None:
+    """DeepSpeed would compile an operation of its own on the first start, for a minute and with a C++ compiler.
+
+    A start that is killed meanwhile leaves a lock behind that every later one waits for without an end.
+    """
+    from deepspeed.ops import __compatible_ops__ as operations
+
+    operations["deepspeed_shm_comm"] = False
 
 
 def _forget_deepspeed_in_transformers() -> None:

@@ -73,6 +73,10 @@ class Parallel:
         Returns:
             Their L2 norm before clipping.
         """
+        for parameter in self.names:
+            # A branch that was dropped in every micro-batch. In flat shards it has zeros: so has it here.
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         norm = float(self._clip())
         if math.isfinite(norm):
             set_learning_rate(self.optimizer, learning_rate)
@@ -97,6 +101,11 @@ class Parallel:
         for parameter, name in self.names.items():
             if parameter.grad is not None:
                 yield name, parameter.grad
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(self._shape(parameter).numel() for parameter in self.names)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's state dict, whole, in the main process's host memory; empty elsewhere."""
@@ -273,7 +282,6 @@ class ZeroRedundancy(Parallel):
 
     @torch.no_grad()
     def restore_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        from deepspeed import zero
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
         for name, buffer in self.module.named_buffers():
@@ -285,9 +293,11 @@ class ZeroRedundancy(Parallel):
                 parameter.copy_(weights[name])
                 safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
                 continue
-            with zero.GatheredParameters([parameter], modifier_rank=0):
+            part = self._own_part(parameter, weights[name])
+            parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined, operator]
+            if parameter.numel() > 0:  # small ones stay whole in every process
                 parameter.copy_(weights[name])
-            safe_set_local_fp32_param(parameter, self._own_part(parameter, weights[name]))
+            safe_set_local_fp32_param(parameter, part)
 
     def _step(self) -> torch.Tensor:
         return next(iter(self._zero.optimizer.state.values()))["step"].detach().cpu().clone()
