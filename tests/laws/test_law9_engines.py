@@ -123,7 +123,8 @@ def alone(settings) -> Callable[..., Path]:
         training = {"batch_size": 4, **changes.pop("training", {})}
         sections = settings(name, training=training, **changes)
         if not Path(sections["output_dir"]).exists():
-            fusiontree.train(sections, resume=resume)
+            with torch.enable_grad():  # which the laws of inference go without
+                fusiontree.train(sections, resume=resume)
         return Path(sections["output_dir"])
 
     return train

@@ -109,3 +109,14 @@ def read_deepspeed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"system.deepspeed_config: {path} holds no JSON object")
     return content
+
+
+def forget_in_transformers() -> None:
+    """A plugin of accelerate tells transformers to build and load every model in shards, from then on in this process.
+
+    Ours is built whole, loaded, and then sharded, and a checkpoint that is gone back to is loaded whole too. Under
+    ZeRO-3 `from_pretrained` would return parts of parameters.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()

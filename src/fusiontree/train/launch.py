@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from fusiontree.errors import InputError
-from fusiontree.train.deepspeed_config import deepspeed_config
+from fusiontree.train.deepspeed_config import deepspeed_config, forget_in_transformers
 from fusiontree.train.settings import RunSettings
 
 _TRUE = ("1", "true", "yes", "on")
@@ -102,7 +102,6 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
             _leave_communication_to_gloo()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, launched_processes()))
-        _forget_deepspeed_in_transformers()
     launcher = _single_launch() if system.is_sharded and "RANK" not in os.environ else {}
     with _environment({_USE_DEEPSPEED: str(system.uses_deepspeed).lower(), **launcher}):
         accelerator = Accelerator(
@@ -122,6 +121,8 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
                 )
             ],
         )
+    if system.uses_deepspeed:
+        forget_in_transformers()
     if torch.distributed.is_initialized():
         atexit.unregister(_leave_group)
         atexit.register(_leave_group)
@@ -172,16 +173,6 @@ def _leave_communication_to_gloo() -> None:
     from deepspeed.ops import __compatible_ops__ as operations
 
     operations["deepspeed_shm_comm"] = False
-
-
-def _forget_deepspeed_in_transformers() -> None:
-    """A plugin tells transformers to build every model in shards; ours is built whole, loaded, and then sharded.
-
-    (Under ZeRO-3 `from_pretrained` gathers and scatters each tensor, and what it loads differs in the last digits.)
-    """
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
 
 
 @contextmanager

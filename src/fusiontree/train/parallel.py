@@ -20,6 +20,7 @@ from torch import nn
 
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
+from fusiontree.train.deepspeed_config import forget_in_transformers
 from fusiontree.train.optim import build_optimizer, set_learning_rate
 from fusiontree.train.settings import RunSettings
 
@@ -245,6 +246,7 @@ class ZeroRedundancy(Parallel):
     def __init__(self, accelerator: Accelerator, module: HybridLanguageModel, settings: RunSettings):
         super().__init__(accelerator, module, settings)
         engine, _ = accelerator.prepare(module, self.optimizer)
+        forget_in_transformers()
         self.model, self._zero = engine, engine.optimizer
         self.stage = int(engine.zero_optimization_stage())
 
@@ -261,6 +263,9 @@ class ZeroRedundancy(Parallel):
     def update(self, learning_rate: float) -> float:
         set_learning_rate(self._zero.optimizer, learning_rate)
         self.model.step()  # type: ignore[operator]  # clips, and leaves out what is not finite, as told by the norm
+        if self.stage == 3 and self.module.config.drop_branch_prob > 0:
+            # Where a branch was dropped, the next step would add to this one's gradients, or take them once more.
+            self._zero.grad_partitions_flat_buffer.zero_()
         return float(self.model.get_global_grad_norm())  # type: ignore[operator]
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -294,7 +299,7 @@ class ZeroRedundancy(Parallel):
                 safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
                 continue
             part = self._own_part(parameter, weights[name])
-            parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined, operator]
+            parameter.ds_tensor.copy_(part)
             if parameter.numel() > 0:  # small ones stay whole in every process
                 parameter.copy_(weights[name])
             safe_set_local_fp32_param(parameter, part)
