@@ -94,6 +94,9 @@ def runs(settings, tmp_path_factory) -> Path:
         bf16 = {"mixed_precision": "bf16", "max_steps": 5, "eval_interval": 0, "save_interval": 0, "warmup_steps": 0}
         job(f"{engine}-bf16", engine, training=bf16)
         job(f"{engine}-dropped", engine, training={"max_steps": 5, "eval_interval": 0}, model={"drop_branch_prob": 0.4})
+    taught = {"teacher": str(directory / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
+    for engine in ("ddp", "zero2", "fsdp2"):
+        job(f"{engine}-taught", engine, training={"max_steps": 3, "eval_interval": 0}, loss=taught)
     # One run handed from engine to engine every five steps; the last leg is one process.
     before = directory / "ddp" / "checkpoints" / "step_00000005"
     for step, engine in ((10, "zero3"), (15, "fsdp2"), (20, "zero2")):
@@ -174,13 +177,27 @@ def test_branch_dropout_and_its_running_means_are_those_of_one_process(runs: Pat
             torch.testing.assert_close(dict(found.named_buffers())[name], buffer, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+def test_distillation_is_that_of_one_process(runs: Path, alone, engine: str) -> None:
+    taught = {"teacher": str(runs / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
+    expected = rows(alone("one-taught", training={"max_steps": 3, "eval_interval": 0}, loss=taught))
+    found = rows(runs / f"{engine}-taught")
+    require_equal(found, expected)
+    for row, other in zip(found, expected, strict=True):
+        assert row["distillation_loss"] == pytest.approx(other["distillation_loss"], rel=1e-5) and row["loss"] > 0
+
+
 def test_a_run_goes_on_in_another_engine_and_with_another_number_of_processes(runs: Path, alone) -> None:
     one = rows(alone("one"))
+
+    def require_end(run: Path, start: int) -> None:
+        # In a new directory the step that it begins from is evaluated once more.
+        require_equal([row for row in rows(run) if row["step"] > start], [row for row in one if row["step"] > start])
+
     for leg, start in (("leg-zero3", 5), ("leg-fsdp2", 10), ("leg-zero2", 15)):
-        require_equal(rows(runs / leg), [row for row in one if row["step"] > start])
+        require_end(runs / leg, start)
     for source in ("leg-zero3", "leg-fsdp2"):
-        last = alone(f"after-{source}", resume=str(runs / source / "checkpoints" / "step_00000015"))
-        require_equal(rows(last), [row for row in one if row["step"] > 15])
+        require_end(alone(f"after-{source}", resume=str(runs / source / "checkpoints" / "step_00000015")), 15)
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
