@@ -215,6 +215,8 @@ class TrainingEngine:
                     self._evaluate_if_due(stop)
                     if t.save_interval and self.step % t.save_interval == 0:
                         self._save_on_the_way()
+                    # Several processes agree in their next step; one alone need not wait for it.
+                    stopping = stopping or (self.processes.count == 1 and bool(stop))
                 if self.step > 0 and not self._is_saved():
                     self._save()
                 signal = self.processes.first(stop.signal)
