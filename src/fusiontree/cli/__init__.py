@@ -64,6 +64,7 @@ COMMANDS = {
     "train": _Entry("fusiontree.cli.train:train", "Train a model as a YAML file says."),
     "eval": _Entry("fusiontree.cli.evaluate:evaluate", "Perplexity of a model on held-out text, also by position."),
     "gates": _Entry("fusiontree.cli.gates:gates", "Show what the gates of a run did, as a table and as heat maps."),
+    "plan": _Entry("fusiontree.cli.plan:plan", "Decide what to cut from a model to meet a budget, by measurement."),
     "export": _Entry("fusiontree.cli.export:export", "Apply a prune plan: write the smaller model."),
     "generate": _Entry("fusiontree.cli.generate:generate", "Continue a prompt."),
     "data": _Entry("fusiontree.cli.data:app", "Look at training data, check it, train a tokenizer on it."),

@@ -101,6 +101,10 @@ class GateMonitorSettings(Settings):
     attention_threshold: float = Field(0.2, gt=0, lt=1, description="mean gate below which it keeps attention alone")
     plan_records: int = Field(5, ge=1, description="newest records whose mean gate decides")
     plan_min_steps: int = Field(1000, ge=0, description="before this step no layer is ever cut")
+    plan_max_std: float = Field(0.25, gt=0, description="standard deviation of the gate above which no layer is cut")
+    plan_confidence: float = Field(
+        0.5, ge=0, le=1, description="share of those records that must each lie beyond the threshold"
+    )
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> GateMonitorSettings:
