@@ -34,6 +34,7 @@ __all__ = [
     "DistanceAnswers",
     "EvalReport",
     "GateStatistics",
+    "HealReport",
     "LayerDecision",
     "LayerGateStatistics",
     "PositionLoss",
@@ -227,6 +228,33 @@ class EvalReport(Artifact):
     settings: dict[str, Any] = Field(default_factory=dict)
     """How it was measured: context length, data type, device, limits."""
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())
+
+
+class HealReport(Artifact):
+    """What healing a cut model has won back, all losses on the same evaluation data, in nats per token."""
+
+    KIND = "heal_report"
+
+    export: str
+    """Folder of the cut model that the run started from."""
+    parent: str
+    """The model that it was distilled from."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Trained on."""
+    eval_tokens: int
+    """Predicted in the evaluation."""
+    parent_loss: float
+    export_loss: float
+    """Before healing."""
+    healed_loss: float
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of the loss that the cut cost and healing won back; None where the cut cost nothing."""
+        lost = self.export_loss - self.parent_loss
+        return (self.export_loss - self.healed_loss) / lost if lost > 0 else None
 
 
 def make_directory(path: str | os.PathLike[str], named: str) -> None:

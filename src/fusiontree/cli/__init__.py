@@ -66,6 +66,7 @@ COMMANDS = {
     "gates": _Entry("fusiontree.cli.gates:gates", "Show what the gates of a run did, as a table and as heat maps."),
     "plan": _Entry("fusiontree.cli.plan:plan", "Decide what to cut from a model to meet a budget, by measurement."),
     "export": _Entry("fusiontree.cli.export:export", "Apply a prune plan: write the smaller model."),
+    "heal": _Entry("fusiontree.cli.heal:heal", "Distil a pruned model from its parent."),
     "generate": _Entry("fusiontree.cli.generate:generate", "Continue a prompt."),
     "data": _Entry("fusiontree.cli.data:app", "Look at training data, check it, train a tokenizer on it."),
     "bench": _Entry("fusiontree.cli.bench:bench", "Measure speed and memory side by side with other models."),

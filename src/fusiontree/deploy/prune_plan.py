@@ -185,7 +185,7 @@ class _Planner:
         self.evidence = criteria.gate_evidence(calibration)
         self.scores = self._score()
         self.first_scores = dict(self.scores)
-        self.cheapest = math.inf  # the smallest rise of the loss that was seen
+        self.cheapest = math.inf
 
     def plan(self) -> PrunePlan:
         joint, expected = self._cut_to_budget()
@@ -258,6 +258,7 @@ class _Planner:
         left = [place for place in self.scores if self._may_go(joint, place)]
         rank = {place: self._price(joint, place) if ranks_anew else self.scores[place] for place in left}
         best: tuple[Place, Joint] | None = None
+        self.cheapest = math.inf  # the smallest rise of the loss that this search sees
         for place in sorted(left, key=lambda place: rank[place]):
             if best is not None and (not ranks_anew or rank[best[0]] <= rank[place]):
                 break

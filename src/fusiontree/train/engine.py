@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -43,6 +43,7 @@ from fusiontree.train.setup import (
     check_system,
     checkpoint_to_resume,
     enable_gradient_checkpointing,
+    initial_weights,
     model_config,
     require_steps_left,
     seed_everything,
@@ -104,7 +105,8 @@ class TrainingEngine:
         self.train_loader = self._loader("train")
         self.eval_loader = self._loader("eval") if self._evaluates else None
         seed_everything(settings.seed)
-        model = load_model(checkpoint, config) if checkpoint else HybridLanguageModel(config)
+        start = checkpoint or initial_weights(settings)
+        model = load_model(start, config) if start else HybridLanguageModel(config)
         enable_gradient_checkpointing(model, settings.training.checkpointing_scope)
         model.to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, settings.training))
@@ -167,7 +169,7 @@ class TrainingEngine:
             RunManifest.collect(
                 resolved,
                 data_fingerprint=self.train_loader.fingerprint(),
-                parent_run=str(self.checkpoint) if self.checkpoint else None,
+                parent_run=str(self.checkpoint) if self.checkpoint else self.settings.training.init_from,
             ).save(manifest)
 
     def run(self) -> TrainResult:
@@ -287,15 +289,7 @@ class TrainingEngine:
         due = self.step % max(1, t.eval_interval) == 0 or self.step == t.max_steps
         if self.eval_loader is None or not due or self.evaluated_step == self.step:
             return
-        with self._autocast():
-            result = evaluate_loader(
-                self.model,
-                self.eval_loader,
-                t.eval_batches,
-                device=self.accelerator.device,
-                reduce=self._sum_over_ranks,
-                stop=lambda: bool(stop),
-            )
+        result = self.evaluate(self.model, stop=lambda: bool(stop))
         if result is None:
             return
         self.evaluation, self.evaluated_step = result, self.step
@@ -303,6 +297,19 @@ class TrainingEngine:
         if self.accelerator.is_main_process:
             self.metrics.write({"step": self.step, **row})
         self.view.message(f"step {self.step}  eval loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
+
+    def evaluate(self, model: torch.nn.Module, stop: Callable[[], bool] = lambda: False) -> TokenLoss | None:
+        """Loss of a model, the run's own or another, on the run's evaluation data; None when `stop` gave up."""
+        assert self.eval_loader is not None
+        with self._autocast():
+            return evaluate_loader(
+                model,
+                self.eval_loader,
+                self.settings.training.eval_batches,
+                device=self.accelerator.device,
+                reduce=self._sum_over_ranks,
+                stop=stop,
+            )
 
     def _is_saved(self) -> bool:
         path = self.run_directory / "checkpoints" / checkpoint_name(self.step)

@@ -41,6 +41,7 @@ class TrainingSettings(Settings):
     save_interval: int = Field(500, ge=0, description="also at the end; 0 = at the end alone")
     save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null = all")
     log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
+    init_from: str | None = Field(None, description="model folder whose weights a new run starts from; null = random")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
