@@ -44,7 +44,14 @@ from fusiontree.train.settings import RunSettings
 STAGES = ("parent", "criteria", "frontier", "heal", "costs")
 OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
 RANDOM_SEEDS = (0, 1, 2)
-RULES = (("gate", 0), ("contribution", 0), ("ablation", 0), ("trained", 0), *(("random", s) for s in RANDOM_SEEDS))
+RULES = (
+    ("gate", 0),
+    ("contribution", 0),
+    ("ablation", 0),
+    ("recall", 0),
+    ("trained", 0),
+    *(("random", s) for s in RANDOM_SEEDS),
+)
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
 

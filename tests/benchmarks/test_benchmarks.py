@@ -351,4 +351,4 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
     ):
         assert title in shown
     again = run_script("pruning.py", *folders, *TINY, *sizes, *amounts, "--stages", "criteria")
-    assert again.stdout.count("recorded already") == 7
+    assert again.stdout.count("recorded already") == 8

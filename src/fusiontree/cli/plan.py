@@ -25,7 +25,9 @@ def plan(
     target: list[str] = typer.Option(
         None, "--target", help="decode=1.4x, prefill=1.2x, memory=0.75x, parameters=0.8x, max_loss_increase=0.05."
     ),
-    criterion: str = typer.Option("ablation", "--criterion", help="gate, contribution, ablation, trained or random."),
+    criterion: str = typer.Option(
+        "ablation", "--criterion", help="gate, contribution, ablation, recall, trained or random."
+    ),
     out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan.json in MODEL."),
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
     empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
@@ -164,7 +166,7 @@ def _cells(made: PrunePlan, index: int, layer: LayerDecision) -> list[str]:
     for branch in ("mamba", "attention"):
         was_there = f"{branch}_saving" in layer.evidence or layer.keep in ("both", branch)
         is_kept = layer.keep in ("both", branch)
-        rise = layer.evidence.get(f"{branch}_ablation")
+        rise = layer.evidence.get(f"{branch}_ablation", layer.evidence.get(f"{branch}_recall"))
         shown = f"({removed[branch]:+.4f})" if rise is None and branch in removed else _number(rise, "+.4f")
         saving = layer.evidence.get(f"{branch}_saving")
         cells += [

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, H hidden, L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,20 +36,33 @@ _ROWS = 8
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Rows of text, int64 [R, T] each; a token at position 0 begins a document, or what a row cut off of one."""
+    """Rows of text, int64 [R, T] each; a token at position 0 begins a document, or what a row cut off of one.
+
+    The first `given` tokens of each row are not predicted.
+    """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    given: int = 0
 
     @property
     def targets(self) -> torch.Tensor:
         """[R, T]: the token that follows each one, -100 where nothing is to be predicted."""
-        return shift_labels(self.input_ids, self.position_ids)
+        labels = self.input_ids.clone()
+        labels[:, : self.given] = IGNORE_INDEX
+        return shift_labels(labels, self.position_ids)
 
     @property
     def tokens(self) -> int:
         """Tokens to predict."""
         return int((self.targets != IGNORE_INDEX).sum())
+
+    def read_twice(self) -> CalibrationText:
+        """Recall of any text: the first half of each row twice, of which the second reading is predicted."""
+        half = self.input_ids.shape[1] // 2
+        positions = torch.arange(2 * half).expand(len(self.input_ids), -1).contiguous()
+        # The second reading's first token follows from nothing.
+        return CalibrationText(self.input_ids[:, :half].repeat(1, 2), positions, given=half + 1)
 
 
 def calibration_text(
@@ -112,7 +126,8 @@ class Joint:
     Attributes:
         kinds: what each layer keeps.
         frozen: the layers whose gate is constant.
-        loss: mean over the predicted tokens, nats.
+        loss: mean over the predicted tokens of the text, nats.
+        recall_loss: of the text read twice (`CalibrationText.read_twice`); NaN where that is not measured.
         decisions: per layer, with the constants of this joint state.
         inputs: for each layer, its input on each group of rows.
     """
@@ -120,30 +135,50 @@ class Joint:
     kinds: tuple[BranchKind, ...]
     frozen: frozenset[int]
     loss: float
+    recall_loss: float
     decisions: tuple[LayerDecision, ...]
     inputs: tuple[list[torch.Tensor], ...]
 
+    def rise_from(self, other: Joint) -> float:
+        """How much more is lost than in another state: of the text, and of recall where both measure it."""
+        recall = self.recall_loss - other.recall_loss
+        return self.loss - other.loss + (0.0 if math.isnan(recall) else recall)
+
 
 class Calibration:
-    """A model with its calibration text. The model is changed while something is measured, and restored after."""
+    """A model with its calibration text. The model is changed while something is measured, and restored after.
 
-    def __init__(self, model: HybridLanguageModel, text: CalibrationText):
+    Args:
+        measures_recall: also measure the loss of the text read twice.
+    """
+
+    def __init__(self, model: HybridLanguageModel, text: CalibrationText, *, measures_recall: bool = False):
         self.model, self.text = model.eval(), text
         self.blocks = blocks_of(model)
-        self._rows: list[_Rows] = []
-        embeddings = []
-        with torch.no_grad():
-            for start in range(0, len(text.input_ids), _ROWS):
-                part = slice(start, start + _ROWS)
-                ids, positions = (one[part].to(model.device) for one in (text.input_ids, text.position_ids))
-                layout = build_layout((len(ids), ids.shape[1]), model.device, position_ids=positions)
-                rotary = model.rotary(layout.position_ids, layout.max_position)
-                time_encoding = model.srte(layout.position_ids, layout.max_position)
-                targets = shift_labels(ids, positions)
-                self._rows.append(_Rows(layout, rotary, time_encoding, targets))
-                embeddings.append(model.embed_tokens(ids))
+        self._rows, embeddings = self._prepared(text)
+        #: Groups of rows that are text; means are taken over these alone.
+        self._text_groups = len(self._rows)
+        if measures_recall:
+            recall_rows, recall_embeddings = self._prepared(text.read_twice())
+            self._rows += recall_rows
+            embeddings += recall_embeddings
         kinds = tuple(cast("BranchKind", block.branch) for block in self.blocks)
         self.parent = self._run(kinds, frozenset(), 0, (), (), embeddings)
+
+    @torch.no_grad()
+    def _prepared(self, text: CalibrationText) -> tuple[list[_Rows], list[torch.Tensor]]:
+        model, found, embeddings = self.model, [], []
+        for start in range(0, len(text.input_ids), _ROWS):
+            part = slice(start, start + _ROWS)
+            ids, positions, targets = (
+                one[part].to(model.device) for one in (text.input_ids, text.position_ids, text.targets)
+            )
+            layout = build_layout((len(ids), ids.shape[1]), model.device, position_ids=positions)
+            rotary = model.rotary(layout.position_ids, layout.max_position)
+            time_encoding = model.srte(layout.position_ids, layout.max_position)
+            found.append(_Rows(layout, rotary, time_encoding, targets))
+            embeddings.append(model.embed_tokens(ids))
+        return found, embeddings
 
     def cut(self, kinds: Sequence[BranchKind]) -> Joint:
         """The model with these layers."""
@@ -189,7 +224,13 @@ class Calibration:
             decisions, inputs = (*decisions, decision), (*inputs, x)
             with stood_in(block, decision):
                 x = self._through(block, x)
-        return Joint(kinds, frozen, self._loss(x), decisions, inputs)
+        groups = self._text_groups
+        loss, recall = (self._loss(x, part) for part in (slice(groups), slice(groups, None)))
+        return Joint(kinds, frozen, loss, recall, decisions, inputs)
+
+    def of_text(self, x: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Of what was measured on each group of rows, that on the text itself."""
+        return x[: self._text_groups]
 
     def _through(self, block: HybridBlock, x: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [
@@ -197,13 +238,13 @@ class Calibration:
             for part, rows in zip(x, self._rows, strict=True)
         ]
 
-    def _loss(self, x: Sequence[torch.Tensor]) -> float:
+    def _loss(self, x: Sequence[torch.Tensor], groups: slice) -> float:
         weight, total, count = self.model.lm_head.weight, 0.0, 0
-        for part, rows in zip(x, self._rows, strict=True):
+        for part, rows in zip(x[groups], self._rows[groups], strict=True):
             counted = int((rows.targets != IGNORE_INDEX).sum())
             total += float(linear_cross_entropy(part, weight, rows.targets)) * counted
             count += counted
-        return total / count
+        return total / count if count else math.nan
 
     def branch_output(self, block: HybridBlock, branch: str, x: torch.Tensor, group: int) -> torch.Tensor:
         """[B, T, H]: what a branch says of a layer's input."""
@@ -215,24 +256,27 @@ class Calibration:
         return block.attention(u, rows.layout, rows.rotary)
 
     def mean_output(self, block: HybridBlock, branch: str, x: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[H] float64, over all tokens."""
-        sums = [self.branch_output(block, branch, part, group).double().sum((0, 1)) for group, part in enumerate(x)]
+        """[H] float64, over all tokens of the text."""
+        sums = [
+            self.branch_output(block, branch, part, group).double().sum((0, 1))
+            for group, part in enumerate(self.of_text(x))
+        ]
         return torch.stack(sums).sum(0).cpu() / self.text.input_ids.numel()
 
     def _mean_gate(self, block: HybridBlock, x: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[H] float64, over all tokens."""
+        """[H] float64, over all tokens of the text."""
         total = torch.zeros(block.ln_output.normalized_shape[0], dtype=torch.float64)
         for gate in self.gates(block, x):
             total += gate.double().sum((0, 1)).cpu()
         return (total / self.text.input_ids.numel()).clamp(GATE_MARGIN, 1 - GATE_MARGIN)
 
     def gates(self, block: HybridBlock, x: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """The layer's gate [B, T, H] on each group of rows."""
+        """The layer's gate [B, T, H] on each group of rows of the text."""
         found: list[torch.Tensor] = []
         assert block.gate is not None
         handle = block.gate.register_forward_hook(lambda module, given, logits: found.append(torch.sigmoid(logits)))
         try:
-            for part, rows in zip(x, self._rows, strict=True):
+            for part, rows in zip(self.of_text(x), self._rows, strict=False):
                 block(part, rows.layout, rows.rotary, rows.time_encoding)
                 yield found.pop()
         finally:

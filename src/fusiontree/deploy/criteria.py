@@ -3,6 +3,7 @@
 - `gate`: the mean weight that the gate gives the branch.
 - `contribution`: the mean norm of gate times output, as a share of both branches'.
 - `ablation`: the rise of the loss when the branch alone is replaced by its mean output.
+- `recall`: the same, with the rise of the loss of text that is read twice added.
 - `trained`: see `trained_scores`.
 - `random`: a draw, the control.
 
@@ -13,17 +14,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from fusiontree.deploy.calibration import Calibration
+from fusiontree.deploy.calibration import Calibration, CalibrationText
 from fusiontree.deploy.reference import BRANCHES_OF, kind_without
-from fusiontree.models.layout import IGNORE_INDEX
+from fusiontree.models import HybridLanguageModel
 from fusiontree.ops import linear_cross_entropy
 
-CRITERIA = ("gate", "contribution", "ablation", "trained", "random")
+CRITERIA = ("gate", "contribution", "ablation", "recall", "trained", "random")
+#: Those that measure removals, and rank anew after each.
+MEASURED = ("ablation", "recall")
 
 #: A branch of a layer.
 Place = tuple[int, str]
@@ -52,8 +56,8 @@ def gate_evidence(calibration: Calibration) -> list[dict[str, float]]:
         tokens = calibration.text.input_ids.numel()
         total = square = count = 0.0
         norms = dict.fromkeys(BRANCHES_OF["both"], 0.0)
-        gates = calibration.gates(block, x) if block.gate is not None else [torch.ones(())] * len(x)
-        for group, (gate, part) in enumerate(zip(gates, x, strict=True)):
+        gates = calibration.gates(block, x) if block.gate is not None else repeat(torch.ones(()))
+        for group, (gate, part) in enumerate(zip(gates, calibration.of_text(x), strict=False)):
             total, square, count = (
                 total + float(gate.double().sum()),
                 square + float(gate.double().square().sum()),
@@ -84,12 +88,13 @@ def contribution_scores(evidence: list[dict[str, float]], places: list[Place]) -
 
 
 def ablation_scores(calibration: Calibration, progress: Callable[[str], None]) -> Scores:
-    """The rise of the loss when the branch alone is replaced by its mean, in nats per token."""
+    """The rise of the loss when the branch alone is replaced by its mean, in nats per token; with the rise of the text
+    read twice, where that is measured."""
     scores = {}
     for layer, name in branches(calibration):
         progress(f"ablation: layer {layer}, {name}")
         cut = calibration.remove(calibration.parent, layer, kind_without(calibration.blocks[layer].branch, name))
-        scores[layer, name] = cut.loss - calibration.parent.loss
+        scores[layer, name] = cut.rise_from(calibration.parent)
     return scores
 
 
@@ -129,6 +134,7 @@ def trained_scores(
         costs: of each branch, in any one unit.
     """
     model, text = calibration.model, calibration.text
+    texts = text, text.read_twice()
     places = branches(calibration)
     theta = torch.full((len(places),), _START, device=model.device, requires_grad=True)
     price = torch.tensor([max(0.0, costs[place]) for place in places], device=model.device)
@@ -150,7 +156,7 @@ def trained_scores(
             for index, (block, name, _) in enumerate(own):
                 getattr(block, name).theta = theta[index]
             rows = torch.randint(len(text.input_ids), (_ROWS,), generator=generator)
-            loss = _text_loss(calibration, rows) if step % 2 == 0 else _recall_loss(calibration, rows)
+            loss = _loss_of(model, texts[step % 2], rows)
             scalars = torch.sigmoid(theta)
             (loss + _PRESSURE * (step + 1) / steps * (price * scalars).sum()).backward()
             optimizer.step()
@@ -164,19 +170,7 @@ def trained_scores(
     return {place: float(value) for place, value in zip(places, path / steps, strict=True)}
 
 
-def _text_loss(calibration: Calibration, rows: torch.Tensor) -> torch.Tensor:
-    text, model = calibration.text, calibration.model
+def _loss_of(model: HybridLanguageModel, text: CalibrationText, rows: torch.Tensor) -> torch.Tensor:
     ids, positions, targets = (one[rows].to(model.device) for one in (text.input_ids, text.position_ids, text.targets))
     hidden = model.backbone(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-    return linear_cross_entropy(hidden, model.lm_head.weight, targets)
-
-
-def _recall_loss(calibration: Calibration, rows: torch.Tensor) -> torch.Tensor:
-    """The first half of each row twice; the second reading is predicted."""
-    model = calibration.model
-    half = calibration.text.input_ids.shape[1] // 2
-    ids = calibration.text.input_ids[rows, :half].repeat(1, 2).to(model.device)
-    targets = torch.full_like(ids, IGNORE_INDEX)
-    targets[:, half:-1] = ids[:, half + 1 :]
-    hidden = model.backbone(input_ids=ids, use_cache=False).last_hidden_state
     return linear_cross_entropy(hidden, model.lm_head.weight, targets)

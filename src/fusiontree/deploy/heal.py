@@ -71,7 +71,8 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
         export_loss=before.loss,
         healed_loss=after.loss,
     )
-    report.save(result.run / REPORT)
+    if engine.accelerator.is_main_process:
+        report.save(result.run / REPORT)
     return Healed(report, result.run, None)
 
 

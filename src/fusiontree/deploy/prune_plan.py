@@ -1,8 +1,8 @@
 """From a trained model and some text to a prune plan: what to cut, in which order, until a budget is met.
 
-Every criterion ranks the branches of all layers, and the least worth goes first; only `ablation` ranks anew after each
-removal, since removals interact. After every removal the constants of all removed branches are recorded once more, in
-the state that the model is then in, and the loss is measured.
+Every criterion ranks the branches of all layers, and the least worth goes first; those that measure removals rank anew
+after each, since removals interact. After every removal the constants of all removed branches are recorded once more,
+in the state that the model is then in, and the loss is measured.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def make_plan(
     Raises:
         InputError: the budget cannot be met; the sentence says the nearest that can.
     """
-    calibration = Calibration(model, text)
+    calibration = Calibration(model, text, measures_recall=settings.criterion == "recall")
     if costs is None:
         costs = CostModel.measured(
             model, context=settings.context, rounds=settings.rounds, progress=lambda what: progress(f"costs: {what}")
@@ -149,7 +149,10 @@ def _measure(
 
 def _losses(calibration: Calibration, joint: Joint) -> dict[str, float]:
     parent = calibration.parent.loss
-    return {"loss_increase": joint.loss - parent, "loss": joint.loss, "parent_loss": parent}
+    found = {"loss_increase": joint.loss - parent, "loss": joint.loss, "parent_loss": parent}
+    if not math.isnan(joint.recall_loss):
+        found |= {"recall_loss": joint.recall_loss, "parent_recall_loss": calibration.parent.recall_loss}
+    return found
 
 
 def _measured_how(calibration: Calibration, costs: CostModel | None = None) -> dict[str, Any]:
@@ -214,7 +217,7 @@ class _Planner:
                 return criteria.gate_scores(self.evidence, places)
             case "contribution":
                 return criteria.contribution_scores(self.evidence, places)
-            case "ablation":
+            case "ablation" | "recall":
                 return criteria.ablation_scores(calibration, self.progress)
             case "trained":
                 kinds = calibration.parent.kinds
@@ -254,11 +257,11 @@ class _Planner:
     def _next(self, joint: Joint) -> tuple[Place, Joint] | None:
         """The next branch to remove, and the model without it; None where none may go any more.
 
-        Criteria that rank once and for all give the order. By ablation it is the cheapest rise of the loss for what it
-        saves, and a rise measured in an earlier state only orders the candidates: the best of those measured anew is
-        taken once it comes before the old value of the next (lazy greedy; Minoux 1978).
+        Criteria that rank once and for all give the order. Where removals are measured it is the cheapest rise of the
+        loss for what it saves, and a rise measured in an earlier state only orders the candidates: the best of those
+        measured anew is taken once it comes before the old value of the next (lazy greedy; Minoux 1978).
         """
-        ranks_anew = self.settings.criterion == "ablation"
+        ranks_anew = self.settings.criterion in criteria.MEASURED
         left = [place for place in self.scores if self._may_go(joint, place)]
         rank = {place: self._price(joint, place) if ranks_anew else self.scores[place] for place in left}
         best: tuple[Place, Joint] | None = None
@@ -271,7 +274,7 @@ class _Planner:
             found = self.calibration.remove(joint, layer, kind_without(joint.kinds[layer], branch))
             self.cheapest = min(self.cheapest, self._rise(found))
             if ranks_anew:
-                self.scores[place] = found.loss - joint.loss
+                self.scores[place] = found.rise_from(joint)
                 rank[place] = self._price(joint, place)
             if self.limit is not None and self._rise(found) > self.limit:
                 continue
