@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import records
 import torch
+from pruning_inputs import SIZES, nearest_in_layers, write_sections
 from pruning_report import report
 
 import fusiontree
@@ -37,7 +38,7 @@ from fusiontree.errors import InputError
 from fusiontree.eval.peers import count_parameters
 from fusiontree.eval.text_tasks import evaluate_tasks
 from fusiontree.eval.texts import Texts
-from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
+from fusiontree.models import HybridLanguageModel
 from fusiontree.train.evaluation import evaluate_documents
 from fusiontree.train.settings import RunSettings
 
@@ -54,29 +55,6 @@ RULES = (
 )
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
-
-# Sizes alone differ from the defaults.
-SIZES: dict[str, dict[str, Any]] = {
-    "256x6": {
-        "hidden_size": 256,
-        "num_layers": 6,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "gate_rank": 64,
-        "vocab_size": 4096,
-    },
-    "tiny": {
-        "hidden_size": 32,
-        "num_layers": 3,
-        "num_heads": 4,
-        "mamba_head_dim": 8,
-        "mamba_state_size": 8,
-        "gate_rank": 4,
-        "srte_rank": 8,
-        "window_size": 16,
-        "vocab_size": 320,
-    },
-}
 
 
 class Study:
@@ -98,10 +76,7 @@ class Study:
         """A file of the corpus as sections of at most `--section` characters, cut between lines."""
         file = self.work / f"{name}.jsonl"
         if not file.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            lines = (self.options.data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            texts = [part for line in lines for part in _cut(json.loads(line)["text"], self.options.section)]
-            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+            write_sections(self.options.data / f"{name}.jsonl", file, self.options.section)
         return file
 
     def tokenizer(self) -> Path:
@@ -322,20 +297,9 @@ class Study:
         continued = self.trained("continued", lambda: self.run_settings("continued", steps, size, training=schedule))
         self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(continued))
         wanted = count_parameters(self.load(self.work / "exports" / best))
-        smaller = self.smaller(wanted)
+        smaller = nearest_in_layers(size, wanted)
         plain = self.trained("smaller", lambda: self.run_settings("smaller", self.options.steps + steps, smaller))
         self.record({"stage": "heal", "model": "plain smaller"}, lambda: self.quality(plain))
-
-    def smaller(self, parameters: int) -> dict[str, Any]:
-        """The parent's sizes with as many layers as come nearest to that many parameters."""
-        size = SIZES[self.options.size]
-
-        def distance(layers: int) -> int:
-            with torch.device("meta"):
-                config = HybridLanguageModelConfig(**size | {"num_layers": layers, "tie_word_embeddings": True})
-                return abs(count_parameters(HybridLanguageModel(config)) - parameters)
-
-        return size | {"num_layers": min(range(1, size["num_layers"] + 1), key=distance)}
 
     def stage_costs(self) -> None:
         """Everything that was made, in one run."""
@@ -351,18 +315,6 @@ class Study:
             for name, cost in found.items()
         }
         self.record({"stage": "costs", "models": sorted(folders)}, lambda: {"costs": figures})
-
-
-def _cut(text: str, size: int) -> Iterator[str]:
-    """Sections of at most `size` characters, unless a line is longer."""
-    section = ""
-    for line in text.splitlines(keepends=True):
-        if section and len(section) + len(line) > size:
-            yield section
-            section = ""
-        section += line
-    if section.strip():
-        yield section
 
 
 def _plan_figures(plan: PrunePlan) -> dict[str, Any]:
