@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fusiontree.errors import InputError
@@ -27,3 +29,12 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+@contextmanager
+def working(command: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that shows, where that is a terminal, what a long command is doing: call it with a few words."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(command) as status:
+        yield lambda what: status.update(f"{command}: {what}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -36,6 +36,7 @@ from fusiontree.train.settings import RunSettings
 from fusiontree.train.setup import (
     checkpoint_to_resume,
     enable_gradient_checkpointing,
+    initial_weights,
     model_config,
     require_steps_left,
     seed_model,
@@ -121,7 +122,8 @@ class TrainingEngine:
         self.train_loader = self._loader("train")
         self.eval_loader = self._loader("eval") if self._evaluates else None
         seed_model(settings.seed)
-        model = load_model(checkpoint, config) if checkpoint else HybridLanguageModel(config)
+        start = checkpoint or initial_weights(settings)
+        model = load_model(start, config) if start else HybridLanguageModel(config)
         enable_gradient_checkpointing(model, settings.training.checkpointing_scope)
         model.to(self.accelerator.device)
         teacher = None
@@ -178,7 +180,7 @@ class TrainingEngine:
             RunManifest.collect(
                 resolved,
                 data_fingerprint=self.train_loader.fingerprint(),
-                parent_run=str(self.checkpoint) if self.checkpoint else None,
+                parent_run=str(self.checkpoint) if self.checkpoint else self.settings.training.init_from,
             ).save(manifest)
         return evaluated
 
@@ -384,15 +386,7 @@ class TrainingEngine:
         due = self.step % max(1, t.eval_interval) == 0 or self.step == t.max_steps
         if self.eval_loader is None or not due or self.evaluated_step == self.step:
             return
-        with self._autocast():
-            result = evaluate_loader(
-                self.parallel.model,
-                self.eval_loader,
-                t.eval_batches,
-                device=self.processes.device,
-                reduce=self.processes.sum,
-                stop=lambda: self.processes.any(bool(stop)),
-            )
+        result = self.evaluate(self.parallel.model, stop=lambda: self.processes.any(bool(stop)))
         if result is None:
             return
         self.evaluation, self.evaluated_step = result, self.step
@@ -403,6 +397,19 @@ class TrainingEngine:
         if t.save_best and self.step > 0 and (self.best is None or result.loss < self.best["loss"]):
             self.best = {"step": self.step, "loss": result.loss}
             self._save_on_the_way()
+
+    def evaluate(self, model: torch.nn.Module, stop: Callable[[], bool] = lambda: False) -> TokenLoss | None:
+        """Loss of a model, the run's own or another, on the run's evaluation data; None when `stop` gave up."""
+        assert self.eval_loader is not None
+        with self._autocast():
+            return evaluate_loader(
+                model,
+                self.eval_loader,
+                self.settings.training.eval_batches,
+                device=self.processes.device,
+                reduce=self.processes.sum,
+                stop=stop,
+            )
 
     def _is_saved(self) -> bool:
         path = self.run_directory / "checkpoints" / checkpoint_name(self.step)

@@ -37,7 +37,8 @@ class Processes:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of all processes' `tensor`, on the device."""
-        return self._accelerator.reduce(tensor.to(self.device), reduction="sum")
+        tensor = tensor.to(self.device)
+        return tensor.clone() if self.count == 1 else self._accelerator.reduce(tensor, reduction="sum")
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""

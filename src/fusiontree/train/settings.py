@@ -50,6 +50,7 @@ class TrainingSettings(Settings):
         6.0, gt=0, description="standard deviations above the recent mean at which a loss is reported as a spike"
     )
     log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
+    init_from: str | None = Field(None, description="model folder whose weights a new run starts from; null = random")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -110,6 +111,10 @@ class GateMonitorSettings(Settings):
     attention_threshold: float = Field(0.2, gt=0, lt=1, description="mean gate below which it keeps attention alone")
     plan_records: int = Field(5, ge=1, description="newest records whose mean gate decides")
     plan_min_steps: int = Field(1000, ge=0, description="before this step no layer is ever cut")
+    plan_max_std: float = Field(0.25, gt=0, description="standard deviation of the gate above which no layer is cut")
+    plan_confidence: float = Field(
+        0.5, ge=0, le=1, description="share of those records that must each lie beyond the threshold"
+    )
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> GateMonitorSettings:

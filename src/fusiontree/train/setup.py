@@ -137,6 +137,20 @@ def checkpoint_to_resume(directory: Path, resume: str | None, report: Callable[[
     return found
 
 
+def initial_weights(settings: RunSettings) -> Path | None:
+    """The folder that a new run's weights come from, if any.
+
+    Raises:
+        InputError: `training.init_from` holds no model.
+    """
+    if settings.training.init_from is None:
+        return None
+    folder = Path(settings.training.init_from).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"training.init_from: {folder} holds no model (it has no config.json)")
+    return folder
+
+
 def require_steps_left(settings: RunSettings, checkpoint: Path, step: int) -> None:
     """A run that is complete may be asked for again; one that leads on from a checkpoint needs a later end than it.
 
