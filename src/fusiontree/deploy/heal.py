@@ -57,7 +57,7 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
         return Healed(None, result.run, result.stopped_by)
     assert engine.loss.teacher is not None and settings.training.init_from is not None
     # A run that was complete already has not evaluated.
-    after = result.evaluation or engine.evaluate(engine.model)
+    after = result.evaluation or engine.evaluate(engine.parallel.model)
     export = load_model(Path(settings.training.init_from)).to(engine.accelerator.device)
     before, parent = (engine.evaluate(model) for model in (export, engine.loss.teacher.model))
     assert after is not None and before is not None and parent is not None
