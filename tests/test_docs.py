@@ -38,6 +38,7 @@ SHORTENED = {
 }
 # Commands whose own effect is tested elsewhere, or that would start this test again.
 CHECKED = {
+    "fusiontree serve runs/pretrain_optimized --port 8000": ["fusiontree", "serve", "--help"],
     "make quickstart": ["make", "-n", "quickstart"],
     "make test": ["make", "-n", "test"],
 }

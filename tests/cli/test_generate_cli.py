@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,3 +116,77 @@ def test_a_compiled_step_gives_the_same_text(folder: Path, capsys: pytest.Captur
     ]
     (expected,) = generate(load(folder, device="cpu"), PROMPT, max_new_tokens=24)
     assert finished.stdout == expected + "\n"
+
+
+def test_a_file_of_prompts_comes_back_line_by_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], give_stdin
+) -> None:
+    model = load(folder, device="cpu")
+    lines = [
+        {"prompt": PROMPT, "id": 7},
+        {"prompt": "学而", "options": {"max_new_tokens": 3}},
+        {"prompt": PROMPT, "options": {"temperature": 1.0, "top_k": 20, "seed": 3, "stop": "zzz"}, "note": None},
+    ]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    options = ["generate", str(folder), "--greedy", "-n", "9", "--device", "cpu", "--stats"]
+    capsys.readouterr()
+    assert main([*options, "--jsonl", str(source), "--rows", "2"]) == 0
+    shown = capsys.readouterr()
+    found = [json.loads(line) for line in shown.out.splitlines()]
+    assert [{key: line[key] for key in record} for line, record in zip(found, lines, strict=True)] == lines
+    assert found[0]["text"] == generate(model, PROMPT, max_new_tokens=9)[0]
+    assert found[1]["text"] == generate(model, "学而", max_new_tokens=3)[0]
+    assert (
+        found[2]["text"] == generate(model, PROMPT, max_new_tokens=9, temperature=1.0, top_k=20, top_p=0.95, seed=3)[0]
+    )
+    assert [line["new_tokens"] for line in found] == [9, 3, 9]
+    assert [line["finish_reason"] for line in found] == ["length"] * 3
+    assert re.fullmatch(
+        r"3 texts, 2 at once: \d+ prompt tokens, 21 new ones in [\d.]+ s \([\d.]+ tokens/s\), "
+        r"the first after [\d.]+ s; [\d,]+ bytes of state at most\n",
+        shown.err,
+    )
+    give_stdin(source.read_bytes())
+    assert main([*options[:-1], "--jsonl", "-", "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()] == found
+    assert capsys.readouterr() == (f"{tmp_path / 'out.jsonl'}\n", "")
+
+
+def test_a_stop_ends_a_text_and_penalties_change_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (whole,) = generate(load(folder, device="cpu"), PROMPT, max_new_tokens=30)
+    options = ["generate", str(folder), "-p", PROMPT, "--greedy", "-n", "30", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*options, "--stop", whole[8:11], "--stop", "never", "--stats"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == whole[: whole.index(whole[8:11])] + "\n"
+    assert shown.err.startswith("1 text, 1 at once: ")
+    assert main([*options, "--repetition-penalty", "1.9"]) == 0
+    assert capsys.readouterr().out != whole + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"prompt": "a"}\n{"prompt"', "prompts.jsonl, line 2 is not valid JSON"),
+        ('{"text": "a"}', 'prompts.jsonl, line 1 must be an object with a text "prompt"'),
+        ('{"prompt": "a", "options": 1}', 'prompts.jsonl, line 1: "options" must be an object'),
+        ('{"prompt": "a", "options": {"top_q": 1}}', "line 1: there is no option 'top_q'; did you mean 'top_p'?"),
+        ('{"prompt": "a", "options": {"top_p": 2}}', "line 1: top_p must lie above 0"),
+        ('{"prompt": "a", "options": {"seed": "x"}}', "line 1: option 'seed': Input should be a valid integer"),
+        ('\n{"prompt": "a"}\n{"prompt": ""}', "prompt 2 is empty"),
+    ],
+)
+def test_lines_that_cannot_be_continued(
+    folder: Path, tmp_path: Path, content: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(content)
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--jsonl", str(source), "--device", "cpu"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and sentence in shown.err and shown.err.count("\n") == 1
+    for more, problem in ((["-p", "a"], "--jsonl holds the prompts"), (["--out", "x"], "--out is for --jsonl")):
+        arguments = ["--jsonl", str(source)] if more[0] == "-p" else ["-p", "a"]
+        assert main(["generate", str(folder), *arguments, *more]) == 2
+        assert problem in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusiontree import HybridLanguageModel, InputError, generate, load
-from fusiontree.deploy.runtime import InferenceRuntime
+from fusiontree.deploy.runtime import InferenceRuntime, SchedulerSettings
 from fusiontree.deploy.text import TextDecoder
 from tiny_models import save_tiny_model
 
@@ -79,7 +79,7 @@ def test_draws_follow_the_models_probabilities(model: HybridLanguageModel) -> No
         decoder = TextDecoder(model.tokenizer, ids)
         text = decoder.push(token) or decoder.finish()  # parts of characters all look alike
         expected[text] = expected.get(text, 0) + probability
-    runtime = InferenceRuntime(model)
+    runtime = InferenceRuntime(model, settings=SchedulerSettings(prefix_bytes=10**6))  # which reads the prompt once
     options = {"max_new_tokens": 1, "temperature": 2.0, "top_k": 5, "seed": 0}
     drawn: dict[str, float] = {}
     for text in runtime.generate([PROMPTS[0]] * 600, **options):
@@ -131,31 +131,46 @@ def test_a_text_ends_at_the_end_token(tiny_folder: Path) -> None:
     assert "".join(runtime.stream(PROMPTS[0], max_new_tokens=12)) == ended
 
 
-def test_long_prompts_are_read_in_pieces_with_the_same_result(
-    model: HybridLanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_prompts_are_read_in_pieces_with_the_same_result(model: HybridLanguageModel) -> None:
     prompts = [" ".join(PROMPTS) * 6, PROMPTS[0]]
     whole = generate(model, prompts, max_new_tokens=10)
-    monkeypatch.setattr("fusiontree.deploy.runtime._PREFILL_PIECE", 16)
-    assert generate(model, prompts, max_new_tokens=10) == whole
+    pieces = InferenceRuntime(model, settings=SchedulerSettings(prefill_piece=16))
+    assert pieces.generate(prompts, max_new_tokens=10) == whole
 
 
 def test_leaving_a_stream_ends_its_generation(runtime: InferenceRuntime) -> None:
-    threads = threading.active_count()
-    stream = runtime.stream(PROMPTS[0], max_new_tokens=100_000)
-    next(stream)
-    assert threading.active_count() == threads + 1
-    stream.close()
-    assert threading.active_count() == threads
+    with runtime.stream(PROMPTS[0], max_new_tokens=100_000) as stream:
+        next(stream)
+        assert runtime.scheduler.running == 1
+    assert runtime.scheduler.is_idle and list(stream) == []
+    forgotten = runtime.stream(PROMPTS[0], max_new_tokens=100_000)
+    next(forgotten)
+    del forgotten
+    assert runtime.generate(PROMPTS[0], max_new_tokens=2) and runtime.scheduler.is_idle
 
 
-def test_errors_inside_a_stream_reach_the_reader(runtime: InferenceRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_of_one_runtime_run_together(runtime: InferenceRuntime) -> None:
+    alone = [runtime.generate(prompt, max_new_tokens=16)[0] for prompt in PROMPTS]
+    streams = [runtime.stream(prompt, max_new_tokens=16) for prompt in PROMPTS]
+    texts = [""] * len(streams)
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone
+
+
+def test_errors_inside_a_stream_reach_every_reader(runtime: InferenceRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments, **options):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(runtime.model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        list(runtime.stream(PROMPTS[0]))
+    first, second = runtime.stream(PROMPTS[0]), runtime.stream(PROMPTS[1])
+    next(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.model, "backbone", fail)
+        for stream in (first, second):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                list(stream)
+    assert runtime.scheduler.is_idle and runtime.scheduler.state_bytes == 0
+    assert runtime.generate(PROMPTS[0], max_new_tokens=4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -38,3 +39,18 @@ def working(command: str) -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status(command) as status:
         yield lambda what: status.update(f"{command}: {what}")
+
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30}
+
+
+def byte_size(text: str, option: str) -> int:
+    """The bytes that `512MiB`, `2G` or `1000000` means; units are powers of 1024.
+
+    Raises:
+        InputError: it means none; `option` is named.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15})\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in _UNITS:
+        raise InputError(f"{option} must be a number of bytes such as 512MiB or 2GiB, got {text!r}")
+    return int(found[1]) * _UNITS[found[2]]

@@ -1,71 +1,45 @@
-"""Generating text with a trained model: in one go for many prompts, or streamed for one.
+"""Continuing texts with a trained model: one or many, in one go or streamed.
 
     model = load("runs/quickstart")
     texts = generate(model, ["def main("], max_new_tokens=64)
     for piece in InferenceRuntime(model).stream("def main("): print(piece, end="")
 
-Everything runs through transformers' `generate` with our `HybridCache`.
+Everything runs through the `Scheduler`, but for beam search, which is transformers' `generate`.
 """
 
 from __future__ import annotations
 
-import math
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of, vocab_size_of
+from fusiontree.deploy import sequences
 from fusiontree.deploy.loading import find_model, load
-from fusiontree.deploy.sampling import build_processors
-from fusiontree.deploy.text import TextDecoder
+from fusiontree.deploy.prefix import load_conversation, save_conversation
+from fusiontree.deploy.sampling import KnownTokens, SamplingOptions
+from fusiontree.deploy.scheduler import Scheduler, SchedulerSettings
+from fusiontree.deploy.sequences import Delta
+from fusiontree.deploy.streams import Generation, TextStream
+from fusiontree.deploy.text import TextDecoder, render_chat
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 
-__all__ = ["InferenceRuntime", "find_model", "generate", "load"]
-
-# Longer prompts are read in pieces of this many tokens: what a forward pass needs in memory grows with its length.
-_PREFILL_PIECE = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """How tokens are chosen, checked. Fields as in `InferenceRuntime.generate`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float
-    seed: int | None
-    num_beams: int
-
-    def __post_init__(self) -> None:
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise InputError(message)
-
-        require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature must be at least 0 (0 takes the likeliest token), got {self.temperature}",
-        )
-        require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}")
-        require(0 < self.top_p <= 1, f"top_p must lie above 0 and at most at 1, got {self.top_p}")
-        require(self.seed is None or 0 <= self.seed < 2**63, f"seed must lie between 0 and 2**63, got {self.seed}")
-        require(self.num_beams >= 1, f"num_beams must be at least 1, got {self.num_beams}")
-        require(
-            self.num_beams == 1 or self.temperature == 0,
-            f"beam search ({self.num_beams} beams) looks for the likeliest text: set temperature to 0",
-        )
+__all__ = [
+    "Generation",
+    "InferenceRuntime",
+    "SamplingOptions",
+    "SchedulerSettings",
+    "TextStream",
+    "find_model",
+    "generate",
+    "load",
+]
 
 
 class InferenceRuntime:
@@ -74,8 +48,12 @@ class InferenceRuntime:
     Args:
         model: as `load` returns it.
         tokenizer: the model's own (`model.tokenizer`) if None.
+        settings: how much runs at once, and the memory it may take.
         compile: run steps of decoding as one program, see `HybridLanguageModel.compile_decoding`: pays for thousands of
             tokens.
+
+    Attributes:
+        scheduler: what runs the texts, with its counts and its store of prefixes.
 
     Raises:
         InputError: there is no tokenizer, or it has more tokens than the model has embeddings; with `compile` on CPU,
@@ -83,7 +61,12 @@ class InferenceRuntime:
     """
 
     def __init__(
-        self, model: HybridLanguageModel, tokenizer: PreTrainedTokenizerBase | None = None, *, compile: bool = False
+        self,
+        model: HybridLanguageModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        settings: SchedulerSettings | None = None,
+        compile: bool = False,
     ) -> None:
         tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
         if tokenizer is None:
@@ -99,6 +82,8 @@ class InferenceRuntime:
             )
         if compile:
             model.compile_decoding()
+        self.scheduler = Scheduler(model, tokenizer, settings)
+        self._step_lock = threading.Lock()
 
     def generate(
         self,
@@ -108,41 +93,62 @@ class InferenceRuntime:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
         seed: int | None = None,
         num_beams: int = 1,
     ) -> list[str]:
-        """Continues each prompt; the prompts run as one batch.
+        """Continues each prompt; as many at once as the settings allow.
 
         Args:
             prompts: one text or several.
             max_new_tokens: at most this many tokens each; the model's end token ends a text earlier.
             temperature: 0 takes the likeliest token; above, tokens are drawn, the unlikely ones more often.
-            top_k: draw among this many likeliest tokens only; None = all.
-            top_p: draw among the likeliest tokens that together have this probability.
+            top_k, top_p, min_p, repetition_penalty, stop: as of `SamplingOptions`.
             seed: makes the draws repeatable: prompt i draws with seed + i, whatever the others are. None takes one from
                 torch's random state. No other random state is touched.
-            num_beams: above 1, beam search of that width, with temperature 0.
+            num_beams: above 1, beam search of that width, with temperature 0 and nothing else that changes the choice.
 
         Returns:
             The continuations in order, without the prompts.
 
         Raises:
-            InputError: a prompt is empty; prompt and new tokens do not fit a learned time encoding; an option is out of
-                range.
+            InputError: a prompt is empty; prompt and new tokens do not fit a learned time encoding or the memory
+                budget; an option is out of range.
         """
-        options = _Options(
+        options = SamplingOptions(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            stop=tuple(stop),
             seed=seed,
-            num_beams=num_beams,
         )
-        rows = self._encode_prompts([prompts] if isinstance(prompts, str) else list(prompts), max_new_tokens)
-        if not rows:
-            return []
-        new_tokens = self._run(rows, options)
-        return [self._text(row, new) for row, new in zip(rows, new_tokens.tolist(), strict=True)]
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if num_beams == 1:
+            return [one.text for one in self.run(texts, [_numbered(options, number) for number in range(len(texts))])]
+        plain = SamplingOptions(max_new_tokens=max_new_tokens, seed=seed)
+        if num_beams < 1:
+            raise InputError(f"num_beams must be at least 1, got {num_beams}")
+        if options != plain:
+            raise InputError(
+                f"beam search ({num_beams} beams) looks for the likeliest text: set temperature to 0, and leave out "
+                "min_p, top_k, top_p, repetition_penalty and stop"
+            )
+        return self._search_beams(self._encode_prompts(texts, max_new_tokens), max_new_tokens, num_beams)
+
+    def run(self, prompts: Sequence[str], options: Sequence[SamplingOptions]) -> Iterator[Generation]:
+        """Continues each prompt with its own options, as many at once as the settings allow; gives them in order.
+
+        Raises:
+            InputError: as `generate`, at the call.
+        """
+        rows = self._encode_prompts(list(prompts), [one.max_new_tokens for one in options])
+        streams = [self._submit(row, one) for row, one in zip(rows, options, strict=True)]
+        return (stream.result() for stream in streams)
 
     def stream(
         self,
@@ -152,162 +158,157 @@ class InferenceRuntime:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> TextStream:
         """Continues one prompt and yields the text as it comes, in whole characters; all of it together is what
         `generate` returns for the same arguments.
 
-        Closing the iterator (leaving the loop) stops the generation.
+        Closing it (`close`, or leaving a `with` block) stops the generation. Several streams of one runtime run
+        together.
 
         Raises:
             InputError: as `generate`, at the call.
         """
-        options = _Options(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, num_beams=1
+        return self.stream_text(
+            prompt,
+            SamplingOptions(
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                stop=tuple(stop),
+                seed=seed,
+            ),
         )
-        (row,) = self._encode_prompts([prompt], max_new_tokens)
-        return self._stream(row, options)
 
-    def _stream(self, row: list[int], options: _Options) -> Iterator[str]:
-        tokens = _TokenQueue()
-        thread = threading.Thread(target=self._run_streamed, args=(row, options, tokens), daemon=True)
-        thread.start()
-        try:
-            decoder, ends = TextDecoder(self.tokenizer, row), self._end_ids()
-            for token in tokens:
-                if token in ends:
-                    break
-                if text := decoder.push(token):
-                    yield text
-            if text := decoder.finish():
-                yield text
-        finally:
-            tokens.cancelled = True
-            thread.join()
-        if tokens.error is not None:
-            raise tokens.error
+    def stream_text(self, prompt: str, options: SamplingOptions) -> TextStream:
+        """As `stream`, with all options."""
+        (row,) = self._encode_prompts([prompt], [options.max_new_tokens])
+        return self._submit(row, options)
 
-    def _run_streamed(self, row: list[int], options: _Options, tokens: _TokenQueue) -> None:
-        try:
-            self._run([row], options, tokens)
-        except BaseException as error:  # handed to the thread that reads the stream, which raises it there
-            tokens.error = error
-        finally:
-            tokens.end()
+    def stream_ids(self, ids: Sequence[int], options: SamplingOptions, *, keep_state: bool = False) -> TextStream:
+        """As `stream`, for a prompt of token ids. `keep_state`: keep the state at the end, to go on from there."""
+        return self._submit(list(ids), options, keep_state)
 
-    def _run(self, rows: list[list[int]], options: _Options, tokens: _TokenQueue | None = None) -> torch.Tensor:
-        """[B, new] ids that continue rows of ids, filled up behind a row's end."""
+    def encode_chat(self, messages: list[dict[str, str]], answers: bool = True) -> list[int]:
+        """Ids of a conversation, written by the tokenizer's chat template; `answers`: up to where the assistant speaks.
+
+        Raises:
+            InputError: there is no template, or it refuses the messages.
+        """
+        text = render_chat(self.tokenizer, messages, answers)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def save_conversation(self, path: str | Path, ids: Sequence[int], text: str = "") -> None:
+        """Writes the state after the longest known prefix of `ids` to a file, and `text` beside it.
+
+        Raises:
+            InputError: no prefix of them is known.
+        """
+        found = self.scheduler.prefixes.find(ids)
+        if found is None:
+            raise InputError("there is no state of this conversation to save: give the runtime a budget for prefixes")
+        state = self.scheduler.prefixes.restore(found, found.tokens)
+        save_conversation(path, self.model, ids[: found.tokens], state, text)
+
+    def load_conversation(self, path: str | Path) -> str:
+        """Reads what `save_conversation` has written: prompts that begin with its tokens go on from its state.
+
+        Returns:
+            The text beside it.
+
+        Raises:
+            InputError: the file cannot be read, is of another model, or does not fit the budget of prefixes.
+        """
+        ids, state, text = load_conversation(path, self.model)
+        if self.scheduler.prefixes.add(ids, state) is None:
+            raise InputError(f"the state in {path} does not fit the budget for prefixes: raise it")
+        return text
+
+    def _submit(self, row: list[int], options: SamplingOptions, keep_state: bool = False) -> TextStream:
+        deltas: deque[Delta] = deque()
+        sequence = sequences.Sequence(row, options, deltas.append, ends=self.end_ids, keep_state=keep_state)
+        self.scheduler.submit(sequence)
+        return TextStream(sequence, deltas, self._step)
+
+    def _step(self) -> None:
+        with self._step_lock:
+            try:
+                self.scheduler.step()
+            except BaseException as error:  # what runs along cannot go on either
+                self.scheduler.fail(error)
+                raise
+
+    def _search_beams(self, rows: list[list[int]], max_new_tokens: int, num_beams: int) -> list[str]:
+        if not rows:
+            return []
         device, length, pad = self.model.device, max(map(len, rows)), pad_id_of(self.tokenizer)
         # Padding stands on the left, where the model takes it for an earlier document.
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
-        seed = options.seed
-        if seed is None and options.temperature > 0:
-            seed = int(torch.randint(2**63 - 1, ()))
         output = self.model.generate(
             input_ids,
             attention_mask=mask,
             generation_config=GenerationConfig(
-                max_new_tokens=options.max_new_tokens,
-                do_sample=False,  # draws are made by the processors
-                num_beams=options.num_beams,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=num_beams,
                 pad_token_id=pad,
-                eos_token_id=sorted(self._end_ids()) or None,
-                prefill_chunk_size=_PREFILL_PIECE if length > _PREFILL_PIECE else None,
+                eos_token_id=sorted(self.end_ids) or None,
                 use_cache=True,
             ),
-            logits_processor=build_processors(
-                vocabulary=self._vocabulary,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=seed or 0,
-                rows=len(rows),
-                device=device,
-            ),
-            stopping_criteria=StoppingCriteriaList([] if tokens is None else [_Cancelled(tokens)]),
-            streamer=tokens,
+            logits_processor=LogitsProcessorList([KnownTokens(self._vocabulary)]),
         )
-        return output[:, length:]
+        return [self._text(row, new) for row, new in zip(rows, output[:, length:].tolist(), strict=True)]
 
-    def _encode_prompts(self, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
-        """Ids of each prompt, checked against what the model can read."""
-        for number, prompt in enumerate(prompts, start=1):
-            try:
-                prompt.encode("utf-8")
-            except UnicodeEncodeError as error:  # half a surrogate pair, or an argument that was not UTF-8
-                raise InputError(f"prompt {number} is not valid Unicode text at character {error.start + 1}") from error
-        rows = [ids.tolist() for ids in self._encode(prompts)]
-        config = self.model.config
-        for number, row in enumerate(rows, start=1):
-            which = "the prompt" if len(rows) == 1 else f"prompt {number}"
-            if not row:
-                raise InputError(f"{which} is empty: give at least one character")
-            if config.srte_encoding != "learned":
-                continue
-            table, tokens = config.max_position_embeddings, f"{len(row)} token{'s' if len(row) > 1 else ''}"
-            if len(row) > table:
-                raise InputError(
-                    f"{which} has {tokens}, but the model's learned time encoding (SRTE) ends after {table} "
-                    "positions: shorten it, or use a model with srte_encoding sincos"
-                )
-            # The last new token is returned, not read.
-            if len(row) + max_new_tokens - 1 > table:
-                raise InputError(
-                    f"{which} has {tokens} and {max_new_tokens} new ones are asked for, but the model's learned time "
-                    f"encoding (SRTE) ends after {table} positions: ask for at most {table - len(row) + 1} new ones"
-                )
+    def encode(self, prompt: str, which: str = "the prompt") -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            InputError: it is not valid Unicode.
+        """
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:  # half a surrogate pair, or an argument that was not UTF-8
+            raise InputError(f"{which} is not valid Unicode text at character {error.start + 1}") from error
+        (ids,) = self._encode([prompt])
+        return ids.tolist()
+
+    def _encode_prompts(self, prompts: list[str], max_new_tokens: int | Sequence[int]) -> list[list[int]]:
+        """Ids of each prompt, checked against what the model can read and the budget allows."""
+        new_tokens = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+        rows = []
+        for number, (prompt, new) in enumerate(zip(prompts, new_tokens, strict=True), start=1):
+            rows.append(self.encode(prompt, f"prompt {number}"))
+            self.scheduler.check(len(rows[-1]), new, "the prompt" if len(prompts) == 1 else f"prompt {number}")
         return rows
 
-    def _end_ids(self) -> set[int]:
+    @property
+    def end_ids(self) -> frozenset[int]:
         """Ids that end a text: those the model names, else the tokenizer's end token."""
         named = self.model.generation_config.eos_token_id
         if named is None:
             named = self.tokenizer.eos_token_id
         if named is None:
-            return set()
-        return set(named) if isinstance(named, (list, tuple)) else {int(named)}
+            return frozenset()
+        return frozenset(named) if isinstance(named, (list, tuple)) else frozenset([int(named)])
 
     def _text(self, row: list[int], new_tokens: list[int]) -> str:
-        decoder, ends, text = TextDecoder(self.tokenizer, row), self._end_ids(), []
+        decoder, text = TextDecoder(self.tokenizer, row), []
         for token in new_tokens:
-            if token in ends:
+            if token in self.end_ids:
                 break
             text.append(decoder.push(token))
         return "".join([*text, decoder.finish()])
 
 
-class _TokenQueue(BaseStreamer):
-    """Hands tokens from the thread that generates to the one that reads."""
-
-    def __init__(self) -> None:
-        self.cancelled = False
-        self.error: BaseException | None = None
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True  # transformers hands over the prompt first
-            return
-        for token in value.flatten().tolist():
-            self._queue.put(token)
-
-    def end(self) -> None:
-        self._queue.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._queue.get, None)
-
-
-class _Cancelled(StoppingCriteria):
-    """Stops the generation once nobody reads it any more."""
-
-    def __init__(self, tokens: _TokenQueue) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.tokens.cancelled, device=input_ids.device)
+def _numbered(options: SamplingOptions, number: int) -> SamplingOptions:
+    return options if options.seed is None else replace(options, seed=(options.seed + number) % 2**63)
 
 
 def generate(
@@ -319,6 +320,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
     seed: int | None = None,
     num_beams: int = 1,
 ) -> list[str]:
@@ -329,6 +333,9 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop,
         seed=seed,
         num_beams=num_beams,
     )

@@ -23,8 +23,7 @@ from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout
 
 _FORMAT = "fusiontree-cache-1"
-_MINIMUM_CAPACITY = 64
-_UNBOUNDED = 2**31 - 1
+_MINIMUM_CAPACITY, _UNBOUNDED = 64, 2**31 - 1
 _ROW_COUNTS = ("lengths", "next_position", "read")
 
 
@@ -231,6 +230,12 @@ class HybridCache(Cache):
             if (counts := getattr(self, name)) is not None:
                 setattr(self, name, function(counts))
 
+    def _mapped(self, function: Any) -> HybridCache:
+        other = copy.copy(self)
+        other.layers = list(map(copy.copy, self.layers))
+        other._map_rows(function)
+        return other
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes what row beam_idx[i] was, in place; beam_idx [B]."""
         for tensor in self.tensors():
@@ -247,6 +252,54 @@ class HybridCache(Cache):
         """Repeat every row `repeats` times: rows 0,0,…,1,1,…"""
         self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
+    # Slots: rows that come and go in a batch of fixed buffers.
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Give the buffers room for so many rows, and tokens of each; the first ones keep what they hold.
+
+        Counts per row stay as they are: `first_rows` sets them."""
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                grows = name.startswith("global")
+                shape = (*tensor.shape[1:2], capacity + 1, *tensor.shape[3:]) if grows else tensor.shape[1:]
+                resized = tensor.new_zeros(rows, *shape)
+                kept = min(rows, len(tensor))
+                if grows:
+                    slots = min(capacity + 1, tensor.shape[2]) - 1
+                    resized[:kept, :, :slots] = tensor[:kept, :, :slots]
+                else:
+                    resized[:kept] = tensor[:kept]
+                setattr(layer, name, resized)  # one after the other, so that little is held twice
+
+    def copy_row(self, row: int, source: HybridCache, source_row: int, tokens: int) -> None:
+        """Buffers of `row` become those of a row of `source` that holds `tokens` tokens, for which both have room."""
+        for mine, theirs in zip(self.layers, source.layers, strict=True):
+            for name, tensor in theirs.tensors().items():
+                target = getattr(mine, name)
+                if name.startswith("global"):
+                    target[row, :, :tokens] = tensor[source_row, :, :tokens]
+                else:
+                    target[row] = tensor[source_row]
+
+    def take_row(self, row: int, tokens: int) -> HybridCache:
+        """A copy of `row` as a state of its own: one document without padding, `tokens` tokens long."""
+        view = self._mapped(lambda tensor: tensor[row : row + 1])
+        view.set_lengths([tokens])
+        return view.snapshot()
+
+    def first_rows(self, lengths: Sequence[int]) -> HybridCache:
+        """A state of the first rows in the same memory, of one document each without padding, so many tokens long."""
+        view = self._mapped(lambda tensor: tensor[: len(lengths)])
+        view.set_lengths(lengths)
+        return view
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Rows hold one document each without padding, so many tokens long."""
+        device = next(iter(self.tensors())).device
+        self.lengths = self.next_position = self.read = torch.tensor(lengths, device=device)
+        self.seen = self.max_length = self.max_position = max(lengths)
+        self.even = min(lengths) == self.max_length
+
     # Copies, points to return to, files.
 
     @property
@@ -256,19 +309,16 @@ class HybridCache(Cache):
 
     def clone(self) -> HybridCache:
         """An independent copy."""
-        other = copy.copy(self)
-        other.layers = [copy.copy(layer) for layer in self.layers]
-        other._map_rows(torch.clone)
-        return other
+        return self._mapped(torch.clone)
 
     def snapshot(self) -> HybridCache:
         """A point to return to with `rollback`; holds a copy of the state, trimmed to the tokens in use."""
-        point = self.clone()
-        for layer in point.layers:
+        view = self._mapped(lambda tensor: tensor)
+        for layer in view.layers:
             for name in ("global_keys", "global_values"):
                 if (tensor := getattr(layer, name)) is not None:
-                    setattr(layer, name, tensor[:, :, : self.max_length + 1].clone())
-        return point
+                    setattr(layer, name, tensor[:, :, : self.max_length + 1])
+        return view.clone()
 
     def rollback(self, snapshot: HybridCache) -> None:
         """Return to `snapshot`, which stays valid."""
@@ -303,9 +353,14 @@ class HybridCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write the state to one safetensors file, its geometry in the metadata."""
+        tensors, metadata = self.to_tensors()
+        save_file(tensors, str(path), metadata=metadata)
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What `save` writes: tensors by name, and the metadata without which they mean nothing."""
         metadata = {"format": _FORMAT, "geometry": json.dumps(self.geometry), "seen": str(self.seen)}
         counts = {} if self.read is None else {"read": self.read}
-        save_file(self.state() | counts, str(path), metadata=metadata)
+        return self.state() | counts, metadata
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> HybridCache:
@@ -322,6 +377,12 @@ class HybridCache(Cache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read the cache {path}: {error}") from error
+        return cls.from_tensors(tensors, metadata)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> HybridCache:
+        """The state of which `to_tensors` gave these."""
+        tensors = dict(tensors)
         cache = cls.__new__(cls)
         cache._setup(json.loads(metadata["geometry"]), 0)
         cache.seen = int(metadata["seen"])

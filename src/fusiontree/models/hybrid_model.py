@@ -149,6 +149,11 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         """
         self._decoding_program = DecodingProgram(self)
 
+    @property
+    def decodes_compiled(self) -> bool:
+        """Whether `compile_decoding` was called."""
+        return self._decoding_program is not None
+
     def set_dropout_key(self, seed: int, step: int, micro_batch: int) -> None:
         """Choose the branch dropout of the next training forward; equal keys drop equal branches on every rank.
 
@@ -209,7 +214,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             if layout.mask is not None:
                 labels = labels.masked_fill(~layout.mask, IGNORE_INDEX)
             targets = shift_labels(labels, layout.documents)
-            loss = linear_cross_entropy(hidden, self.lm_head.weight, targets)
+            loss = self._loss(hidden, targets)
         keeps = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep > 0
         if labels is None or keeps or self.config.return_logits_with_loss:
             logits = base.logits if base.logits is not None else self.lm_head(_kept(hidden, logits_to_keep))
@@ -222,6 +227,15 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
+
+    def _loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Scalar: mean over the targets [B, T] that count, which are aligned with hidden [B, T, H]."""
+        if isinstance(self.lm_head, nn.Linear):
+            return linear_cross_entropy(hidden, self.lm_head.weight, targets)
+        # A head that an adapter (PEFT) wraps: its weight alone would leave the adapter out.
+        counted = targets != IGNORE_INDEX
+        logits = self.lm_head(hidden[counted]).float()
+        return nn.functional.cross_entropy(logits, targets[counted], reduction="sum") / counted.sum().clamp_min(1)
 
     def backbone(
         self,

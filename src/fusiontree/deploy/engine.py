@@ -1,0 +1,122 @@
+"""A thread that runs a scheduler, and the limits on what may wait for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence as Sequences
+
+from fusiontree.deploy.scheduler import Scheduler
+from fusiontree.deploy.sequences import Sequence
+
+logger = logging.getLogger(__name__)
+
+_WINDOW_S = 10.0
+_IDLE_S = 1.0
+
+
+class QueueFull(Exception):
+    """No more sequences can wait; `retry_after` says after how many seconds it is worth another try."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after} seconds")
+        self.retry_after = retry_after
+
+
+class Draining(Exception):
+    """Nothing new is taken any more."""
+
+
+class Engine:
+    """Runs `scheduler` in a thread of its own while there is anything to run.
+
+    Args:
+        scheduler: which nobody else steps.
+        max_queue: sequences that may wait beside those that run.
+    """
+
+    def __init__(self, scheduler: Scheduler, max_queue: int) -> None:
+        self.scheduler = scheduler
+        self.max_queue = max_queue
+        self.draining = False
+        self._work = threading.Event()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="fusiontree-engine", daemon=True)
+        self._rates: deque[tuple[float, int]] = deque()
+        self._durations: deque[float] = deque(maxlen=32)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, sequences: Sequences[Sequence]) -> None:
+        """Queue all of them, or none.
+
+        Raises:
+            QueueFull: too many wait already.
+            Draining: `drain` was called.
+            InputError: as `Scheduler.submit`.
+        """
+        if self.draining:
+            raise Draining
+        scheduler = self.scheduler
+        if scheduler.waiting + scheduler.running + len(sequences) > scheduler.settings.max_rows + self.max_queue:
+            raise QueueFull(self._retry_after())
+        try:
+            for sequence in sequences:
+                scheduler.submit(sequence)
+        except BaseException:
+            for sequence in sequences:
+                sequence.cancel()
+            raise
+        self._work.set()
+
+    def wake(self) -> None:
+        """Have the thread look at what was cancelled."""
+        self._work.set()
+
+    def note_duration(self, seconds: float) -> None:
+        """How long a request took, for what `QueueFull` advises."""
+        self._durations.append(seconds)
+
+    def stop(self) -> None:
+        """End what still runs, and the thread."""
+        self.draining = self._stopped = True
+        self._work.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def tokens_per_second(self) -> float:
+        """Tokens generated in the last seconds, per second."""
+        recent = [entry for entry in list(self._rates) if entry[0] > time.monotonic() - _WINDOW_S]
+        return sum(tokens for _, tokens in recent) / _WINDOW_S
+
+    def _retry_after(self) -> int:
+        """About the time until a place in the queue is free: by how long requests took, and how many run at once."""
+        typical = sorted(self._durations)[len(self._durations) // 2] if self._durations else 1.0
+        return min(60, max(1, round(typical / max(1, self.scheduler.running))))
+
+    def _run(self) -> None:
+        scheduler = self.scheduler
+        while not self._stopped:
+            if scheduler.is_idle:
+                self._work.wait(_IDLE_S)
+                self._work.clear()
+                continue
+            before = scheduler.counts.generated_tokens
+            try:
+                scheduler.step()
+            except Exception as error:
+                # Whatever it was, the requests after these may well run.
+                logger.exception("a step failed; what ran was ended")
+                scheduler.fail(error)
+            now = time.monotonic()
+            self._rates.append((now, scheduler.counts.generated_tokens - before))
+            while self._rates[0][0] < now - _WINDOW_S:
+                self._rates.popleft()
+        scheduler.fail(Draining())

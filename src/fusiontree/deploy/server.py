@@ -1,0 +1,297 @@
+"""An HTTP server that speaks as OpenAI's does: /v1/completions, /v1/chat/completions, /v1/models; /health, /metrics.
+
+run(InferenceRuntime(load("runs/quickstart")), ServerSettings(name="quickstart"))
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody, parse_body
+from fusiontree.deploy.runtime import InferenceRuntime
+from fusiontree.deploy.server_metrics import CONTENT_TYPE
+from fusiontree.deploy.service import ServerSettings, Service
+from fusiontree.errors import InputError, first_line
+from fusiontree.version import __version__
+
+__all__ = ["ServerSettings", "build_app", "run"]
+
+logger = logging.getLogger("fusiontree.server")
+
+_Scope = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+_Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
+
+
+def build_app(runtime: InferenceRuntime, settings: ServerSettings) -> FastAPI:
+    """The application, with its `Service` as `app.state.service`; while it runs, nobody else may use `runtime`."""
+    service = Service(runtime, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        service.engine.stop()
+
+    app = FastAPI(title="FusionTree", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(_Gate, service=service)
+    app.add_exception_handler(ApiError, _answer_error)
+    app.add_exception_handler(404, _answer_unknown)
+    app.add_exception_handler(405, _answer_unknown)
+    app.add_exception_handler(500, _answer_failure)
+    created = int(time.time())
+    model = {"id": settings.name, "object": "model", "created": created, "owned_by": "fusiontree"}
+
+    @app.get("/health", responses={503: {"description": "It does not answer any more."}})
+    async def health() -> JSONResponse:
+        """Whether the server answers; needs no key."""
+        well = service.engine.is_alive and not service.engine.draining
+        return JSONResponse({"status": "ok" if well else "stopping"}, 200 if well else 503)
+
+    @app.get("/metrics", response_class=Response, responses=_described(401))
+    def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/v1/models", responses=_described(401))
+    async def models() -> JSONResponse:
+        """The one model that is served."""
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}", responses=_described(401, 404))
+    async def model_named(name: str) -> JSONResponse:
+        """The model of that name."""
+        if name != settings.name:
+            raise ApiError(404, f"there is no model {name[:80]!r} here", param="model", code="model_not_found")
+        return JSONResponse(model)
+
+    @app.post("/v1/completions", responses=_described(400, 401, 404, 413, 429, 503, streams=True))
+    async def completions(request: Request) -> Response:
+        """Continue a text."""
+        return await service.answer(parse_body(CompletionBody, await _read_body(request, settings)), request)
+
+    @app.post("/v1/chat/completions", responses=_described(400, 401, 404, 413, 429, 503, streams=True))
+    async def chat(request: Request) -> Response:
+        """Answer in a conversation."""
+        return await service.answer(parse_body(ChatBody, await _read_body(request, settings)), request)
+
+    _describe_bodies(app, settings, {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody})
+    return app
+
+
+async def _read_body(request: Request, settings: ServerSettings) -> bytes:
+    most = settings.max_body_bytes
+    too_large = ApiError(413, f"the body has more than the {most} bytes that are allowed here", code="body_too_large")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > most:
+        raise too_large
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > most:
+            raise too_large
+    return bytes(content)
+
+
+class _Gate:
+    """Lets nobody without a key past, but to /health; counts what is answered."""
+
+    def __init__(self, app: Any, service: Service) -> None:
+        self._app = app
+        self._metrics = service.metrics
+        self._keys = [key.encode() for key in service.settings.api_keys]
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def counted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in _PATHS else "other"
+                self._metrics.count(path, message["status"])
+            await send(message)
+
+        if self._keys and scope["path"] != "/health" and not self._holds_key(scope):
+            error = ApiError(
+                401,
+                "this server wants an API key: send it as `Authorization: Bearer KEY`",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+            await _response(error)(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+    def _holds_key(self, scope: _Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        kind, _, key = given.partition(b" ")
+        matches = [hmac.compare_digest(key.strip(), one) for one in self._keys]  # all, so that the time says nothing
+        return kind.lower() == b"bearer" and any(matches)
+
+
+def _response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.content, error.status, headers=error.headers)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _response(error)
+
+
+async def _answer_unknown(request: Request, error: Exception) -> Response:
+    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
+    problem = "there is no such path" if status == 404 else f"this path does not take {request.method}"
+    return _response(ApiError(status, f"{problem}; there are {', '.join(_PATHS)}", headers=dict(headers or {})))
+
+
+async def _answer_failure(request: Request, error: Exception) -> Response:
+    return _response(ApiError(500, "the server failed on this request; its log says why"))
+
+
+_MEANINGS = {
+    400: "The request cannot be used.",
+    401: "A key is needed.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    429: "The queue is full; `Retry-After` says when to try again.",
+    503: "The server is stopping, or the request did not begin in time.",
+}
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def _described(*statuses: int, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    content = {"application/json": {"schema": _ERROR_SCHEMA}}
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"description": _MEANINGS[status], "content": content} for status in statuses
+    }
+    if streams:
+        kinds = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
+        described[200] = {"description": "The text, or its events where `stream` is true.", "content": kinds}
+    return described
+
+
+def _describe_bodies(app: FastAPI, settings: ServerSettings, bodies: dict[str, type[BaseModel]]) -> None:
+    """Bodies are read by `parse_body`, so FastAPI does not know of them."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            known = schema.setdefault("components", {}).setdefault("schemas", {})
+            for path, kind in bodies.items():
+                described = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+                known |= described.pop("$defs", {})
+                described["properties"]["model"]["enum"] = [settings.name]
+                known[kind.__name__] = described
+                content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+                schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+class _JsonLines(logging.Formatter):
+    """Each record as a JSON object of one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        content = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, ensure_ascii=False)
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and takes nothing new once it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, address: str) -> None:
+        super().__init__(config)
+        self._service = service
+        self._address = address
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        logger.info("listening", extra={"fields": {"address": self._address, "model": self._service.settings.name}})
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self._service.engine.draining = True
+        super().handle_exit(sig, frame)
+
+
+def run(runtime: InferenceRuntime, settings: ServerSettings) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what runs within `settings.drain_seconds`. Logs JSON to stderr.
+
+    Raises:
+        InputError: the address cannot be listened on.
+    """
+    listener = _listen(settings)
+    port = listener.getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines())
+    for name, level in (("fusiontree", logging.INFO), ("uvicorn", logging.WARNING)):
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).propagate = False
+    app = build_app(runtime, settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+    # Once it has stopped, uvicorn raises the signal again, which would kill the process that just ended in order.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    _Server(config, app.state.service, f"http://{host}:{port}").run(sockets=[listener])
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise InputError(
+            f"the server cannot listen on {settings.host}:{settings.port} ({first_line(error)}): choose another port"
+        ) from error
+    return listener

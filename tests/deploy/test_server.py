@@ -1,0 +1,405 @@
+"""`fusiontree serve` in a process of its own, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving import ServerProcess, add_template
+
+from fusiontree import HybridLanguageModel
+from fusiontree.deploy.runtime import InferenceRuntime
+
+PROMPT = "the quick brown fox"
+KEY = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_template(Path(shutil.copytree(tiny_folder, tmp_path_factory.mktemp("served") / "tiny")))
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Few of them: what a process costs is its imports."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"other-key\n\n{KEY}\n")
+    limits = ("--max-prompt-tokens", "2000", "--max-queue", "4", "--max-rows", "8", "--prefill-piece", "64")
+    server = ServerProcess(folder, "--api-key-file", str(keys), *limits, FUSIONTREE_API_KEY="from-environment")
+    server.key = KEY
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> openai.OpenAI:
+    return server.client()
+
+
+def get(server: ServerProcess, path: str) -> httpx.Response:
+    return httpx.get(server.url + path, headers={"authorization": f"Bearer {server.key}"})
+
+
+@pytest.fixture(scope="module")
+def runtime(model: HybridLanguageModel) -> InferenceRuntime:
+    return InferenceRuntime(model)
+
+
+def post(server: ServerProcess, content: bytes, path: str = "completions") -> httpx.Response:
+    return httpx.post(
+        f"{server.url}/v1/{path}",
+        content=content,
+        headers={"content-type": "application/json", "authorization": f"Bearer {server.key}"},
+    )
+
+
+def sentence_of(response: httpx.Response) -> str:
+    """The sentence of an error in OpenAI's form."""
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] and isinstance(error["message"], str) and len(error["message"]) > 10
+    return error["message"]
+
+
+def test_a_completion_is_the_text_of_the_python_interface(client: openai.OpenAI, runtime: InferenceRuntime) -> None:
+    options = {"max_tokens": 12, "temperature": 0}
+    answer = client.completions.create(model="tiny", prompt=PROMPT, **options)
+    (expected,) = runtime.generate(PROMPT, max_new_tokens=12)
+    assert answer.choices[0].text == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.object, answer.model) == ("text_completion", "tiny")
+    read = len(runtime.encode(PROMPT))
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 12)
+    assert answer.usage.total_tokens == read + 12
+    ids = client.completions.create(model="tiny", prompt=runtime.encode(PROMPT), **options)
+    assert ids.choices[0].text == expected
+    several = client.completions.create(model="tiny", prompt=[PROMPT, "学而"], n=2, **options)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in several.choices[:2]] == [expected] * 2
+    assert several.usage.prompt_tokens == read + len(runtime.encode("学而"))
+
+
+def test_a_stream_is_the_whole_answer_in_pieces(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 24, "seed": 5, "temperature": 1.2}
+    whole = client.completions.create(**options)
+    events = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(event.choices[0].text for event in events[:-1]) == whole.choices[0].text
+    assert len(events) > 5 and len({event.id for event in events}) == 1
+    assert events[-2].choices[0].finish_reason == "length"
+    assert events[-1].choices == [] and events[-1].usage.completion_tokens == 24
+    # Its own seed decides each choice.
+    several = client.completions.create(**options, n=3)
+    assert several.choices[0].text == whole.choices[0].text
+    texts = ["", "", ""]
+    for event in client.completions.create(**options, n=3, stream=True):
+        texts[event.choices[0].index] += event.choices[0].text
+    assert texts == [choice.text for choice in several.choices]
+    assert len(set(texts)) == 3
+
+
+def test_a_chat_goes_through_the_template(
+    client: openai.OpenAI, server: ServerProcess, runtime: InferenceRuntime
+) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "who "}, {"type": "text", "text": "sings?"}]},
+    ]
+    options: dict[str, Any] = {"model": "tiny", "messages": messages, "max_completion_tokens": 16, "temperature": 0}
+    answer = client.chat.completions.create(**options)
+    (expected,) = runtime.generate("[system] be brief\n[user] who sings?\n[assistant] ", max_new_tokens=16)
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == expected
+    events = list(client.chat.completions.create(**options, stream=True))
+    assert events[0].choices[0].delta.role == "assistant"
+    assert "".join(event.choices[0].delta.content or "" for event in events) == expected
+    assert events[-1].choices[0].finish_reason == "length"
+    # The next turn goes on from the state at the end of this one.
+    messages += [answer.choices[0].message, {"role": "user", "content": "and now?"}]
+    again = client.chat.completions.create(**options)
+    details = again.usage.prompt_tokens_details
+    assert details is not None and details.cached_tokens >= answer.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="the chat template refuses the messages: nobody develops here"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "developer", "content": "x"}])
+    with pytest.raises(openai.BadRequestError, match=r"`messages.0.role`: input should be 'system', "):
+        client.chat.completions.create(model="tiny", messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+
+
+def test_stop_strings_and_seeds(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "seed": 3, "temperature": 1.0}
+    whole = client.completions.create(**options).choices[0].text
+    assert client.completions.create(**options).choices[0].text == whole
+    assert client.completions.create(**(options | {"seed": 4})).choices[0].text != whole
+    assert client.completions.create(**(options | {"seed": -1})).choices[0].text != whole
+    stop = whole[10:13]
+    ended = client.completions.create(**options, stop=[stop, "never written"]).choices[0]
+    assert ended.finish_reason == "stop" and ended.text == whole[: whole.index(stop)]
+    streamed = list(client.completions.create(**options, stop=stop, stream=True))
+    assert "".join(event.choices[0].text for event in streamed) == ended.text
+
+
+def test_log_probabilities(client: openai.OpenAI, model: HybridLanguageModel, runtime: InferenceRuntime) -> None:
+    import torch
+
+    answer = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, temperature=0, logprobs=4)
+    found = answer.choices[0].logprobs
+    with torch.no_grad():
+        logits = model(torch.tensor([runtime.encode(PROMPT)])).logits[0, -1, :300]
+    expected = logits.log_softmax(-1).topk(4).values.tolist()
+    assert found.token_logprobs[0] == pytest.approx(expected[0], abs=1e-4)
+    assert sorted(found.top_logprobs[0].values(), reverse=True) == pytest.approx(expected, abs=1e-4)
+    assert len(found.tokens) == len(found.text_offset) == 3
+    messages: list[Any] = [{"role": "user", "content": "hi"}]
+    options: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 5, "temperature": 0}
+    chat = client.chat.completions.create(**options, logprobs=True, top_logprobs=2).choices[0]
+    assert [len(token.top_logprobs) for token in chat.logprobs.content] == [2] * 5
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in chat.logprobs.content)
+    streamed = [
+        token
+        for event in client.chat.completions.create(**options, logprobs=True, top_logprobs=2, stream=True)
+        if event.choices[0].logprobs
+        for token in event.choices[0].logprobs.content
+    ]
+    assert [token.token for token in streamed] == [token.token for token in chat.logprobs.content]
+    assert client.chat.completions.create(**options).choices[0].logprobs is None
+
+
+def test_models_health_and_metrics(client: openai.OpenAI, server: ServerProcess) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "fusiontree"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-5' here"):
+        client.models.retrieve("gpt-5")
+    client.completions.create(model="tiny", prompt=PROMPT * 20, max_tokens=2)
+    client.completions.create(model="tiny", prompt=PROMPT * 20, max_tokens=2)
+    page = get(server, "/metrics")
+    figures = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if not line.startswith("#"))
+    assert float(figures["fusiontree_generated_tokens_total"]) > 0
+    assert float(figures["fusiontree_prefix_hits_total"]) >= 1
+    assert float(figures["fusiontree_batch_size"]) == float(figures["fusiontree_queue_length"]) == 0
+    assert float(figures['fusiontree_requests_total{path="/v1/completions",status="200"}']) > 0
+    for name in ("queue", "first_token", "token", "request"):
+        assert float(figures[f"fusiontree_{name}_seconds_count"]) > 0
+    schema = get(server, "/openapi.json").json()
+    assert schema["openapi"].startswith("3.")
+    body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["$ref"].rpartition("/")[2] in schema["components"]["schemas"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "sentence"),
+    [
+        ({"model": "gpt-5"}, openai.NotFoundError, "there is no model 'gpt-5' here; there is 'tiny'"),
+        ({"prompt": ""}, openai.BadRequestError, "`prompt` is empty"),
+        ({"prompt": []}, openai.BadRequestError, "`prompt` must be a text, a list of texts"),
+        ({"prompt": [[5], []]}, openai.BadRequestError, "`prompt` must be a text, a list of texts"),
+        ({"prompt": [299, 300]}, openai.BadRequestError, "`prompt` holds the id 300, which no token has"),
+        ({"prompt": "\n" * 2001}, openai.BadRequestError, "`prompt` has 2001 tokens, 2000 are allowed here"),
+        ({"prompt": "a" * 100_000}, openai.BadRequestError, "`prompt` has more than the 2000 tokens"),
+        ({"max_tokens": 5000}, openai.BadRequestError, "5000 new tokens are asked for, 4096 are allowed here"),
+        ({"max_tokens": 0}, openai.BadRequestError, "`max_tokens`: input should be greater than or equal to 1"),
+        ({"temperature": 2.5}, openai.BadRequestError, "`temperature`: input should be less than or equal to 2"),
+        ({"temperature": "hot"}, openai.BadRequestError, "`temperature`: input should be a valid number"),
+        ({"n": 17}, openai.BadRequestError, "1 prompts with 17 choices each are asked for, 16 texts are allowed"),
+        ({"stop": ""}, openai.BadRequestError, "a stop string is empty"),
+        ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias: keys are token ids, got 'x'"),
+        ({"logit_bias": {"999": 1}}, openai.BadRequestError, "there is no token 999, the last one is 299"),
+        ({"echo": True}, openai.BadRequestError, "`echo` is not supported here: leave it out"),
+        ({"stream_options": {}}, openai.BadRequestError, "`stream_options` means nothing without `stream`"),
+        ({"extra_body": {"max_token": 1}}, openai.BadRequestError, "did you mean `max_tokens`?"),
+    ],
+)
+def test_what_cannot_be_answered_is_a_sentence(
+    client: openai.OpenAI, fields: dict, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error) as raised:
+        client.completions.create(**({"model": "tiny", "prompt": PROMPT, "max_tokens": 2} | fields))
+    assert sentence in str(raised.value)
+    # What asks for nothing special is no reason to refuse.
+    client.completions.create(model="tiny", prompt="a", max_tokens=1, user="me", echo=False, best_of=1, suffix=None)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "sentence"),
+    [
+        (b"", 400, "the body is not valid JSON"),
+        (b"[1]", 400, "the body must be a JSON object"),
+        (b'{"model": "tiny", "prompt": "\xff"}', 400, "the body is not UTF-8 text (byte 29)"),
+        (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400, "NaN is no number of JSON"),
+        (b'{"model": "tiny", "prompt": "a", "temperature": 1e999}', 400, "`temperature`: input should be a finite"),
+        (b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "the body is not valid JSON"),
+        (b'{"model": "tiny", "prompt": "a", "seed": ' + b"9" * 50 + b"}", 400, "`seed`: input should be"),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', 400, "half of a surrogate pair"),
+        (b'{"model": "tiny", "\\ud800": 1, "prompt": "a"}', 400, "half of a surrogate pair"),
+        (b"[" * 100_000, 400, "nested too deeply"),
+        (b'{"a":' * 900 + b"1" + b"}" * 900, 400, "nested too deeply"),
+        (b'{"model": "tiny", "prompt": [' + b"null," * 500_000 + b"null]}", 400, "`prompt` must be a text"),
+        (b'{"model": "tiny", "prompt": "' + b"x" * 10_000_000 + b'"}', 413, "more than the 4194304 bytes"),
+        (b'{"prompt": "a"}', 400, "`model` is missing"),
+    ],
+    ids=range(14),
+)
+def test_bodies_that_are_none(server: ServerProcess, content: bytes, status: int, sentence: str) -> None:
+    response = post(server, content)
+    assert response.status_code == status
+    assert sentence in sentence_of(response)
+
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([2**63, -(2**63) - 1, 10**400, 1e308, -0.0])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from(
+    [
+        *("model", "prompt", "messages", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k"),
+        *("seed", "stop", "stream", "stream_options", "logit_bias", "logprobs", "top_logprobs", "presence_penalty"),
+        *("min_p", "repetition_penalty", "tools", "user", "anything"),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(FIELDS, VALUES, max_size=5), st.booleans())
+def test_no_body_breaks_the_server(server: ServerProcess, fields: dict, is_chat: bool) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    valid = {"model": "tiny", "max_tokens": 1} | ({"messages": messages} if is_chat else {"prompt": "a"})
+    content = json.dumps(valid | fields).encode("utf-8", "surrogatepass")
+    response = post(server, content, "chat/completions" if is_chat else "completions")
+    assert response.status_code in (200, 400, 404)
+    if response.status_code != 200:
+        sentence_of(response)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_request(server: ServerProcess, content: bytes) -> None:
+    response = post(server, content)
+    assert response.status_code == 400
+    sentence_of(response)
+
+
+def test_other_paths_and_methods(server: ServerProcess) -> None:
+    for method, path, status in (("GET", "/", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
+        headers = {"authorization": f"Bearer {server.key}"}
+        response = httpx.request(method, server.url + path, headers=headers)
+        assert response.status_code == status
+        sentence_of(response)
+
+
+def running(server: ServerProcess) -> tuple[float, float]:
+    page = get(server, "/metrics").text
+    figures = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    return float(figures["fusiontree_batch_size"]), float(figures["fusiontree_queue_length"])
+
+
+def wait_until_idle(server: ServerProcess) -> None:
+    begun = time.monotonic()
+    while running(server) != (0, 0):
+        assert time.monotonic() - begun < 60
+        time.sleep(0.05)
+
+
+def test_leaving_ends_the_generation(client: openai.OpenAI, server: ServerProcess) -> None:
+    """Of a stream that is closed, of a request that runs out of patience."""
+    stream = client.completions.create(model="tiny", prompt="a", max_tokens=4000, stream=True)
+    next(iter(stream))
+    assert running(server)[0] == 1
+    stream.close()
+    wait_until_idle(server)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).completions.create(model="tiny", prompt="a", max_tokens=4000)
+    wait_until_idle(server)
+
+
+def test_a_full_queue_says_when_to_come_back(client: openai.OpenAI, server: ServerProcess) -> None:
+    options: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 4000, "n": 12}
+    stream = client.completions.create(**options, stream=True)
+    next(iter(stream))
+    assert running(server) == (8, 4)
+    with pytest.raises(openai.RateLimitError, match="the queue is full; try again in") as raised:
+        client.completions.create(model="tiny", prompt="a", max_tokens=1)
+    assert int(raised.value.response.headers["retry-after"]) >= 1
+    stream.close()
+    wait_until_idle(server)
+    assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+def test_the_log_holds_figures_and_no_prompts(client: openai.OpenAI, server: ServerProcess) -> None:
+    secret = "seven silver birds"
+    answer = client.completions.create(model="tiny", prompt=secret, max_tokens=3)
+    record = server.wait_for("request")
+    while record["id"] != answer.id:
+        record = server.wait_for("request")
+    assert (record["status"], record["completion_tokens"], record["finish"]) == (200, 3, ["length"])
+    assert secret not in "".join(server.lines)
+
+
+def test_without_the_key_nothing_but_health_is_answered(server: ServerProcess) -> None:
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    for path in ("/metrics", "/v1/models", "/openapi.json", "/", "/health/"):
+        response = httpx.get(server.url + path)
+        assert response.status_code == 401
+        assert "wants an API key" in sentence_of(response)
+    for header in ("Bearer wrong", "Bearer", f"Bearer {KEY}2", f"Basic {KEY}", KEY):
+        assert httpx.get(f"{server.url}/v1/models", headers={"authorization": header}).status_code == 401
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").completions.create(model="tiny", prompt="a", max_tokens=1)
+    for key in (KEY, "other-key", "from-environment"):
+        assert server.client(key).completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+def test_a_server_that_is_stopped_finishes_what_it_began(tiny_folder: Path) -> None:
+    """Also: requests end when their time is over, and a model without a template holds no conversation."""
+    server = ServerProcess(tiny_folder, "--max-rows", "2", "--name", "bare", "--request-seconds", "20")
+    client, choices = server.client(), {}
+    with pytest.raises(openai.BadRequestError, match="no chat template, so it cannot hold a conversation"):
+        client.chat.completions.create(model="bare", messages=[{"role": "user", "content": "hi"}])
+
+    def ask(number: int) -> None:
+        options: dict[str, Any] = {"model": "bare", "prompt": "a", "temperature": 0}
+        choices[number] = client.completions.create(**options, max_tokens=100 * number).choices[0]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in (1, 2, 3, 4, 40)]
+    for thread in threads:
+        thread.start()
+    while sum(running(server)) < 5:
+        time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert [choices[number].finish_reason for number in (1, 2, 3, 4, 40)] == ["length"] * 5
+    assert choices[2].text.startswith(choices[1].text) and choices[40].text.startswith(choices[4].text)
+    assert server.stop() == 0
+    with pytest.raises(openai.APIConnectionError):
+        client.completions.create(model="bare", prompt="a", max_tokens=1)
+
+
+@pytest.mark.slow
+def test_a_killed_server_loses_nothing_but_what_ran(folder: Path) -> None:
+    server = ServerProcess(folder, "--max-rows", "1", "--request-seconds", "2", "--drain-seconds", "0")
+    client = server.client()
+    with pytest.raises(openai.InternalServerError, match="did not begin within 2 seconds"):
+        client.completions.create(model="tiny", prompt="a", max_tokens=4000, n=2)
+    (choice,) = client.completions.create(model="tiny", prompt="a", max_tokens=4000, temperature=0).choices
+    assert choice.finish_reason == "length" and choice.text
+    stream = client.completions.create(model="tiny", prompt="a", max_tokens=4000, temperature=0, stream=True)
+    next(iter(stream))
+    assert server.stop(signal.SIGKILL) == -signal.SIGKILL
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)
+    begun = time.monotonic()
+    again = ServerProcess(folder)
+    assert again.client().completions.create(model="tiny", prompt="a", max_tokens=5).choices
+    print(f"answers {time.monotonic() - begun:.1f} seconds after the start")
+    assert again.stop(signal.SIGINT) == 130
