@@ -50,6 +50,7 @@ from fusiontree.train.setup import (
 )
 from fusiontree.train.stop import StopRequest
 from fusiontree.train.teacher import load_teacher
+from fusiontree.train.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TrainingEngine:
             teacher = load_teacher(settings.loss.teacher, tokenizer, config.vocab_size, self.accelerator.device)
         self.loss = HybridModelLoss(settings.loss, teacher)
         self.monitor = GateMonitor(settings.gate_monitor, config.num_layers, config.layer_branches)
-        self.meter = StepMeter(settings.loss)
+        self.meter = StepMeter(settings.loss, Throughput(self.unwrapped, self.accelerator.device, settings))
         self.step = 0
         self.evaluated_step: int | None = None
         self.evaluation: TokenLoss | None = None
@@ -239,7 +240,7 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step
-        self.meter.add(values, totals, learning_rate_at(step, t), time.perf_counter() - started)
+        self.meter.add(values, totals, learning_rate_at(step, t), time.perf_counter() - started, micro_batches)
         if with_details:
             self._record_gates(int(totals.tokens))
         self.view.step(step, self.meter.newest | self._length())

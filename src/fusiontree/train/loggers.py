@@ -147,6 +147,7 @@ def _summary(numbers: Mapping[str, Any]) -> str:
     shown = (
         ("loss", "loss {:.4f}"),
         ("tokens_per_second", "{:.0f} tok/s"),
+        ("mfu", "mfu {:.1%}"),
         ("gate_mean", "gate {:.3f}"),
         ("lr", "lr {:.2e}"),
         ("length", "length {}"),

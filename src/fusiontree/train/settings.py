@@ -123,6 +123,7 @@ class SystemSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is a device")
     num_devices: int | None = Field(None, ge=1, description="devices the run is meant for; null = as launched")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null = torch decides")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for mfu; null = known GPUs in bf16")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = no sharding")
     offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO)")
     offload_params: bool = Field(False, description="parameters in host memory (ZeRO-3)")
