@@ -51,6 +51,7 @@ from fusiontree.train.setup import (
 from fusiontree.train.stop import StopRequest
 from fusiontree.train.teacher import load_teacher
 from fusiontree.train.throughput import Throughput
+from fusiontree.train.trackers import MetricsLog, check_trackers
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class TrainingEngine:
     def __init__(self, settings: RunSettings, resume: str | None = None):
         self.settings = settings
         self.run_directory = Path(settings.output_dir)
+        check_trackers(settings.logging)
         device = check_system(settings.system)
         checkpoint = checkpoint_to_resume(self.run_directory, resume)
         state = load_state(checkpoint) if checkpoint else None
@@ -120,7 +122,7 @@ class TrainingEngine:
         self.evaluated_step: int | None = None
         self.evaluation: TokenLoss | None = None
         self.checkpoint = checkpoint
-        self.metrics = JsonlLog(self.run_directory / "metrics.jsonl")
+        self.metrics = MetricsLog(self.run_directory)
         self.gates = JsonlLog(self.run_directory / "gates.jsonl")
         if state is not None:
             self._restore(state)
@@ -170,6 +172,7 @@ class TrainingEngine:
                 data_fingerprint=self.train_loader.fingerprint(),
                 parent_run=str(self.checkpoint) if self.checkpoint else None,
             ).save(manifest)
+        self.metrics.open_trackers(self.settings.logging, rows, resolved)
 
     def run(self) -> TrainResult:
         """Train until `max_steps`, or until SIGINT or SIGTERM asks to stop; either way the last step is saved.
