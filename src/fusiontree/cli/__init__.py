@@ -64,6 +64,7 @@ COMMANDS = {
     "train": _Entry("fusiontree.cli.train:train", "Train a model as a YAML file says."),
     "eval": _Entry("fusiontree.cli.evaluate:evaluate", "Perplexity of a model on held-out text, also by position."),
     "gates": _Entry("fusiontree.cli.gates:gates", "Show what the gates of a run did, as a table and as heat maps."),
+    "report": _Entry("fusiontree.cli.report:report", "Show runs side by side on one HTML page."),
     "generate": _Entry("fusiontree.cli.generate:generate", "Continue a prompt."),
     "data": _Entry("fusiontree.cli.data:app", "Look at training data, check it, train a tokenizer on it."),
     "bench": _Entry("fusiontree.cli.bench:bench", "Measure speed and memory side by side with other models."),
