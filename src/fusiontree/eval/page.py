@@ -72,7 +72,8 @@ header p { margin: 0 0 1.2rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1.1rem;
   margin: 0 0 1rem; }
 .tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; }
-@media (max-width: 32rem) { .tiles { grid-template-columns: repeat(2, 1fr); } }
+@media (max-width: 32rem) { main { padding: 1rem .6rem 2rem; } section { padding: .9rem .7rem; }
+  .tiles { grid-template-columns: repeat(2, 1fr); } }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent);
   font-variant-numeric: tabular-nums; }
 .tiles span { display: block; font-size: .85rem; line-height: 1.35; color: var(--soft); }

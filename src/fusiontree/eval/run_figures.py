@@ -15,6 +15,9 @@ from fusiontree.eval.svg import Line, heat_map, line_chart
 #: Records of a heat map; of more, evenly spaced ones are drawn.
 MOST_RECORDS = 120
 
+#: Least height of an axis of gates: what is smaller is next to nothing.
+GATE_SPAN = 0.1
+
 LAYER_COLOURS = "background:linear-gradient(90deg,hsl(200 75% 50%),hsl(275 60% 55%),hsl(350 70% 52%))"
 
 _DASHES = ("", "5 3", "1.5 3")
@@ -22,7 +25,7 @@ _TIME_UNITS = ((2 * 3600, 3600, "hours"), (120, 60, "minutes"), (0, 1, "seconds"
 
 
 def learning_figures(columns: Sequence[Column]) -> str:
-    """Training and evaluation loss over steps, tokens and time, one of the three in view at a time."""
+    """Losses and learning rate over steps, tokens and time, one of the three in view at a time."""
     longest = max((point for column in columns for point in column.numbers("elapsed")), default=0.0)
     _, seconds, unit = next(entry for entry in _TIME_UNITS if longest >= entry[0])
     axes: list[tuple[Axis, str, str, float]] = [
@@ -39,37 +42,45 @@ def learning_figures(columns: Sequence[Column]) -> str:
         charts = [
             _figure(
                 title,
+                unit,
                 line_chart(
                     _lines(columns, [[(x / scale, y) for x, y in column.curve(key, axis)] for column in columns]),
                     title=f"{title} over {name}",
                     x_label=label,
-                    y_label="nats per token",
                 ),
             )
-            for title, key in (("Training loss", "lm_loss"), ("Evaluation loss", "eval_loss"))
+            for title, key, unit in (
+                ("Training loss", "lm_loss", "nats per token"),
+                ("Evaluation loss", "eval_loss", "nats per token"),
+                ("Learning rate", "lr", "last step of the row"),
+            )
         ]
         panes.append(f'<div class="charts over-{axis}">{"".join(charts)}</div>')
     return f'<div class="choice">{"".join(choices)}{"".join(panes)}</div>'
 
 
-def optimizer_figures(columns: Sequence[Column]) -> str:
-    return _by_step(columns, (("Learning rate", "lr", ""), ("Gradient norm", "grad_norm", "L2 norm")))
+def other_figures(columns: Sequence[Column]) -> str:
+    norm = _by_step(columns, [("Gradient norm", "grad_norm", "L2, before clipping")])
+    terms = [("Load balance", "load_balance_loss", "unweighted"), ("Entropy of the gates", "entropy_loss", "negative")]
+    terms += [("Distillation", "distillation_loss", "unweighted")]
+    used = [term for term in terms if any(any(column.numbers(term[1])) for column in columns)]
+    return _charts(norm + _by_step(columns, used, from_zero=False))
 
 
 def overview_of_gates(columns: Sequence[Column]) -> str:
-    return _by_step(columns, (("Mean gate of all layers", "gate_mean", "gate"), ("Deviation", "gate_std", "gate")))
+    mean = _by_step(columns, [("Mean gate", "gate_mean", "all layers")], from_zero=False, least_span=GATE_SPAN)
+    deviation = _by_step(columns, [("Deviation of the gate", "gate_std", "all layers")], least_span=GATE_SPAN)
+    return _charts(mean + deviation)
 
 
 def speed_figures(columns: Sequence[Column]) -> str:
-    return _by_step(
-        columns,
-        (
-            ("Tokens per second", "tokens_per_second", "tokens/s"),
-            ("Operations per second and device", "tflops", "TFLOP/s"),
-            ("Model FLOP utilisation", "mfu", "share of the peak"),
-            ("Peak memory", "peak_memory_gib", "GiB"),
-        ),
+    charts = (
+        ("Tokens per second", "tokens_per_second", "all devices"),
+        ("TFLOP per second", "tflops", "one device"),
+        ("Model FLOP utilisation", "mfu", "share of the device's peak"),
+        ("Peak memory", "peak_memory_gib", "GiB"),
     )
+    return _charts(_by_step(columns, charts))
 
 
 def gate_figures(columns: Sequence[Column]) -> str:
@@ -83,16 +94,18 @@ def gate_figures(columns: Sequence[Column]) -> str:
         charts = [
             _figure(
                 title,
+                "one line a layer",
                 line_chart(
                     _layer_lines(steps, values_LR),
                     title=f"{title}, {column.name}",
                     x_label="optimizer step",
-                    y_label="gate",
+                    from_zero=from_zero,
+                    least_span=GATE_SPAN,
                 ),
             )
-            for title, values_LR in (
-                ("Mean of each layer", means_LR),
-                ("Deviation in each layer", _by_layer(column.gates, "std")),
+            for title, values_LR, from_zero in (
+                ("Mean gate", means_LR, False),
+                ("Deviation of the gate", _by_layer(column.gates, "std"), True),
             )
         ]
         some = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_RECORDS)).round().astype(int))
@@ -104,8 +117,8 @@ def gate_figures(columns: Sequence[Column]) -> str:
             reach=reach,
         )
         ends = f"<span>{0.5 - reach:.2f}</span><i></i><span>{0.5 + reach:.2f}</span>"
-        charts.append(_figure("Mean by layer and step", drawn + f'<div class="scale">{ends}</div>'))
-        parts.append(f'<h3>{escape(column.name)}</h3><div class="charts">{"".join(charts)}</div>')
+        charts.append(_figure("Mean gate", "layer by record", drawn + f'<div class="scale">{ends}</div>'))
+        parts.append(f"<h3>{escape(column.name)}</h3>{_charts(''.join(charts))}")
     return "".join(parts)
 
 
@@ -124,10 +137,9 @@ def evaluation_figure(columns: Sequence[Column]) -> str:
         _lines(columns, [points(column) for column in columns]),
         title="Perplexity by place in the document",
         x_label="place in the document, up to",
-        y_label="perplexity",
         x_ticks=[(math.log2(end), f"{end:,}") for end in ends[:: max(1, math.ceil(len(ends) / 7))]],
     )
-    return f'<div class="charts">{_figure("Perplexity by place in the document", chart)}</div>'
+    return _charts(_figure("Perplexity", "by place in the document", chart))
 
 
 def _by_layer(records: Sequence[GateStatistics], name: str) -> np.ndarray:
@@ -156,25 +168,38 @@ def _lines(columns: Sequence[Column], curves: Sequence[Points]) -> list[Line]:
     ]
 
 
-def _by_step(columns: Sequence[Column], charts: Sequence[tuple[str, str, str]]) -> str:
+def _by_step(
+    columns: Sequence[Column],
+    charts: Sequence[tuple[str, str, str]],
+    *,
+    from_zero: bool = True,
+    least_span: float = 0.0,
+) -> str:
+    """A chart for each (title, key, unit) that any column has numbers of."""
     drawn = [
         _figure(
             title,
+            unit,
             line_chart(
                 _lines(columns, [column.curve(key) for column in columns]),
                 title=f"{title} over steps",
                 x_label="optimizer step",
-                y_label=unit,
+                from_zero=from_zero,
+                least_span=least_span,
             ),
         )
         for title, key, unit in charts
         if any(column.numbers(key) for column in columns)
     ]
-    return f'<div class="charts">{"".join(drawn)}</div>'
+    return "".join(drawn)
 
 
-def _figure(title: str, drawn: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{drawn}</figure>"
+def _charts(figures: str) -> str:
+    return f'<div class="charts">{figures}</div>'
+
+
+def _figure(title: str, unit: str, drawn: str) -> str:
+    return f"<figure><figcaption><b>{escape(title)}</b> {escape(unit)}</figcaption>{drawn}</figure>"
 
 
 _LIGHT = ("#1f6fc4", "#d9541e", "#22884f", "#9440b8", "#a8780a", "#cf2a62", "#128a94", "#68707b")
@@ -195,11 +220,11 @@ main {{ max-width: 84rem; }}
 .legend li {{ white-space: nowrap; font-size: .9rem; }}
 .legend li::before, .columns th[class]::before {{ content: ""; display: inline-block; width: .7em; height: .7em;
   margin-right: .4em; border-radius: 50%; background: var(--mine); }}
-.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .6rem 1.2rem; }}
+.charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .6rem 1.2rem; }}
 .charts figure {{ margin: 0 0 .4rem; min-width: 0; }}
 .charts figcaption {{ margin: 0 0 .2rem; }}
 svg {{ display: block; width: 100%; height: auto; }}
-svg text {{ fill: var(--soft); font: 11.5px system-ui, sans-serif; }}
+svg text {{ fill: var(--soft); font: 12px system-ui, sans-serif; }}
 .grid {{ stroke: var(--line); stroke-width: 1; }}
 .curve path {{ fill: none; stroke: var(--c); stroke-width: 1.7; stroke-linejoin: round; }}
 .curve circle {{ fill: var(--c); }}

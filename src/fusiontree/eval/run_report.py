@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from html import escape
@@ -20,7 +20,7 @@ from fusiontree.eval.run_figures import (
     evaluation_figure,
     gate_figures,
     learning_figures,
-    optimizer_figures,
+    other_figures,
     overview_of_gates,
     speed_figures,
 )
@@ -88,7 +88,7 @@ def _glance(columns: Sequence[Column]) -> str:
         "needs the device's peak. Memory is the largest of one process: allocated on a GPU, resident on a CPU. "
         "Parameters are those of the newest checkpoint."
     )
-    return section("At a glance", _table(columns, rows, mark=False) + _note(note))
+    return section("At a glance", _table(columns, rows) + _note(note))
 
 
 def _differences(columns: Sequence[Column]) -> str:
@@ -98,7 +98,7 @@ def _differences(columns: Sequence[Column]) -> str:
     if not rows:
         return section("What differs", _note("No setting differs."))
     note = "Settings that are not equal everywhere, from config.yaml and, for the model, the newest checkpoint."
-    return section("What differs", _table(columns, rows, mark=False) + _note(note))
+    return section("What differs", _table(columns, rows) + _note(note))
 
 
 def _learning(columns: Sequence[Column]) -> str:
@@ -114,12 +114,11 @@ def _learning(columns: Sequence[Column]) -> str:
     unequal = [key for key in differences(runs) if key in _EVALUATED_ON]
     if unequal:
         note += f" Evaluation losses do not compare where these differ: {', '.join(unequal)}."
-    more = f"<details><summary>Learning rate and gradient norm</summary>{optimizer_figures(columns)}</details>"
-    rates = "Of the last step of each row; the norm before clipping."
-    return section(
-        "How they learn",
-        learning_figures(columns) + _note(note) + more.replace("</details>", "") + (f"{_note(rates)}</details>"),
+    others = other_figures(columns) + _note(
+        "The norm is that of a row's last step, the terms are means over its steps."
     )
+    more = f"<details><summary>Gradient norm and the other terms of the loss</summary>{others}</details>"
+    return section("How they learn", learning_figures(columns) + _note(note) + more)
 
 
 def _gates(columns: Sequence[Column]) -> str:
@@ -170,24 +169,23 @@ def _evaluation(columns: Sequence[Column]) -> str:
         ("perplexity per token", of(lambda e: f"{e.perplexity:,.3f}")),
         ("bits per byte", of(lambda e: _number(e.settings.get("bits_per_byte"), ".4f"))),
         ("tokens", of(lambda e: f"{e.tokens:,}")),
-        ("documents", of(lambda e: _number(e.settings.get("documents"), ",d"))),
+        ("documents", of(lambda e: _number(e.settings.get("documents"), ",.0f"))),
         ("files", of(lambda e: ", ".join(e.data))),
         ("model", of(lambda e: e.model)),
         ("measured", of(lambda e: str(e.settings.get("measured", "")) or None)),
     ]
-    kinds = dict.fromkeys(
-        (result.task, None)
-        for c in found
-        if c.evaluation and c.evaluation.tasks
-        for result in c.evaluation.tasks.results
-    )
+    tasks = [c.evaluation.tasks for c in found if c.evaluation is not None and c.evaluation.tasks is not None]
+    kinds = dict.fromkeys(result.task for report in tasks for result in report.results)
     rows += [(f"{task}: answers found", of(partial(_task, task))) for task in kinds]
     note = (
         "The last fusiontree eval of each: every token of whole held-out documents once, predicted from all of its "
-        "document before it. Bits per byte compare models with different tokenizers; nothing compares where the files "
-        "differ."
+        "document before it. Losses compare where files and tokens are the same, bits per byte also between "
+        "tokenizers; rows that stand in the way are marked."
     )
-    return section("Last evaluation", _table(columns, rows) + evaluation_figure(columns) + _note(note))
+    return section(
+        "Last evaluation",
+        _table(columns, rows, ("tokens", "documents", "files", "measured")) + evaluation_figure(columns) + _note(note),
+    )
 
 
 def _task(task: str, evaluation: EvalReport) -> Cell:
@@ -208,7 +206,8 @@ def _plan(columns: Sequence[Column]) -> str:
         kept = {kind: plan.layer_branches.count(kind) for kind in ("both", "mamba", "attention")}
         counts = ", ".join(f"{count} {kind}" for kind, count in kept.items() if count)
         reasons = "".join(
-            f"<tr><td>{index}</td><td>{escape(layer.keep)}</td><td>{escape(layer.reason)}</td></tr>"
+            f"<tr><td>{index}</td><td>{escape(layer.keep)}</td><td>{escape(layer.reason)}</td><td>"
+            f"{', '.join(f'{escape(name)} {value:.4g}' for name, value in layer.evidence.items())}</td></tr>"
             for index, layer in enumerate(plan.layers)
         )
         thresholds = ", ".join(f"{escape(name)} {value:g}" for name, value in plan.thresholds.items())
@@ -216,7 +215,7 @@ def _plan(columns: Sequence[Column]) -> str:
             f"<h3>{escape(column.name)}</h3><p>By {escape(plan.criterion)} ({thresholds})"
             f"{'' if plan.step is None else f', at step {plan.step:,}'}: {counts}.</p>"
             f'<ol class="branches">{cells}</ol><details><summary>Why, layer by layer</summary><div class="wide">'
-            f"<table><tr><th>layer</th><th>keeps</th><th>reason</th></tr>{reasons}</table></div></details>"
+            f"<table><tr><th>layer</th><th>keeps</th><th>reason</th><th>evidence</th></tr>{reasons}</table></div></details>"
         )
     if not parts:
         return ""
@@ -240,7 +239,9 @@ def _origin(columns: Sequence[Column]) -> str:
         *((name, of(partial(_version, name))) for name in libraries),
     ]
     note = "From manifest.json, written when a run begins. Marked rows differ."
-    return section("Where they come from", _table(columns, rows) + _note(note))
+    return section(
+        "Where they come from", _table(columns, rows, ("revision", "data fingerprint", *libraries)) + _note(note)
+    )
 
 
 def _version(library: str, manifest: RunManifest) -> Cell:
@@ -253,13 +254,13 @@ def _settings(columns: Sequence[Column]) -> str:
     parts = []
     for name in sections:
         inside = [key for key in keys if (key.partition(".")[0] if "." in key else "run") == name]
-        table = _table(columns, [(key, _setting(key)) for key in inside])
+        table = _table(columns, [(key, _setting(key)) for key in inside], inside)
         parts.append(f"<details><summary>{escape(name)}</summary>{table}</details>")
     return section("All settings", "".join(parts))
 
 
-def _table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], *, mark: bool = True) -> str:
-    """A row for each getter that has a value anywhere; marked where the values differ."""
+def _table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], marked: Collection[str] = ()) -> str:
+    """A row for each getter that has a value anywhere; those named in `marked` stand out where their values differ."""
     heads = "".join(
         f'<th scope="col" class="c{index % 8}">{escape(column.name)}</th>' for index, column in enumerate(columns)
     )
@@ -268,7 +269,7 @@ def _table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], *, mar
         values = [get(column) for column in columns]
         if not any(values):
             continue
-        is_marked = mark and len({value for value in values if value}) > 1
+        is_marked = name in marked and len({value for value in values if value}) > 1
         cells = "".join(f"<td>{'–' if value is None else escape(value)}</td>" for value in values)
         body.append(f"<tr{' class=differs' if is_marked else ''}><th scope=row>{escape(name)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="columns"><tr><td></td>{heads}</tr>{"".join(body)}</table></div>'

@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib import colormaps
 
 # Small enough for a telephone to show at its own size; wider screens put several side by side.
-WIDTH, HEIGHT = 420, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 38
+WIDTH, HEIGHT = 360, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 38
 
 #: Longer curves are drawn as means of neighbouring points.
 MOST_POINTS = 240
@@ -40,18 +40,19 @@ def line_chart(
     *,
     title: str,
     x_label: str,
-    y_label: str,
     x_ticks: Sequence[tuple[float, str]] | None = None,
-    y_range: tuple[float, float] | None = None,
+    from_zero: bool = False,
+    least_span: float = 0.0,
 ) -> str:
     """Curves over one pair of axes.
 
     Args:
         lines: in the order in which they are drawn.
         title: for those who hear the page.
-        x_label, y_label: the axes, with units.
+        x_label: the axis, with its unit; the other one's belongs above the chart.
         x_ticks: places and names of the marks; None: round numbers.
-        y_range: of the axis; None: that of the points.
+        from_zero: whether the y axis begins at 0 rather than at the lowest point.
+        least_span: of the y axis, so that noise around a constant does not fill it.
     """
     drawn = [(line, thinned(line.points)) for line in lines if line.points]
     xs = [x for _, points in drawn for x, _ in points]
@@ -59,7 +60,9 @@ def line_chart(
     if not drawn:
         return '<p class="note">Nothing recorded.</p>'
     x_low, x_high = _spread(min(xs), max(xs), 0.0)
-    y_low, y_high = y_range or _spread(min(ys), max(ys), 0.05)
+    y_low, y_high = _spread(0.0 if from_zero else min(ys), max(ys), 0.05)
+    missing = max(0.0, least_span - (y_high - y_low))
+    y_low, y_high = (0.0, y_high + missing) if from_zero else (y_low - missing / 2, y_high + missing / 2)
 
     def place_x(x: float) -> float:
         return _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
@@ -67,7 +70,7 @@ def line_chart(
     def place_y(y: float) -> float:
         return HEIGHT - _BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_y_axis([(place_y(y), compact(y)) for y in round_numbers(y_low, y_high)], y_label)]
+    parts = [_y_axis([(place_y(y), compact(y)) for y in round_numbers(y_low, y_high)])]
     marks = x_ticks if x_ticks is not None else [(x, compact(x)) for x in round_numbers(x_low, x_high)]
     parts.append(_x_axis([(place_x(x), name) for x, name in marks], x_label))
     for line, points in drawn:
@@ -98,7 +101,7 @@ def heat_map(values_LR: np.ndarray, columns: Sequence[str], *, title: str, x_lab
     shown_columns = _some(records, 6)
     rows = [(_TOP + (layer + 0.5) / layers * height, str(layer)) for layer in shown_rows]
     marks = [(_LEFT + (index + 0.5) / records * width, columns[index]) for index in shown_columns]
-    return _svg(title, image + _y_axis(rows, "layer", grid=False) + _x_axis(marks, x_label))
+    return _svg(title, image + _y_axis(rows, grid=False) + _x_axis(marks, x_label))
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -149,15 +152,13 @@ def _curve(line: Line, points: Sequence[tuple[float, float]]) -> str:
     return f'<g class="curve" style="--c:{line.colour}">{name}<path d="M{path}"{dashes}/>{dots}</g>'
 
 
-def _y_axis(marks: Sequence[tuple[float, str]], label: str, *, grid: bool = True) -> str:
+def _y_axis(marks: Sequence[tuple[float, str]], *, grid: bool = True) -> str:
     parts = []
     for y, name in marks:
         if grid:
             parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-    middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    turned = f'transform="rotate(-90 12 {middle})"'
-    return "".join(parts) + f'<text x="12" y="{middle}" text-anchor="middle" {turned}>{escape(label)}</text>'
+    return "".join(parts)
 
 
 def _x_axis(marks: Sequence[tuple[float, str]], label: str) -> str:
