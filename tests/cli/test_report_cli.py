@@ -183,7 +183,7 @@ def test_models_are_columns_too(runs: list[Path], tmp_path: Path) -> None:
     checkpoint = runs[0] / "checkpoints" / "step_00000003"
     assert report(runs[0], checkpoint, "-o", tmp_path / "page.html") == 0
     page = Page(tmp_path / "page.html")
-    assert page.rows["kind"] == ["run", "model"]
+    assert page.rows["kind"] == ["run", "model"] and "first/step_00000003" in page.text
     assert len(set(page.rows["parameters"])) == 1 and page.rows["steps"] == ["6 of 6", "–"]
     assert differences(read_columns([runs[0], checkpoint])) == []
     assert page.rows["model.num_layers"] == ["2", "2"]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusiontree.artifacts import EvalReport, GateStatistics, PrunePlan, RunManifest
+from fusiontree.artifacts import EvalReport, GateStatistics, PrunePlan, RunManifest, checkpoint_step
 from fusiontree.config import load_yaml
 from fusiontree.errors import InputError
 from fusiontree.runs import read_gates, read_metrics
@@ -79,13 +79,18 @@ def read_columns(paths: Sequence[Path]) -> list[Column]:
     Raises:
         InputError: a path that is neither a run nor a model, or a file in it that is broken.
     """
-    names = [path.resolve().name for path in paths]
+    names = [_name(path.resolve()) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     for index, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:index]]:
             raise InputError(f"{path} is named twice; name each run once")
     return [_read_column(path, name) for path, name in zip(paths, names, strict=True)]
+
+
+def _name(path: Path) -> str:
+    """A checkpoint is named with its run: `RUN/step_…`."""
+    return f"{path.parents[1].name}/{path.name}" if checkpoint_step(path) is not None else path.name
 
 
 def _read_column(path: Path, name: str) -> Column:

@@ -85,11 +85,10 @@ def speed_figures(columns: Sequence[Column]) -> str:
 
 def gate_figures(columns: Sequence[Column]) -> str:
     """Per run the gate of each layer: mean and deviation over steps, and the mean as a heat map."""
-    means = [_by_layer(column.gates, "mean") for column in columns]
-    known = np.concatenate([values.ravel() for values in means])
-    reach = float(np.nanmax(np.abs(known - 0.5), initial=0.01))
     parts = []
-    for column, means_LR in zip(columns, means, strict=True):
+    for column in columns:
+        means_LR = _by_layer(column.gates, "mean")
+        reach = float(np.nanmax(np.abs(means_LR - 0.5), initial=0.01))
         steps = [record.step for record in column.gates]
         charts = [
             _figure(
@@ -232,8 +231,10 @@ svg text {{ fill: var(--soft); font: 12px system-ui, sans-serif; }}
 .columns {{ width: auto; min-width: 60%; }}
 .columns th, .columns td {{ min-width: 6.5rem; max-width: 24rem; overflow-wrap: anywhere; }}
 .columns th[scope=row] {{ font-weight: 500; color: var(--soft); min-width: 9rem; }}
+.columns th[scope=row] {{ position: sticky; left: 0; background: var(--card); }}
+.wide + .charts {{ margin-top: 1rem; }}
 .columns td {{ font-variant-numeric: tabular-nums; }}
-.differs > * {{ background: var(--mark); }}
+.differs > td, .columns .differs > th[scope=row] {{ background: var(--mark); }}
 .choice > input {{ position: absolute; opacity: 0; }}
 .choice > label {{ display: inline-block; padding: .15rem .8rem; margin: 0 .3rem .7rem 0; border: 1px solid var(--line);
   border-radius: 1rem; font-size: .9rem; cursor: pointer; }}

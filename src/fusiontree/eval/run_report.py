@@ -137,7 +137,7 @@ def _gates(columns: Sequence[Column]) -> str:
             f"Each record covers one optimizer step and is taken every {' or '.join(sorted(intervals))} steps: mean "
             "and standard deviation of a layer's gate over its tokens and channels. In the heat map records stand "
             "side by side at equal width; white is 1/2, red leans to Mamba, blue to attention, grey is a layer without "
-            "a working gate; all runs share one scale."
+            "a working gate. Its colours follow the run's own gates: mind the ends of each scale."
         )
         scale = f'<p class="note">Layers, first to last: <span class="layers" style="{LAYER_COLOURS}"></span></p>'
         parts += [gate_figures(recorded), scale, _note(layers)]

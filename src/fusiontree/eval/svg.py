@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 38
 #: Longer curves are drawn as means of neighbouring points.
 MOST_POINTS = 240
 
-_MARKED = 40  # Points up to which each gets a dot.
+_MARKED = 20  # Points up to which each gets a dot.
 
 
 @dataclass(frozen=True)
