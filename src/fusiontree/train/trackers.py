@@ -179,6 +179,8 @@ class WandbTracker:
             raise InputError(
                 f"logging.trackers: wandb: {first_line(error)}; or set logging.wandb_mode to offline"
             ) from error
+        if not is_offline and settings.progress != "none" and self._run.url:
+            print(f"wandb: {self._run.url}", file=sys.stderr, flush=True)
         self._run.define_metric("*", step_metric="step")
         self._next, self._known = 0, self._run.starting_step
         for row in rows:
