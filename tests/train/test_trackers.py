@@ -22,7 +22,7 @@ import fusiontree
 from fusiontree.errors import InputError
 from fusiontree.train import trackers
 from fusiontree.train.engine import TrainingEngine
-from fusiontree.train.settings import RunSettings
+from fusiontree.train.settings import LoggingSettings, RunSettings
 
 ALL = {"trackers": ["wandb", "tensorboard", "csv"], "wandb_mode": "offline"}
 
@@ -65,6 +65,20 @@ def test_after_a_resume_they_show_the_rows_of_a_run_that_never_stopped(run_setti
     (run / "latest").unlink()
     fusiontree.train(tracked, resume="auto")
     assert_shown(run)
+
+
+def test_a_run_that_goes_back_while_it_trains(tmp_path: Path) -> None:
+    """Rows that are dropped from the file of an open run are dropped from its trackers."""
+    log = trackers.MetricsLog(tmp_path)
+    log.open_trackers(LoggingSettings.parse(ALL), {})
+    for step in range(1, 8):
+        log.write({"step": step, "loss": 1 / step})
+    assert [row["step"] for row in log.truncate_after(4)] == [1, 2, 3, 4]
+    for step in range(5, 9):
+        log.write({"step": step, "loss": 2 / step})
+    log.close()
+    assert [row["step"] for row in in_metrics(tmp_path)] == list(range(1, 9))
+    assert_shown(tmp_path)
 
 
 def test_a_tracker_that_comes_late_shows_the_whole_run(run_settings, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ class TrainingEngine:
                 data_fingerprint=self.train_loader.fingerprint(),
                 parent_run=str(self.checkpoint) if self.checkpoint else None,
             ).save(manifest)
-        self.metrics.open_trackers(self.settings.logging, rows, resolved)
+        self.metrics.open_trackers(self.settings.logging, resolved)
 
     def run(self) -> TrainResult:
         """Train until `max_steps`, or until SIGINT or SIGTERM asks to stop; either way the last step is saved.
@@ -214,6 +214,7 @@ class TrainingEngine:
         self.train_loader.set_shape(stage.batch_size, stage.length)
         micro_batches = [next(batches) for _ in range(t.gradient_accumulation_steps)]
         totals = StepTotals.of(self._sum_over_ranks(StepTotals.local(micro_batches)))
+        self.meter.count_operations(micro_batches)
         with_details = self.monitor.due(step)
         # accelerate divides by the number of micro-batches and averages over ranks; the shares already add up.
         scale = t.gradient_accumulation_steps * self.accelerator.num_processes
@@ -243,7 +244,7 @@ class TrainingEngine:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step = step
-        self.meter.add(values, totals, learning_rate_at(step, t), time.perf_counter() - started, micro_batches)
+        self.meter.add(values, totals, learning_rate_at(step, t), time.perf_counter() - started)
         if with_details:
             self._record_gates(int(totals.tokens))
         self.view.step(step, self.meter.newest | self._length())

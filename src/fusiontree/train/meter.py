@@ -43,21 +43,17 @@ class StepMeter:
         """Seconds of wall-clock time since the start, evaluation and saving included."""
         return self._elapsed_before + time.perf_counter() - self._started
 
-    def add(
-        self,
-        values: list[float],
-        totals: StepTotals,
-        learning_rate: float,
-        seconds: float,
-        micro_batches: Sequence[Batch],
-    ) -> None:
+    def count_operations(self, micro_batches: Sequence[Batch]) -> None:
+        """Count what a step asks of this process's device."""
+        self._window["flops"] += self._throughput.flops(micro_batches)
+
+    def add(self, values: list[float], totals: StepTotals, learning_rate: float, seconds: float) -> None:
         """Count a step.
 
         Args:
             values: the loss terms in the order of `TERMS`, the gate's sum and weight, the gradient norm unclipped.
             totals: of the step.
             seconds: that the step took.
-            micro_batches: of the step on this process.
         """
         terms = dict(zip(TERMS, values[: len(TERMS)], strict=True))
         gate, gate_weight, grad_norm = values[len(TERMS) :]
@@ -66,7 +62,6 @@ class StepMeter:
         window["labels"] += totals.labels
         window["tokens"] += totals.tokens
         window["seconds"] += seconds
-        window["flops"] += self._throughput.flops(micro_batches)
         window["gate"] += gate
         window["gate_weight"] += gate_weight
         window["lm"] += terms["lm"] * totals.labels

@@ -11,6 +11,7 @@ import csv
 import importlib
 import importlib.util
 import io
+import json
 import os
 import secrets
 import shutil
@@ -206,34 +207,49 @@ class MetricsLog(JsonlLog):
 
     def __init__(self, run_directory: Path):
         super().__init__(run_directory / "metrics.jsonl")
+        self._openers: dict[str, Callable[[Sequence[Row]], Tracker]] = {}
         self._trackers: dict[str, Tracker] = {}
 
-    def open_trackers(self, settings: LoggingSettings, rows: Sequence[Row], config: Row) -> None:
-        """Begin to show the run in the trackers that the settings name.
+    def open_trackers(self, settings: LoggingSettings, config: Row) -> None:
+        """Begin to show the file in the trackers that the settings name.
 
         Args:
             settings: which ones, and how.
-            rows: that stand in the file.
             config: all settings of the run.
 
         Raises:
             InputError: a tracker that cannot work as it is set up. Other failures are warned of.
         """
         run = self.path.parent
-        openers: dict[str, Callable[[], Tracker]] = {
-            "csv": lambda: CsvTracker(run / "metrics.csv", rows),
-            "tensorboard": lambda: TensorBoardTracker(run / "tensorboard", rows),
-            "wandb": lambda: WandbTracker(settings, run, rows, config),
+        openers: dict[str, Callable[[Sequence[Row]], Tracker]] = {
+            "csv": lambda rows: CsvTracker(run / "metrics.csv", rows),
+            "tensorboard": lambda rows: TensorBoardTracker(run / "tensorboard", rows),
+            "wandb": lambda rows: WandbTracker(settings, run, rows, config),
         }
-        for name in settings.trackers:
+        self._openers = {name: openers[name] for name in settings.trackers}
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        for name in self._openers:
             try:
-                self._trackers[name] = openers[name]()
-            except InputError:
-                raise
+                self._open(name, rows)
             except ImportError as error:
                 raise InputError(f"logging.trackers: {name} cannot be imported: {first_line(error)}") from error
-            except Exception as error:
-                self._leave(name, error)
+
+    def _open(self, name: str, rows: Sequence[Row]) -> None:
+        try:
+            self._trackers[name] = self._openers[name](rows)
+        except (InputError, ImportError):
+            raise
+        except Exception as error:
+            self._leave(name, error)
+
+    def truncate_after(self, step: int) -> list[dict[str, Any]]:
+        """As for any log; trackers that show the run already are handed the rows that stay."""
+        rows = super().truncate_after(step)
+        self._close_trackers()
+        for name in self._openers:
+            self._open(name, rows)
+        return rows
 
     def write(self, row: Row | str) -> None:
         super().write(row)
@@ -246,6 +262,9 @@ class MetricsLog(JsonlLog):
 
     def close(self) -> None:
         super().close()
+        self._close_trackers()
+
+    def _close_trackers(self) -> None:
         for name, tracker in self._trackers.items():
             try:
                 tracker.close()
