@@ -37,7 +37,7 @@ def assert_shown(run: Path) -> None:
     expected = in_metrics(run)
     assert len(expected) > 5
     assert in_csv(run) == shown(expected)
-    assert in_wandb(run) == shown(expected)
+    assert in_wandb(run, len(expected)) == shown(expected)
     found, wanted = in_tensorboard(run), by_tag(expected)
     assert found.keys() == wanted.keys()
     for tag, points in wanted.items():

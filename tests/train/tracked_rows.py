@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,15 @@ def by_tag(rows: Rows) -> dict[str, list[tuple[int, float]]]:
     return dict(sorted(found.items()))
 
 
-def in_wandb(run: Path) -> Rows:
-    """Those of the only offline run that is there."""
+def in_wandb(run: Path, expected: int) -> Rows:
+    """Those of the only offline run that is there. W&B's own process may write on after the run has finished."""
+    deadline = time.monotonic() + 60
+    while len(rows := _in_wandb(run)) < expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return rows
+
+
+def _in_wandb(run: Path) -> Rows:
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
@@ -64,6 +72,8 @@ def _records(data: bytes) -> list[bytes]:
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + length > len(data):
+            break  # still being written
         piece, place = data[place + 7 : place + 7 + length], place + 7 + length
         pending = piece if kind in (1, 2) else pending + piece
         if kind in (1, 4):

@@ -245,8 +245,8 @@ class MetricsLog(JsonlLog):
 
     def truncate_after(self, step: int) -> list[dict[str, Any]]:
         """As for any log; trackers that show the run already are handed the rows that stay."""
+        self.close()
         rows = super().truncate_after(step)
-        self._close_trackers()
         for name in self._openers:
             self._open(name, rows)
         return rows
@@ -262,9 +262,6 @@ class MetricsLog(JsonlLog):
 
     def close(self) -> None:
         super().close()
-        self._close_trackers()
-
-    def _close_trackers(self) -> None:
         for name, tracker in self._trackers.items():
             try:
                 tracker.close()
