@@ -149,6 +149,10 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
             ["training.gradient_checkpointing=blok"],
             "must be true, false or one of off, mamba, attention, branches, block (did you mean block?), got 'blok'",
         ),
+        (
+            ["logging.trackers=[csv,wandbb]"],
+            "logging.trackers: there is no tracker 'wandbb', only wandb, tensorboard, csv; did you mean wandb?",
+        ),
         (["training.betas=[0.9, 1.5]"], "betas must lie in [0, 1)"),
         (["data.train_paths=missing.jsonl"], "missing.jsonl"),
         (["data.eval_paths=missing/*.jsonl"], "missing/*.jsonl"),

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-CLOCK = ("tokens_per_second", "elapsed")
+CLOCK = ("tokens_per_second", "elapsed", "tflops", "mfu", "peak_memory_gib")  # of the machine, not of the run
 
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:

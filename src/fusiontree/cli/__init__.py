@@ -64,6 +64,7 @@ COMMANDS = {
     "train": _Entry("fusiontree.cli.train:train", "Train a model as a YAML file says."),
     "eval": _Entry("fusiontree.cli.evaluate:evaluate", "Perplexity of a model on held-out text, also by position."),
     "gates": _Entry("fusiontree.cli.gates:gates", "Show what the gates of a run did, as a table and as heat maps."),
+    "report": _Entry("fusiontree.cli.report:report", "Show runs side by side on one HTML page."),
     "plan": _Entry("fusiontree.cli.plan:plan", "Decide what to cut from a model to meet a budget, by measurement."),
     "export": _Entry("fusiontree.cli.export:export", "Apply a prune plan: write the smaller model."),
     "heal": _Entry("fusiontree.cli.heal:heal", "Distil a pruned model from its parent."),

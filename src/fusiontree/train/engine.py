@@ -45,6 +45,8 @@ from fusiontree.train.setup import (
 )
 from fusiontree.train.stop import StopRequest
 from fusiontree.train.teacher import Teacher, load_teacher
+from fusiontree.train.throughput import Throughput
+from fusiontree.train.trackers import MetricsLog, check_trackers
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class TrainingEngine:
     def __init__(self, settings: RunSettings, resume: str | None = None):
         self.settings = settings
         self.run_directory = Path(settings.output_dir)
+        check_trackers(settings.logging)
         self.accelerator = open_accelerator(settings)
         try:
             self._open(resume)
@@ -96,16 +99,17 @@ class TrainingEngine:
             lambda: checkpoint_to_resume(self.run_directory, resume, self.passed_over.append)
         )
         state, model, teacher = self.processes.on_all(self._load)
+        throughput = Throughput(model, self.processes.device, settings)  # counts the whole model: before it is sharded
         self.parallel = open_parallel(self.accelerator, model, settings)
         self.loss = HybridModelLoss(settings.loss, teacher)
         self.monitor = GateMonitor(settings.gate_monitor, model.config.num_layers, model.config.layer_branches)
-        self.meter = StepMeter(settings.loss)
+        self.meter = StepMeter(settings.loss, throughput)
         self.guard = StepGuard(settings.training)
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.evaluated_step: int | None = None
         self.evaluation: TokenLoss | None = None
-        self.metrics = JsonlLog(self.run_directory / "metrics.jsonl")
+        self.metrics = MetricsLog(self.run_directory)
         self.gates = JsonlLog(self.run_directory / "gates.jsonl")
         if state is not None:
             self.processes.on_all(lambda: self._restore(state))
@@ -182,6 +186,7 @@ class TrainingEngine:
                 data_fingerprint=self.train_loader.fingerprint(),
                 parent_run=str(self.checkpoint) if self.checkpoint else self.settings.training.init_from,
             ).save(manifest)
+        self.metrics.open_trackers(self.settings.logging, resolved)
         return evaluated
 
     def _truncate_logs(self, step: int) -> int | None:
@@ -247,6 +252,7 @@ class TrainingEngine:
         stage = self.lengths.at(step)
         self.train_loader.set_shape(stage.batch_size, stage.length)
         micro_batches, totals = self._fetch(batches)
+        self.meter.count_operations(micro_batches)
         with_details = self.monitor.due(step)
         sums = self._forward_backward(step, micro_batches, totals, with_details)
         learning_rate = learning_rate_at(step, t)

@@ -14,6 +14,7 @@ from fusiontree.data.curriculum import CurriculumSettings, LengthSchedule
 from fusiontree.data.settings import DataSettings
 from fusiontree.errors import InputError, SettingError, nearest
 
+TrackerName = Literal["wandb", "tensorboard", "csv"]
 # Beside `off` those of the model's `CHECKPOINTING_SCOPES`, spelt out because settings are read without torch.
 CheckpointingScope = Literal["off", "mamba", "attention", "branches", "block"]
 
@@ -124,11 +125,28 @@ class GateMonitorSettings(Settings):
 
 
 class LoggingSettings(Settings):
-    """How a run shows itself while it trains."""
+    """How a run shows itself while it trains, and where else (train/trackers.py)."""
 
     progress: Literal["auto", "live", "plain", "none"] = Field(
         "auto", description="auto = a live line on a terminal, plain lines elsewhere"
     )
+    trackers: tuple[TrackerName, ...] = Field((), description="wandb, tensorboard, csv: each shows metrics.jsonl")
+    wandb_project: str = Field("fusiontree", description="project of the W&B run")
+    wandb_entity: str | None = Field(None, description="user or team that it belongs to; null = the login's own")
+    wandb_name: str | None = Field(None, description="its name; null = that of the run directory")
+    wandb_mode: Literal["online", "offline"] | None = Field(None, description="null = WANDB_MODE, else online")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: object) -> object:
+        names = (value,) if isinstance(value, str) else value
+        known = get_args(TrackerName)
+        for name in names if isinstance(names, (list, tuple)) else ():
+            if name not in known:
+                close = nearest(str(name), known)
+                hint = f"; did you mean {close}?" if close else ""
+                raise ValueError(f"there is no tracker {name!r}, only {', '.join(known)}{hint}")
+        return tuple(dict.fromkeys(names)) if isinstance(names, (list, tuple)) else names
 
 
 class SystemSettings(Settings):
@@ -137,6 +155,7 @@ class SystemSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is a device")
     num_devices: int | None = Field(None, ge=1, description="devices the run is meant for; null = as launched")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null = torch decides")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for mfu; null = known GPUs in bf16")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = that of the JSON, or none")
     deepspeed_config: str | None = Field(None, description="DeepSpeed JSON file; what it leaves out is set from here")
     offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO)")
