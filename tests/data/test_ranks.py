@@ -95,8 +95,9 @@ class Run:
     def rows(self, job: str) -> torch.Tensor:
         """All rows, each step's in the order of the processes, [3, rows, T]."""
         ranks = self.batches(job)
-        steps = range(max(map(len, ranks)))
-        return torch.cat([rank[step] for step in steps for rank in ranks if step < len(rank)], dim=1)
+        rows = torch.cat([rank[step] for step in range(len(ranks[0])) for rank in ranks], dim=1)
+        # Where a process is left without a row at the end of an evaluation, it has one without labels.
+        return rows[:, (rows[1] >= 0).any(dim=1)]
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +182,11 @@ def test_another_number_of_processes_goes_on_with_the_next_row(runs, job, world_
 
 
 def test_the_last_rows_of_an_evaluation_may_not_go_round(runs):
+    """All processes have as many batches, as engines need that gather weights in every forward pass."""
     assert runs[1].rows("evaluation").shape[1] == 13 * 6 + 3
     of_three = runs[3].batches("evaluation")
-    assert [[len(ids) for ids, *_ in batches[12:]] for batches in of_three] == [[2, 2], [2, 1], [2]]
+    assert [[len(ids) for ids, *_ in batches[12:]] for batches in of_three] == [[2, 2], [2, 1], [2, 1]]
+    assert (of_three[2][13][1] == -100).all()
 
 
 class Numbered:
@@ -218,9 +221,10 @@ def rows_of(loaders: list[Loader], steps: int | None) -> list[list[list[int]]]:
     batches = [list(islice(loader, steps)) for loader in loaders]
     return [
         [b.input_ids[row].tolist(), b.labels[row].tolist(), b.position_ids[row].tolist()]
-        for step in range(max(map(len, batches)))
-        for b in (rank[step] for rank in batches if step < len(rank))
+        for step in range(len(batches[0]))
+        for b in (rank[step] for rank in batches)
         for row in range(len(b.input_ids))
+        if (b.labels[row] >= 0).any()  # else it stands for a row that is not there
     ]
 
 
@@ -314,8 +318,7 @@ def test_an_evaluation_is_shared_out_to_its_last_row(lengths, length, world_size
     whole = rows_of([one], None)
     assert rows_of(ranks, None) == whole
     assert all(loader.report() == one.report() for loader in ranks)
-    counts = [len(list(loader)) for loader in ranks]
-    assert counts == sorted(counts, reverse=True) and counts[0] - counts[-1] in (0, 1)
+    assert len({len(list(loader)) for loader in ranks}) == 1
     # So many batches of each are the same rows as so many of one process with batches as large as theirs together.
     big = make(batch_size=world_size * batch_size)
     assert rows_of(ranks, 2) == rows_of([big], 2)

@@ -58,7 +58,7 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
     assert engine.loss.teacher is not None and settings.training.init_from is not None
     # A run that was complete already has not evaluated.
     after = result.evaluation or engine.evaluate(engine.parallel.model)
-    export = load_model(Path(settings.training.init_from)).to(engine.accelerator.device)
+    export = load_model(Path(settings.training.init_from)).to(engine.processes.device)
     before, parent = (engine.evaluate(model) for model in (export, engine.loss.teacher.model))
     assert after is not None and before is not None and parent is not None
     report = HealReport(
@@ -71,7 +71,7 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
         export_loss=before.loss,
         healed_loss=after.loss,
     )
-    if engine.accelerator.is_main_process:
+    if engine.processes.is_main:
         report.save(result.run / REPORT)
     return Healed(report, result.run, None)
 

@@ -142,14 +142,16 @@ class HybridBlock(nn.Module):
         hidden, branch = config.hidden_size, config.branch(layer)
         self.branch = branch
         self.is_gated = branch == "both" and config.has_gate(layer)
-        self.mamba = MambaBlock(config) if branch in ("both", "mamba") else None
-        self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
-        self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
+        self.mamba = self.attention = self.gate = None
         if branch == "constant":
             self.constant = nn.Parameter(torch.zeros(hidden))
         else:
+            # In the order of the equation, which is that of their random initialisation.
             self.ln_input = nn.LayerNorm(hidden, eps=config.norm_eps)
+            self.mamba = MambaBlock(config) if branch in ("both", "mamba") else None
+            self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
             self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
+            self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
             self.fusion_proj = nn.Linear(hidden, hidden)
             self.small_mlp = SmallMLP(hidden)
             for linear in (self.fusion_proj, self.small_mlp.out_proj):
