@@ -45,13 +45,13 @@ SIZES = {
         hidden_size=256,
         num_layers=6,
         parameters=6_600_000,
-        ours={"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "gate_rank": 64},
+        ours={"num_layers": 4, "num_heads": 4, "gate_rank": 64},
     ),
     "20M": Size(
         hidden_size=384,
         num_layers=8,
         parameters=20_300_000,
-        ours={"num_layers": 7, "num_heads": 6},
+        ours={"num_layers": 6, "num_heads": 6},
     ),
     "tiny": Size(
         vocab_size=300,
@@ -59,7 +59,7 @@ SIZES = {
         num_layers=2,
         parameters=670_000,
         tolerance=0.1,  # Mamba-2 grows by whole layers
-        ours={"num_layers": 2, "num_heads": 4, "gate_rank": 32, "window_size": 16},
+        ours={"num_layers": 2, "num_heads": 4, "mamba_expand": 1, "gate_rank": 32, "window_size": 16},
     ),
 }
 

@@ -39,7 +39,10 @@ RANGES = 8  # the reading length in training lengths
 
 SIZES = {
     "1.8M": Size(
-        hidden_size=128, num_layers=4, parameters=1_770_000, ours={"num_layers": 4, "num_heads": 4, "gate_rank": 32}
+        hidden_size=128,
+        num_layers=4,
+        parameters=1_770_000,
+        ours={"num_layers": 4, "num_heads": 4, "mamba_expand": 1, "gate_rank": 32},
     ),
     "tiny": candidates.SIZES["tiny"],
 }

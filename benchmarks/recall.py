@@ -43,6 +43,7 @@ SIZES = {
     "num_heads": 4,
     "global_heads": 2,
     "window_size": 64,
+    "mamba_expand": 1,
     "mamba_head_dim": 32,
     "srte_rank": 32,
     # Heads of 16 channels: at a base of 1e4 only 3 of their 8 frequencies turn by less than a radian in 256 tokens.

@@ -92,7 +92,8 @@ def test_a_record_loads_as_it_was_saved(tmp_path: Path, record: Artifact) -> Non
     path = tmp_path / "new" / "record.json"
     record.save(path)
     assert type(record).load(path) == record
-    assert [p.name for p in path.parent.iterdir()] == ["record.json"]
+    beside = ["record.constants.safetensors"] if record is PLAN else []
+    assert sorted(p.name for p in path.parent.iterdir()) == [*beside, "record.json"]
 
 
 def test_a_report_of_before_there_were_tasks_still_loads(tmp_path: Path) -> None:
@@ -125,16 +126,44 @@ def test_a_plan_reads_as_layer_branches() -> None:
     assert PLAN.layer_branches == ["mamba", "both"]
 
 
+def test_a_plan_of_the_first_version_still_loads(tmp_path: Path) -> None:
+    layers = [{"keep": "mamba", "reason": "r", "evidence": {}, "constant": [0.0, 1.0]}]
+    old = {"kind": "prune_plan", "version": 1, "criterion": "c", "thresholds": {}, "source": "s", "layers": layers}
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    plan = PrunePlan.load(tmp_path / "plan.json")
+    assert plan.layer_branches == ["mamba"] and plan.layers[0].constant == [0.0, 1.0] and plan.model is None
+
+
+def test_the_constants_of_a_plan_lie_beside_it_and_belong_to_it(tmp_path: Path) -> None:
+    path, beside = tmp_path / "plan.json", tmp_path / "plan.constants.safetensors"
+    PLAN.save(path)
+    assert '"constant": null' in path.read_text() and str(tmp_path) not in path.read_text()
+    (tmp_path / "elsewhere").mkdir()
+    for file in (path, beside):
+        file.rename(tmp_path / "elsewhere" / file.name)
+    assert PrunePlan.load(tmp_path / "elsewhere" / "plan.json") == PLAN
+    PLAN.save(path)
+    PLAN.model_copy(update={"layers": [PLAN.layers[0].model_copy(update={"gate": [0.5, 0.25]})]}).save(
+        tmp_path / "other.json"
+    )
+    (tmp_path / "other.constants.safetensors").replace(beside)
+    with pytest.raises(InputError, match=r"plan.constants.safetensors does not belong to .*plan.json"):
+        PrunePlan.load(path)
+    beside.unlink()
+    with pytest.raises(InputError, match=r"plan.constants.safetensors cannot be read .*move both together"):
+        PrunePlan.load(path)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (lambda text: text[: len(text) // 2], "truncated or not JSON"),
         (lambda text: "", "truncated or not JSON"),
         (
-            lambda text: text.replace('"version": 1', '"version": 2'),
-            "newer FusionTree (format 2, this one reads up to 1)",
+            lambda text: text.replace('"version": 2', '"version": 3'),
+            "newer FusionTree (format 3, this one reads up to 2)",
         ),
-        (lambda text: text.replace('"version": 1', '"version": "x"'), "does not say the version"),
+        (lambda text: text.replace('"version": 2', '"version": "x"'), "does not say the version"),
         (lambda text: text.replace("prune_plan", "eval_report"), "holds 'eval_report' where 'prune_plan' is needed"),
         (lambda text: "[1, 2]", "holds something else where 'prune_plan' is needed"),
         (lambda text: text.replace('"keep": "both"', '"keep": "neither"'), "layers.1.keep"),

@@ -32,6 +32,9 @@ SHORTENED = {
     "fusiontree generate": "--max-new-tokens 4",
     "fusiontree bench --config": f"{SMALL} {SMALL_BENCH}",
     "fusiontree bench runs/": SMALL_BENCH,
+    "fusiontree plan runs/": "--context 64 --rounds 1 --tokens 2000 --length 64",
+    "fusiontree export": "--context 64",
+    "fusiontree heal": "training.eval_batches=1",
 }
 # Commands whose own effect is tested elsewhere, or that would start this test again.
 CHECKED = {

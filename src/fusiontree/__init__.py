@@ -9,6 +9,7 @@ what this import costs. The command line alone skips it, to answer `fusiontree -
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,10 @@ __all__ = [
     "load",
     "train",
 ]
+
+# Where DeepSpeed is installed, accelerate imports it, and it would say on every command's standard output that there is
+# no GPU.
+logging.getLogger("DeepSpeed").addFilter(lambda record: not str(record.msg).startswith("Setting accelerator to CPU"))
 
 _HOMES = {
     "HybridCache": "fusiontree.models",

@@ -64,7 +64,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_tree(temporary)
         _put_in_place(temporary, destination)
     except BaseException as error:
-        full = isinstance(error, Exception) and not isinstance(error, OSError) and _means_disk_full(error, temporary)
+        is_of_library = isinstance(error, Exception) and not isinstance(error, OSError | ValueError)
+        full = is_of_library and _means_disk_full(error, temporary)
         shutil.rmtree(temporary, ignore_errors=True)
         if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(destination)) from error
@@ -114,7 +115,7 @@ def _sync_directory(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _means_disk_full(error: Exception, directory: Path) -> bool:
+def _means_disk_full(error: BaseException, directory: Path) -> bool:
     """safetensors says it in words, `torch.save` only fails an internal check: then the free space tells."""
     message = str(error)
     if os.strerror(errno.ENOSPC) in message or f"os error {errno.ENOSPC}" in message:

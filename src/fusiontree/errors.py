@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class ElsewhereError(InputError):
+    """An `InputError` of another process of the same run, which tells it itself: this one only ends with it."""
+
+
 class SettingError(InputError):
     """A setting that cannot be used; `key` is its dotted name, by which the line of its file can be found."""
 

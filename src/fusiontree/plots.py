@@ -7,10 +7,8 @@ Shapes: L layers, H channels, R records.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -18,54 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fusiontree.artifacts import GateStatistics
-from fusiontree.errors import InputError
+from fusiontree.runs import read_gates, read_metrics
 
 LEARNING_CURVE = "learning_curve.png"
 GATES_BY_STEP = "gates_by_step.png"
 GATES_BY_CHANNEL = "gates_by_channel.png"
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last row that is still being written is left out.
-
-    Raises:
-        InputError: there is no such file, or a row before the last is not JSON.
-    """
-    return [json.loads(line) for _, line in _lines(run, "metrics.jsonl")]
-
-
-def read_gates(run: Path) -> list[GateStatistics]:
-    """The records of a run's gates.jsonl; a last one that is still being written is left out.
-
-    Raises:
-        InputError: there is no such file, it is empty, or a record before the last is broken.
-    """
-    records = [GateStatistics.loads(line, source=source) for source, line in _lines(run, "gates.jsonl")]
-    if not records:
-        raise InputError(f"{run / 'gates.jsonl'} holds no record yet; train further, or set gate_monitor.enabled: true")
-    return records
-
-
-def _lines(run: Path, name: str) -> list[tuple[str, str]]:
-    """(`FILE:LINE`, text) of each row that is whole."""
-    path = run / name
-    if run.is_file():
-        raise InputError(f"{run} is a file; name the directory of a training run")
-    if not run.is_dir():
-        raise InputError(f"run directory {run} does not exist")
-    if not path.is_file():
-        raise InputError(f"{run} holds no {name}: it is not the directory of a training run, or recorded none")
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number} is not JSON: {error}") from error
-        found.append((f"{path}:{number}", line))
-    return found
 
 
 def plot_run(run: Path) -> list[Path]:

@@ -326,6 +326,34 @@ def test_packing_counts_every_token_but_the_first_of_rows_and_documents(benchmar
     assert rows.labels.tolist() == [[-100, 6, 0, -100], [-100, 9, 0, -100]]
 
 
+@pytest.mark.slow
+def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_modules: None) -> None:
+    (tmp_path / "data").mkdir()
+    for name, first in (("train", 0), ("valid", 60), ("test", 90)):
+        texts = [" ".join(f"{n} times {i} is {n * i}." for n in range(60)) for i in range(first, first + 30)]
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "data" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    folders = ("--data", tmp_path / "data", "--results", tmp_path, "--work", tmp_path / "work")
+    sizes = ("--steps", "8", "--batch-size", "2", "--length", "64", "--context", "64", "--rounds", "1")
+    amounts = ("--calibration-tokens", "1500", "--report-tokens", "1000")
+    done = run_script("pruning.py", *folders, *TINY, *sizes, *amounts)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line)["run"] for line in (tmp_path / "pruning.jsonl").read_text().splitlines()]
+    assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "costs"}
+    assert [run["model"] for run in runs if run["stage"] == "heal"][-2:] == ["parent continued", "plain smaller"]
+    shown = (tmp_path / "pruning.md").read_text()
+    for title in (
+        "What the branches are worth",
+        "Criteria at equal saving",
+        "frontier",
+        "rivals",
+        "Measured in one run",
+    ):
+        assert title in shown
+    again = run_script("pruning.py", *folders, *TINY, *sizes, *amounts, "--stages", "criteria")
+    assert again.stdout.count("recorded already") == 8
+
+
 @pytest.mark.slow  # five servers, of which each imports torch
 def test_serving_answers_right_under_load_and_records_what_it_costs(tmp_path: Path) -> None:
     sizes = ["--streams", "4", "--seconds", "4", "--pool", "4", "--prompt-tokens", "24", "--new-tokens", "12"]

@@ -88,7 +88,7 @@ def test_a_conversation_is_saved_and_resumed_without_reading_it_again(
     counts = runtimes[0].scheduler
     assert counts.prefixes.counts.hits == 1
     read = counts.prefixes.counts.tokens
-    assert read > 30 and counts.counts.prompt_tokens < 40
+    assert 30 < read > counts.counts.prompt_tokens
     # The file is of these weights.
     other = save_tiny_model(tmp_path / "other", folder)
     (other / "chat_template.jinja").write_text(TEMPLATE)

@@ -149,6 +149,10 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
             ["training.gradient_checkpointing=blok"],
             "must be true, false or one of off, mamba, attention, branches, block (did you mean block?), got 'blok'",
         ),
+        (
+            ["logging.trackers=[csv,wandbb]"],
+            "logging.trackers: there is no tracker 'wandbb', only wandb, tensorboard, csv; did you mean wandb?",
+        ),
         (["training.betas=[0.9, 1.5]"], "betas must lie in [0, 1)"),
         (["data.train_paths=missing.jsonl"], "missing.jsonl"),
         (["data.eval_paths=missing/*.jsonl"], "missing/*.jsonl"),
@@ -156,9 +160,16 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
         (["data.tokenizer=null"], "data.tokenizer is missing"),
         (["loss.distillation_coeff=0.5"], "no teacher is named"),
         (["loss.distillation_coeff=0.5", "loss.teacher=missing/teacher"], "loss.teacher 'missing/teacher'"),
-        (["system.zero_stage=2"], "system.zero_stage is 2"),
+        (
+            ["system.fsdp=true", "system.zero_stage=2"],
+            "fsdp and DeepSpeed (zero_stage, deepspeed_config) are two engines",
+        ),
+        (["system.deepspeed_config=missing.json"], "system.deepspeed_config: missing.json cannot be read"),
         (["system.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
-        (["system.num_devices=8"], "system.num_devices is 8"),
+        (
+            ["system.num_devices=8"],
+            "system.num_devices is 8 but 1 process runs: start it with torchrun --nproc_per_node=8",
+        ),
         (["model.srte_encoding=learned", "model.max_position_embeddings=8"], "training.max_seq_length 24 is longer"),
         (["--resume", "missing/run"], "missing/run"),
     ],
@@ -298,10 +309,45 @@ def test_a_tokenizer_that_changed_is_named_when_a_run_does_not_fit_it(train: Tra
     assert code == 2 and "data.tokenizer may have changed since (the checkpoint's own is in " in errors
 
 
-def test_several_processes_are_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, errors = train()
-    assert code == 2 and "2 processes were launched" in errors
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("WORLD_SIZE", "2", "system.num_devices is 1 but 2 processes run"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "the launcher asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED) but system."),
+        ("ACCELERATE_USE_FSDP", "true", "the launcher asks for FSDP (ACCELERATE_USE_FSDP) but system.fsdp is false"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launcher asks for fp16 (ACCELERATE_MIXED_PRECISION) but training."),
+    ],
+)
+def test_what_the_launcher_asks_for_must_be_what_the_settings_ask_for(
+    train: Train, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    code, _, errors = train("system.num_devices=1")
+    assert code == 2 and said in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        (
+            '{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 64}',
+            "the training section makes it 2",
+        ),
+        ('{"zero_optimization": {"stage": 0}}', "zero_optimization.stage is 0: set it to 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "parameters stay float32"),
+        ('{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}', "optimizer: the optimizer is that of"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_settings_is_one_sentence(
+    train: Train, tmp_path: Path, content: str, said: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    file.write_text(content)
+    code, _, errors = train(f"system.deepspeed_config={file}")
+    (line,) = [line for line in errors.splitlines() if line.strip()]
+    assert code == 2 and line.startswith("error: ") and str(file) in line and said in line
 
 
 def test_dry_run_counts_and_trains_nothing(train: Train, tmp_path: Path) -> None:
@@ -342,16 +388,24 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(config: Path, train: Train
     assert metrics(run)[-1]["step"] == 6
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(train: Train, tmp_path: Path) -> None:
-    assert train("training.max_steps=3")[0] == 0
-    weights = tmp_path / "run" / "latest" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["layers.0.fusion_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    code, _, errors = train("--resume", "auto", "training.eval_interval=0")
+def test_steps_that_stay_without_a_finite_value_go_back_once_and_then_name_the_layer(
+    train: Train, tmp_path: Path
+) -> None:
+    absurd = ("training.learning_rate=1e30", "training.warmup_steps=0", "training.grad_clip=0", "training.max_steps=40")
+    code, _, errors = train(
+        *absurd, "training.save_interval=1", "training.max_skipped_steps=2", "training.eval_interval=0"
+    )
     assert code == 2
-    last = errors.splitlines()[-1]
-    assert last.startswith("error: step 4 is not finite (lm nan") and "training.learning_rate" in last
+    lines = errors.splitlines()
+    (back,) = [line for line in lines if ": back to " in line]
+    left_out = [line for line in lines if "left out" in line]
+    assert len(left_out) == 4 and "step 2 is not finite (lm " in left_out[0] and "2 in a row" in left_out[1]
+    assert "step 4 is not finite" in back and "checkpoints/step_0000000" in back
+    last = lines[-1]
+    assert last.startswith("error: step ") and "first in the output of " in last and "training.learning_rate" in last
+    # What was saved before is still there and whole.
+    code, _, errors = train("--resume", "auto", "training.learning_rate=1e-30", "training.max_steps=6")
+    assert "resumed from" in errors
 
 
 def test_without_evaluation_data_it_trains_and_says_so(train: Train, tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_packed_file_is_unpacked_once_and_again_when_it_changes(tmp_path):
 
 
 def test_a_record_too_long_to_hold_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusiontree.data.records.MAX_RECORD_BYTES", 100)
+    monkeypatch.setattr("fusiontree.data.corpus.MAX_RECORD_BYTES", 100)
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long" * 100}])
     first, second = (content for _, content in Corpus([path]).records())
     assert first == "short" and second.kind == "too long"
@@ -208,7 +208,7 @@ def test_a_zstd_file_may_begin_with_a_frame_to_skip(tmp_path):
 
 def test_a_packed_line_too_long_to_hold_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr("fusiontree.data.unpack.MAX_RECORD_BYTES", 1 << 20)
-    monkeypatch.setattr("fusiontree.data.records.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("fusiontree.data.corpus.MAX_RECORD_BYTES", 1 << 20)
     content = b'{"text": "' + b"x" * (5 << 20) + b'"}\n{"text": "after"}\n'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
     first, second = (content for _, content in Corpus([f"{tmp_path}/a.jsonl.gz"]).records())

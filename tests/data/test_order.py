@@ -4,10 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusiontree.data.order import Permutation
+from fusiontree.data.order import MixedOrder, Permutation, PlainOrder
+from fusiontree.errors import InputError
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 1000))
@@ -66,3 +67,40 @@ def test_places_outside_are_refused():
         Permutation(10, seed=0, epoch=0)(np.array([10]))
     with pytest.raises(ValueError):
         Permutation(0, seed=0, epoch=0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4),
+    seed=st.one_of(st.none(), st.integers(0, 5)),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_a_mix_keeps_its_shares_and_reads_every_source_evenly(sizes, seed, data):
+    weights = data.draw(st.lists(st.floats(0.05, 5), min_size=len(sizes), max_size=len(sizes)))
+    order = MixedOrder(sizes, weights, seed)
+    places = np.arange(3000)
+    epochs, within = np.divmod(places, order.size)
+    records = np.concatenate([order(epoch, within[epochs == epoch]) for epoch in np.unique(epochs).tolist()])
+    bounds = np.cumsum([0, *sizes])
+    for source, weight in enumerate(weights):
+        mine = records[(records >= bounds[source]) & (records < bounds[source + 1])]
+        assert abs(len(mine) - len(records) * weight / sum(weights)) <= 3
+        # Round after round, each record once.
+        for begin in range(0, len(mine) - sizes[source] + 1, sizes[source]):
+            assert len(set(mine[begin : begin + sizes[source]].tolist())) == sizes[source]
+        counts = np.bincount(mine - bounds[source], minlength=sizes[source])
+        assert counts.max() - counts.min() <= 1
+    # Any place alone, and the same again.
+    picked = np.array([0, order.size - 1])
+    assert order(2, picked).tolist() == [order(2, picked[:1])[0], order(2, picked[1:])[0]]
+
+
+def test_a_weight_without_a_place_is_an_error():
+    with pytest.raises(InputError, match=r"source 2 has less than 1/4096 of all weights: raise its weight"):
+        MixedOrder([5, 5], [1, 1e-6], 0)
+
+
+def test_a_plain_order_is_the_file_order_or_a_shuffle():
+    assert PlainOrder(5, None)(3, np.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    first, second = (PlainOrder(50, 1)(epoch, np.arange(50)).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50)) and first != second

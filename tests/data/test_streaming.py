@@ -29,7 +29,6 @@ from fusiontree.data.records import BadRecord
 from fusiontree.data.remote import Patience
 from fusiontree.data.report import DataReport
 from fusiontree.data.settings import STREAMING_PRESETS
-from fusiontree.data.static import tokenise
 from fusiontree.data.streaming import StreamEntry, StreamingDataset, StreamingSource, open_streams
 from fusiontree.data.tokenizer import DocumentEncoder, separator_id_of
 from fusiontree.errors import InputError
@@ -276,23 +275,10 @@ def test_files_are_permuted_and_each_is_read_in_sequence(tmp_path, make):
     assert len(orders) == 5
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 7, 20])
-def test_ranks_share_every_epoch_without_overlap(two_files, make, world_size):
-    together = one_epoch(make(*two_files))
-    for epoch in (0, 1):
-        expected = one_epoch(make(*two_files), Place(epoch))
-        for rank in range(world_size):
-            mine = one_epoch(make(*two_files, rank=rank, world_size=world_size), Place(epoch))
-            assert [record[1:] for record in mine] == [record[1:] for record in expected[rank::world_size]]
-            assert [record[0] for record in mine] == [Place(epoch, position) for position in range(len(mine))]
-    assert len(together) == 65
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("shuffle_block", [1, 8, 1000])
-def test_reading_from_any_place_gives_the_same_rest(two_files, make, shuffle_block, world_size):
+def test_reading_from_any_place_gives_the_same_rest(two_files, make, shuffle_block):
     def build() -> StreamingSource:
-        return make(*two_files, shuffle_block=shuffle_block, world_size=world_size, rank=world_size - 1)
+        return make(*two_files, shuffle_block=shuffle_block)
 
     whole = plain(islice(build().read(Place()), 140))
     for number in range(0, 100, 3):
@@ -318,8 +304,8 @@ def test_what_is_read_over_is_not_decoded(two_files, make, monkeypatch):
         return "text"
 
     monkeypatch.setattr("fusiontree.data.shards.decode_record", decode)
-    source = make(*two_files, endless=False, shuffle_block=4, rank=1, world_size=2)
-    assert len(list(source.read(Place(0, 27)))) == len(decoded) == 5
+    source = make(*two_files, endless=False, shuffle_block=4)
+    assert len(list(source.read(Place(0, 60)))) == len(decoded) == 5
 
 
 @pytest.mark.parametrize("ranges", ["yes", "ignored"])
@@ -493,10 +479,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, make):
         list(reading)
 
 
-def test_a_stream_too_small_for_its_processes(tmp_path, make):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
-    with pytest.raises(InputError, match="at most 2 records, too few for 3 processes"):
-        list(make(path, rank=2, world_size=3).read(Place()))
+def test_an_endless_stream_holds_something(tmp_path, make):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     with pytest.raises(InputError, match="no record at all"):
         list(make(str(tmp_path / "empty.jsonl")).read(Place()))
@@ -535,31 +518,6 @@ def streaming_loader(settings, tokenizer, **changes):
 
 def learnt_tokens(loader, batches: int) -> list[int]:
     return [t for batch in islice(loader, batches) for t in batch.input_ids[batch.labels >= 0].tolist()]
-
-
-@pytest.mark.parametrize("phases", [[(2, 9), (1, 40)], [(1, 5), (3, 4), (2, 3), (1, 30)]])
-def test_every_token_comes_once_when_the_number_of_processes_changes(two_files, tokenizer, phases):
-    settings = DataSettings(data_mode="hf_streaming", train_paths=two_files, shuffle_block=8)
-    read, states = [], None
-    for ranks, batches in phases:
-        loaders = [streaming_loader(settings, tokenizer, rank=rank, world_size=ranks) for rank in range(ranks)]
-        for loader in loaders:
-            if states is not None:
-                loader.load_state_dict(json.loads(json.dumps(states)))
-            read += learnt_tokens(loader, batches)
-        states = [loader.state_dict() for loader in loaders]
-        assert {loader.epoch for loader in loaders} == {0}
-    (loader,) = loaders
-    while loader.epoch == 0:
-        read += learnt_tokens(loader, 1)
-    whole = build_loader(DataSettings(eval_paths=two_files), tokenizer, split="eval", batch_size=1, max_seq_length=16)
-    expected = learnt_tokens(whole, 10_000)
-    rest = np.bincount(read, minlength=400) - np.bincount(expected, minlength=400)
-    # The last row may hold the first tokens of the next epoch.
-    assert (rest >= 0).all() and rest.sum() <= 16
-    with pytest.raises(InputError, match="processes stood in different epochs of a stream: resume with as many"):
-        ahead = {**states[0], "place": [1, 3, 0, 0], "rank": 1}
-        streaming_loader(settings, tokenizer).load_state_dict([states[0], ahead])
 
 
 def test_streams_are_mixed_by_their_weights_and_resume_in_any_round(tmp_path, tokenizer):
@@ -607,32 +565,6 @@ def test_presets_name_sets_of_the_hub_and_say_when_it_is_out_of_reach(tokenizer,
         assert all(entry.path.count("/") == 1 and entry.config for entry in entries)
         with pytest.raises(InputError, match=f"{entries[0].path} is no file or folder here, and the hub did not"):
             streaming_loader(DataSettings(data_mode="hf_streaming", hf_streaming_preset=preset), tokenizer)
-
-
-@pytest.mark.parametrize("mode", ["lazy", "static"])
-def test_all_modes_hold_the_same_documents_each_once_an_epoch(two_files, tokenizer, tmp_path, mode):
-    def epoch_of(settings, **ranks) -> list[str]:
-        texts = []
-        for rank in range(ranks.get("world_size", 1)):
-            loader = streaming_loader(settings, tokenizer, **ranks, rank=rank, max_seq_length=512)
-            source, documents = loader._source, []
-            for place, content, *_ in source.read(Place()):
-                if place.epoch:
-                    break
-                if not isinstance(content, BadRecord):
-                    documents.append(tokenizer.decode(content))
-            texts += documents
-        return sorted(texts)
-
-    streamed = DataSettings(data_mode="hf_streaming", train_paths=two_files)
-    other = DataSettings(data_mode=mode, train_paths=two_files, static_dir=str(tmp_path / "tokens"))
-    if mode == "static":
-        records = LazyDataset(Corpus(two_files), DocumentEncoder(tokenizer, tokenizer.eos_token_id))
-        list(tokenise(records, tmp_path / "tokens" / "train", vocab_size=400))
-    expected = sorted(f"{text}{tokenizer.eos_token}" for text in TEXTS[:61])
-    for world_size in (1, 2, 3):
-        assert epoch_of(streamed, world_size=world_size) == expected
-        assert epoch_of(other, world_size=world_size) == expected
 
 
 def test_sources_of_equal_weight_come_equally_often_whatever_their_sizes(tmp_path, tokenizer):

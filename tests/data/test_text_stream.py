@@ -34,7 +34,7 @@ def test_lines_are_those_of_an_ordinary_file(content, size):
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_a_line_that_is_too_long_is_one_bad_record(size):
     found = list(split_lines(pieces(b"ok\n123456\n12345\n1234567890\nend\n123456", size), limit=5))
-    long = [BadRecord(TOO_LONG, f"a line of {length} bytes, where 5 are the most") for length in (6, 10, 6)]
+    long = [BadRecord(TOO_LONG, f"a record of {length} bytes, where 5 are the most") for length in (6, 10, 6)]
     assert found == [b"ok", long[0], b"12345", long[1], b"end", long[2]]
 
 

@@ -47,6 +47,11 @@ def _combinations() -> dict[str, dict]:
     found["all-local"] = {"global_heads": 0}
     found["all-global"] = {"global_heads": 4}
     found["expand2-tied-linear-alignment"] = {"mamba_expand": 2, "tie_word_embeddings": True, "use_alignment": False}
+    found["gates-folded-and-a-constant-layer"] = {
+        "num_layers": 4,
+        "layer_branches": ["both", "constant", "mamba", "attention"],
+        "layer_gates": [False, True, False, False],
+    }
     found["window1-conv2"] = {"window_size": 1, "conv_kernel": 2}
     return found
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-CLOCK = ("tokens_per_second", "elapsed")
+CLOCK = ("tokens_per_second", "elapsed", "tflops", "mfu", "peak_memory_gib")  # of the machine, not of the run
 
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def stop(sections: dict[str, Any], run: Path, number: signal.Signals, at_step: i
 
 def final(run: Path) -> dict[str, torch.Tensor]:
     path = (run / "latest").resolve()
-    return load_file(path / "model.safetensors") | load_file(path / "training_state" / "tensors.safetensors")
+    return load_file(path / "model.safetensors") | load_file(path / "training_state" / "process-00000.safetensors")
 
 
 def halt_after(engine: Any, step: int) -> None:

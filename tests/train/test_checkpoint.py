@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusiontree
 from fusiontree.errors import InputError
-from fusiontree.train.checkpoint import check_files, load_model, load_state, newest_checkpoint, restore_rng, rng_state
+from fusiontree.train.checkpoint import load_model, load_moments
+from fusiontree.train.checkpoint_files import check_files, newest_checkpoint
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings
 
@@ -69,51 +67,74 @@ def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path: Path) -> N
     assert (directory / "latest").resolve().name == "step_00000004"
 
 
-def test_the_random_states_come_back() -> None:
-    def draw() -> list[float]:
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
-
-    draw()  # leaves Python and numpy with a second Gaussian in hand
-    tensors, python = rng_state()
-    python = json.loads(json.dumps(python))
-    first = draw()
-    draw()
-    restore_rng(tensors, python)
-    assert draw() == first
-
-
 def test_resuming_restores_the_optimizer(run) -> None:
     directory, sections = run
     before = engine(run[1], resume="auto")
-    for group in before.optimizer.param_groups:
+    for group in before.parallel.optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = before.optimizer.state[parameter]
+            state = before.parallel.optimizer.state[parameter]
             assert state["step"].item() == 2, name
             assert state["exp_avg"].shape == parameter.shape
-    saved = load_state(directory / "checkpoints" / "step_00000002").tensors
-    parameter = before.optimizer.param_groups[0]["params"][0]
-    name = before.optimizer.param_groups[0]["names"][0]
-    torch.testing.assert_close(before.optimizer.state[parameter]["exp_avg_sq"], saved[f"optimizer.{name}.exp_avg_sq"])
+    saved = load_moments(directory / "checkpoints" / "step_00000002")
+    parameter = before.parallel.optimizer.param_groups[0]["params"][0]
+    name = before.parallel.optimizer.param_groups[0]["names"][0]
+    torch.testing.assert_close(before.parallel.optimizer.state[parameter]["exp_avg_sq"], saved[f"{name}.exp_avg_sq"])
 
 
-FILES = ["model.safetensors", "training_state/tensors.safetensors", "training_state/state.json", "config.json"]
+FILES = ["model.safetensors", "training_state/process-00000.safetensors", "training_state/state.json", "config.json"]
+
+
+def damage(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    elif how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
 @pytest.mark.parametrize("name", [*FILES, "training_state/files.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_checkpoint_is_one_clear_error(run, name: str, damage: str) -> None:
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_one_clear_error(run, name: str, how: str) -> None:
     directory, sections = run
-    file = newest_checkpoint(directory) / name
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    checkpoint = newest_checkpoint(directory)
+    damage(checkpoint / name, how)
     before = (directory / "metrics.jsonl").read_text()
-    with pytest.raises(InputError, match=f"step_00000002.*{damage}|step_00000002.*not a whole") as caught:
-        engine(sections, resume="auto")
+    with pytest.raises(InputError, match=f"step_00000002.*{how}|step_00000002.*not a whole") as caught:
+        engine(sections, resume=str(checkpoint))
     assert Path(name).name in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (directory / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_bit_is_enough(run, name: str) -> None:
+    directory, sections = run
+    checkpoint = newest_checkpoint(directory)
+    damage(checkpoint / name, "flipped")
+    with pytest.raises(InputError, match=f"step_00000002 is damaged: {name} is not what was written"):
+        engine(sections, resume=str(checkpoint))
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "flipped"])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_that_is_said(run, how: str, capsys) -> None:
+    directory, sections = run
+    damage(directory / "checkpoints" / "step_00000002" / "model.safetensors", how)
+    sections |= {"training": sections["training"] | {"max_steps": 3}, "logging": {"progress": "plain"}}
+    assert fusiontree.train(sections, resume="auto").step == 3
+    shown = capsys.readouterr().err
+    assert "passed over: checkpoint" in shown and "resumed from" in shown
+    assert "checkpoints/step_00000001" in shown.partition("resumed from ")[2].splitlines()[0]
+
+
+def test_without_a_whole_checkpoint_nothing_is_trained(run) -> None:
+    directory, sections = run
+    for step in (1, 2):
+        damage(directory / "checkpoints" / f"step_0000000{step}" / "model.safetensors", "truncated")
+    with pytest.raises(InputError, match="has no checkpoint that is whole"):
+        engine(sections, resume="auto")
 
 
 @pytest.mark.parametrize(

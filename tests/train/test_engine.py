@@ -60,10 +60,10 @@ def test_a_run_is_adamw_clipping_and_the_schedule(run_settings, tmp_path: Path) 
     sections = run_settings(training=training, loss=loss, output_dir=str(tmp_path / "run"))
     settings = RunSettings.parse(sections)
     engine = TrainingEngine(settings)
-    start = {name: value.detach().clone() for name, value in engine.unwrapped.named_parameters()}
+    start = {name: value.detach().clone() for name, value in engine.parallel.module.named_parameters()}
     engine.run()
 
-    model = engine.unwrapped
+    model = engine.parallel.module
     trained = {name: value.detach().clone() for name, value in model.named_parameters()}
     with torch.no_grad():
         for name, value in model.named_parameters():

@@ -109,6 +109,28 @@ def test_a_batch_evaluation_is_the_mean_over_all_labels(model, tokenizer, corpus
     assert evaluate_loader(model, loader, stop=lambda: True) is None
 
 
+@pytest.mark.parametrize("max_batches", [1, 2, None])
+def test_several_processes_evaluate_the_rows_of_one(model, tokenizer, corpus: Path, max_batches: int | None) -> None:
+    settings = DataSettings(eval_paths=str(corpus / "eval.jsonl"), cache_dir=str(corpus / "cache"))
+
+    def load(batch_size: int, rank: int = 0, world_size: int = 1):
+        shape = {"batch_size": batch_size, "max_seq_length": 8}
+        return build_loader(settings, tokenizer, split="eval", rank=rank, world_size=world_size, **shape)
+
+    expected = evaluate_loader(model, load(6), max_batches)
+    for world_size in (2, 3, 6):
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        def reduce(local: torch.Tensor, sums: torch.Tensor = sums) -> torch.Tensor:
+            """One rank after the other: the last one's result is that of all."""
+            return sums.add_(local).clone()
+
+        for rank in range(world_size):
+            result = evaluate_loader(model, load(6 // world_size, rank, world_size), max_batches, reduce=reduce)
+        assert result.tokens == expected.tokens
+        assert result.loss == pytest.approx(expected.loss, rel=1e-5)
+
+
 def test_nothing_to_predict_is_an_error(model, tokenizer) -> None:
     with pytest.raises(InputError, match="no token of the evaluation data can be predicted"):
         evaluate_documents(model, tokenizer, [("", "line 1")])

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fusiontree.errors import InputError, nearest
+from fusiontree.errors import ElsewhereError, InputError, nearest
 from fusiontree.version import __version__
 
 __all__ = ["app", "main"]
@@ -64,6 +64,10 @@ COMMANDS = {
     "train": _Entry("fusiontree.cli.train:train", "Train a model as a YAML file says."),
     "eval": _Entry("fusiontree.cli.evaluate:evaluate", "Perplexity of a model on held-out text, also by position."),
     "gates": _Entry("fusiontree.cli.gates:gates", "Show what the gates of a run did, as a table and as heat maps."),
+    "report": _Entry("fusiontree.cli.report:report", "Show runs side by side on one HTML page."),
+    "plan": _Entry("fusiontree.cli.plan:plan", "Decide what to cut from a model to meet a budget, by measurement."),
+    "export": _Entry("fusiontree.cli.export:export", "Apply a prune plan: write the smaller model."),
+    "heal": _Entry("fusiontree.cli.heal:heal", "Distil a pruned model from its parent."),
     "generate": _Entry("fusiontree.cli.generate:generate", "Continue a prompt, or many."),
     "chat": _Entry("fusiontree.cli.chat:chat", "Talk to a model in the terminal."),
     "serve": _Entry("fusiontree.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API does."),
@@ -148,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # A command with sub-commands that was given none answers with its help, which is no sentence.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
-        print(error if is_help else f"error: {sentence}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(error if is_help else f"error: {sentence}", file=sys.stderr)
         return BAD_INPUT
 
 

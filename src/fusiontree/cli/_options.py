@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fusiontree.errors import InputError
@@ -28,6 +30,15 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+@contextmanager
+def working(command: str) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that shows, where that is a terminal, what a long command is doing: call it with a few words."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(command) as status:
+        yield lambda what: status.update(f"{command}: {what}")
 
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30}

@@ -121,7 +121,7 @@ def tokenise(
     from rich.progress import Progress
 
     from fusiontree.data.lazy import LazyDataset
-    from fusiontree.data.loader import names_files, open_corpus, static_folder
+    from fusiontree.data.opening import names_files, open_corpus, static_folder
     from fusiontree.data.static import tokenise as tokenise_records
     from fusiontree.data.tokenizer import vocab_size_of
 
@@ -175,7 +175,8 @@ def inspect(
     from rich.console import Console
 
     from fusiontree.data.inspection import inspect_corpus, inspect_stream
-    from fusiontree.data.loader import build_loader, open_corpus, open_training_streams
+    from fusiontree.data.loader import build_loader
+    from fusiontree.data.opening import open_corpus, open_training_streams
 
     settings = _run_settings(arguments, config)
     encoder = _encoder_of(settings.data)

@@ -23,7 +23,8 @@ def gates(
     """
     from fusiontree.artifacts import checkpoint_step
     from fusiontree.errors import InputError
-    from fusiontree.plots import plot_gates, read_gates
+    from fusiontree.plots import plot_gates
+    from fusiontree.runs import read_gates
 
     at_checkpoint = checkpoint_step(run.resolve()) if (run / "config.json").is_file() else None
     if at_checkpoint is not None:  # RUN/checkpoints/step_…, or RUN/latest, which is a link to one

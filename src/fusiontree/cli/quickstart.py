@@ -43,7 +43,8 @@ def quickstart(
     import torch
 
     from fusiontree.deploy.loading import load
-    from fusiontree.plots import plot_run, read_metrics
+    from fusiontree.plots import plot_run
+    from fusiontree.runs import read_metrics
     from fusiontree.train import train
     from fusiontree.train.stop import EXIT_CODES
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from fusiontree.data.bpe import train_bpe
     from fusiontree.data.embedded import write_embedded_corpus
     from fusiontree.data.lazy import LazyDataset
-    from fusiontree.data.loader import Loader, build_loader, documents
+    from fusiontree.data.loader import Loader, build_loader
+    from fusiontree.data.opening import documents
     from fusiontree.data.report import DataReport
     from fusiontree.data.settings import DataSettings
     from fusiontree.data.static import LongContextDataset
@@ -49,7 +50,7 @@ _MODULES = {
     "LongContextDataset": "static",
     "StreamingDataset": "streaming",
     "build_loader": "loader",
-    "documents": "loader",
+    "documents": "opening",
     "load_tokenizer": "tokenizer",
     "train_bpe": "bpe",
     "vocab_size_of": "tokenizer",

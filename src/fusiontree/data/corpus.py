@@ -23,6 +23,7 @@ from fusiontree.data.line_index import LineIndex, index_lines
 from fusiontree.data.records import (
     BLANK_LINE,
     BROKEN_JSON,
+    MAX_RECORD_BYTES,
     NOT_A_STRING,
     NOT_AN_OBJECT,
     NOT_UTF8,
@@ -167,8 +168,8 @@ class Corpus:
         try:
             descriptor, offsets = self._opened(number)
             start, end = int(offsets[line]), int(offsets[line + 1])
-            if fault := too_long(end - start):
-                return fault
+            if end - start > MAX_RECORD_BYTES:
+                return too_long(end - start, MAX_RECORD_BYTES)
             content = os.pread(descriptor, end - start, start)
             # After reading: a file that is rewritten in place gives other lines, or lines cut anywhere.
             _check_unchanged(file, os.fstat(descriptor))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fusiontree.data.order import Order, Place, Share
+from fusiontree.data.order import Order, Place
 from fusiontree.data.records import BadRecord
 from fusiontree.data.source import RecordSet, SourceRecord
 from fusiontree.errors import InputError
@@ -48,43 +48,20 @@ class _Chunks(Dataset):
 
 
 class OrderedSource:
-    """A set of records in the order in which one rank trains on them.
-
-    A `position` counts this rank's records within an epoch.
+    """A set of records in the order of training; a `position` is a place of `order` in an epoch.
 
     Args:
-        order: of all ranks together.
         num_workers: processes that read and tokenise; what comes out does not depend on it.
         endless: go on with the next epoch, or stop after one.
     """
 
-    def __init__(
-        self,
-        records: RecordSet,
-        order: Order,
-        *,
-        num_workers: int,
-        endless: bool,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, records: RecordSet, order: Order, *, num_workers: int, endless: bool) -> None:
         self.endless = endless
-        self.rank = rank
-        self.world_size = world_size
         self.num_workers = num_workers
         self._records = records
         self._order = order
-        self._share = Share(order.size, rank, world_size)
         mean_bytes = max(1, records.num_bytes // max(1, len(records)))
         self._chunk_records = min(_MAX_CHUNK_RECORDS, max(1, _CHUNK_BYTES // mean_bytes))
-
-    def hand_over(self, history: Sequence[Sequence[Place]]) -> Place:
-        self._share = Share(self._order.size, self.rank, self.world_size, history)
-        return self._share.start
-
-    @property
-    def first_whole_epoch(self) -> int:
-        return self._share.first_whole_epoch
 
     def read(self, start: Place) -> Iterator[SourceRecord]:
         """Every record from that of `start` on; its offset does not matter here.
@@ -94,7 +71,7 @@ class OrderedSource:
         """
         loader = DataLoader(
             _Chunks(self._records),
-            batch_sampler=(records for _, _, records in self._chunks(start)),
+            batch_sampler=(records for _, records in self._chunks(start)),
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             worker_init_fn=_start_worker,
@@ -103,30 +80,25 @@ class OrderedSource:
         )
         with _quiet_fork(self.num_workers):
             chunks = iter(loader)
-        for (first, places, records), chunk in zip(self._chunks(start), chunks, strict=True):
+        for (first, records), chunk in zip(self._chunks(start), chunks, strict=True):
             if isinstance(chunk, Failure):
                 raise InputError(chunk.message)
-            firsts = self._order.is_first(first.epoch, np.array(places)).tolist()
-            each = zip(places, records, chunk, firsts, strict=True)
-            for number, (place, record, content, is_first) in enumerate(each):
+            positions = first.position + np.arange(len(records))
+            firsts = self._order.is_first(first.epoch, positions).tolist()
+            for position, record, content, is_first in zip(positions.tolist(), records, chunk, firsts, strict=True):
                 source = self._records.source(record) if isinstance(content, BadRecord) else ""
-                offset = self._share.offset(first.epoch, place)
-                yield SourceRecord(
-                    Place(first.epoch, first.position + number, offset), content, source, record, is_first
-                )
+                yield SourceRecord(Place(first.epoch, position), content, source, record, is_first)
 
     def identity(self) -> dict[str, object]:
         return {**self._records.identity(), **self._order.identity()}
 
-    def _chunks(self, start: Place) -> Iterator[tuple[Place, list[int], list[int]]]:
-        """Successive pieces of the order: where each begins, its places in the epoch, and their records."""
+    def _chunks(self, start: Place) -> Iterator[tuple[Place, list[int]]]:
+        """Successive pieces of the order: where each begins, and its records."""
         position = start.position
         for epoch in itertools.count(start.epoch):
-            count = self._share.count(epoch)
-            while position < count:
-                stop = min(position + self._chunk_records, count)
-                places = self._share.places(epoch, np.arange(position, stop))
-                yield Place(epoch, position), places.tolist(), self._order(epoch, places).tolist()
+            while position < self._order.size:
+                stop = min(position + self._chunk_records, self._order.size)
+                yield Place(epoch, position), self._order(epoch, np.arange(position, stop)).tolist()
                 position = stop
             position = 0
             if not self.endless:

@@ -76,11 +76,9 @@ def _fault_in(line: bytes) -> BadRecord | None:
     return BadRecord(str(kind), str(detail))
 
 
-def too_long(num_bytes: int) -> BadRecord | None:
-    """Why a record of so many bytes is not even read."""
-    if num_bytes <= MAX_RECORD_BYTES:
-        return None
-    return BadRecord(TOO_LONG, f"{num_bytes / 1e6:.0f} MB, more than {MAX_RECORD_BYTES / 1e6:.0f}")
+def too_long(num_bytes: int, limit: int) -> BadRecord:
+    """Why a record of so many bytes, more than `limit`, is not even read."""
+    return BadRecord(TOO_LONG, f"a record of {num_bytes} bytes, where {limit} are the most")
 
 
 def decode_record(line: bytes, text_key: str) -> Content:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,22 +71,6 @@ class DataReport:
         first = "; ".join(f"{kind} first at {skipped.examples[0]}" for kind, skipped in sorted(self.skipped.items()))
         records = f"{self.total_skipped} record" + ("" if self.total_skipped == 1 else "s")
         return f"{documents}, {records} skipped: {self.reasons()} ({first})"
-
-    @classmethod
-    def merged(cls, reports: Iterable[DataReport]) -> DataReport:
-        """The counts of all together."""
-        total = cls()
-        for report in reports:
-            total.documents += report.documents
-            total.blank_lines += report.blank_lines
-            total.tokens += report.tokens
-            total.padding_tokens += report.padding_tokens
-            total.cut_documents += report.cut_documents
-            for kind, skipped in report.skipped.items():
-                mine = total.skipped.setdefault(kind, Skipped())
-                mine.count += skipped.count
-                mine.examples = [*mine.examples, *skipped.examples][:MAX_EXAMPLES]
-        return total
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -13,8 +13,8 @@ from fusiontree.data.records import BadRecord
 
 class SourceRecord(NamedTuple):
     """One record in its turn: where it stands, its int32 ids (signed as in `packing`) or why it has none, and then its
-    `file:line`; its number among all records, which neither order nor rank changes (of a stream its place in the
-    epoch's order); and whether it has not come before, in an earlier epoch or round of its source."""
+    `file:line`; its number among all records, which the order does not change (of a stream its place in the epoch's
+    order); and whether it has not come before, in an earlier epoch or round of its source."""
 
     place: Place
     content: np.ndarray | BadRecord
@@ -47,33 +47,16 @@ class RecordSet(Protocol):
 
 
 class DocumentSource(Protocol):
-    """Tokenised records in the order in which one rank trains on them, readable from any place."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
+    """Tokenised records in the order of training, readable from any place."""
 
     @property
     def endless(self) -> bool:
         """Whether epoch follows epoch; else reading ends after the first."""
         ...
 
-    @property
-    def first_whole_epoch(self) -> int:
-        """The first epoch all of whose records this rank gets its full share of."""
-        ...
-
-    def hand_over(self, history: Sequence[Sequence[Place]]) -> Place:
-        """Go on from where other numbers of ranks stopped (see `Share`); where this rank then begins."""
-        ...
-
     def read(self, start: Place) -> Iterator[SourceRecord]:
-        """Every record from that of `start` on, bad ones included, places ascending.
-
-        The offset of a place is where reading the record begins: above 0 if another rank has read a part of it.
-        """
+        """Every record from that of `start` on, bad ones included, places ascending; the offset of `start` is nothing
+        to it."""
         ...
 
     def identity(self) -> Mapping[str, object]:

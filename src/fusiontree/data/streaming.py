@@ -27,7 +27,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch.utils.data import IterableDataset
 
 from fusiontree.data.corpus import resolve_paths
-from fusiontree.data.order import Permutation, Place, Share, Turns
+from fusiontree.data.order import Permutation, Place, Turns
 from fusiontree.data.records import BadRecord, Content
 from fusiontree.data.remote import Patience
 from fusiontree.data.shards import SUFFIXES, HubShard, Shard, file_shard, has_file_suffix, is_url
@@ -44,8 +44,6 @@ _MAX_CHUNK_RECORDS = 256
 _MAX_QUESTIONS = 16  # that servers are asked at once
 
 _PATIENCE = Patience()
-
-_UNKNOWN_SIZE = 2**62  # of an epoch, before it ends
 
 _HUB_ADVICE = "check the network, and log in (hf auth login) where the data set is not public"
 
@@ -128,8 +126,8 @@ class StreamingDataset(IterableDataset):
     def __iter__(self) -> Iterator[Content]:
         return (record.decode() for record in self.records())
 
-    def records(self, epoch: int = 0, start: int = 0, step: int = 1) -> Iterator[StreamRecord]:
-        """The records at the places start, start + step, … of an epoch's order.
+    def records(self, epoch: int = 0, start: int = 0) -> Iterator[StreamRecord]:
+        """The records of an epoch's order from place `start` on.
 
         Raises:
             InputError: a shard cannot be read, or is not what it was.
@@ -140,10 +138,7 @@ class StreamingDataset(IterableDataset):
             block = list(itertools.islice(records, self.shuffle_block))
             if not block:
                 return
-            begin = number * self.shuffle_block
-            # The first place at or behind the block's begin that is one of those asked for.
-            first = start if begin <= start else begin + (start - begin) % step
-            places = np.arange(first - begin, len(block), step)
+            places = np.arange(max(0, start - number * self.shuffle_block), len(block))
             if self.seed is not None:
                 places = self._permutation("block", number, len(block), epoch)(places)
             for place in places.tolist():
@@ -190,13 +185,11 @@ class MixedStreams:
         self.shuffle_block = streams[0].shuffle_block
         self.turns = Turns(weights)
 
-    def records(self, epoch: int = 0, start: int = 0, step: int = 1) -> Iterator[StreamRecord]:
-        """The records at the places start, start + step, … of the only epoch, 0."""
+    def records(self, epoch: int = 0, start: int = 0) -> Iterator[StreamRecord]:
+        """The records of the only epoch, 0, from place `start` on."""
         running = [_endless(s, skip) for s, skip in zip(self.streams, self.turns.before(start), strict=True)]
         for place in itertools.count(start):
-            record = next(running[int(self.turns.source(np.array([place]))[0])])
-            if (place - start) % step == 0:
-                yield record
+            yield next(running[int(self.turns.source(np.array([place]))[0])])
 
     def fingerprint(self) -> str:
         """See `StreamingDataset.fingerprint`."""
@@ -243,72 +236,35 @@ def open_streams(
 
 
 class StreamingSource:
-    """A stream in the order in which one rank trains on it.
-
-    Of an epoch's order, rank r of w takes the places r, r + w, r + 2w, …: every record falls to one rank, once. A
-    `position` counts this rank's records within an epoch. Every rank reads the whole stream and decodes its own part.
+    """A stream in the order of training; a `position` is a place of the dataset's order in an epoch.
 
     Args:
         dataset: as `open_streams` gives it.
         endless: go on with the next epoch, or stop after one.
     """
 
-    def __init__(
-        self,
-        dataset: StreamingDataset | MixedStreams,
-        encoder: DocumentEncoder,
-        *,
-        endless: bool,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, dataset: StreamingDataset | MixedStreams, encoder: DocumentEncoder, *, endless: bool) -> None:
         self.dataset = dataset
         self.endless = endless
-        self.rank = rank
-        self.world_size = world_size
         self._encoder = encoder
-        self._share = Share(_UNKNOWN_SIZE, rank, world_size)
-
-    def hand_over(self, history: Sequence[Sequence[Place]]) -> Place:
-        """See `DocumentSource`.
-
-        Raises:
-            InputError: the former ranks stood in different epochs, of which the length is not known.
-        """
-        if any(len({place.epoch for place in places}) > 1 for places in history):
-            raise InputError(
-                f"the checkpoint's {len(history[-1])} processes stood in different epochs of a stream: resume with as "
-                f"many instead of {self.world_size}, or from another checkpoint"
-            )
-        self._share = Share(_UNKNOWN_SIZE, self.rank, self.world_size, history)
-        return self._share.start
-
-    @property
-    def first_whole_epoch(self) -> int:
-        return self._share.first_whole_epoch
 
     def read(self, start: Place) -> Iterator[SourceRecord]:
         """Every record from that of `start` on; its offset does not matter here.
 
         Raises:
-            InputError: see `StreamingDataset.records`; or an epoch has no record for this rank.
+            InputError: see `StreamingDataset.records`; or an endless stream holds no record.
         """
         position = start.position
         for epoch in itertools.count(start.epoch):
             first = position
-            for place, record, content in self._encoded(self._records(epoch, position)):
+            for record, content in self._encoded(self.dataset.records(epoch, position)):
                 source = record.source if isinstance(content, BadRecord) else ""
-                offset = self._share.offset(epoch, place)
-                yield SourceRecord(Place(epoch, position, offset), content, source, place, record.is_first)
+                yield SourceRecord(Place(epoch, position), content, source, position, record.is_first)
                 position += 1
             if not self.endless:
                 return
-            if position == first == 0 and epoch >= self.first_whole_epoch:
-                raise InputError(
-                    f"the streams hold at most {self.rank} records, too few for {self.world_size} processes"
-                    if self.world_size > 1
-                    else "the streams hold no record at all"
-                )
+            if position == first == 0:
+                raise InputError("the streams hold no record at all")
             position = 0
 
     def identity(self) -> dict[str, object]:
@@ -320,47 +276,18 @@ class StreamingSource:
             "shuffle_block": None if seed is None else self.dataset.shuffle_block,
         }
 
-    def _records(self, epoch: int, position: int) -> Iterator[tuple[int, StreamRecord]]:
-        """This rank's places of an epoch from a position on, each with its record."""
-        if epoch >= self.first_whole_epoch:
-            first = self.rank + position * self.world_size
-            yield from zip(
-                itertools.count(first, self.world_size),
-                self.dataset.records(epoch, first, self.world_size),
-                strict=False,
-            )
-            return
-        # What other ranks have left: the places are not evenly spaced.
-        wanted = self._place_at(epoch, position)
-        for place, record in enumerate(self.dataset.records(epoch, wanted), wanted):
-            if place == wanted:
-                yield place, record
-                position += 1
-                wanted = self._place_at(epoch, position)
-
-    def _place_at(self, epoch: int, position: int) -> int:
-        return int(self._share.places(epoch, np.array([position]))[0])
-
-    def _encoded(
-        self, records: Iterator[tuple[int, StreamRecord]]
-    ) -> Iterator[tuple[int, StreamRecord, np.ndarray | BadRecord]]:
-        chunk: list[tuple[int, StreamRecord]] = []
+    def _encoded(self, records: Iterator[StreamRecord]) -> Iterator[tuple[StreamRecord, np.ndarray | BadRecord]]:
+        chunk: list[StreamRecord] = []
         contents: list[Content] = []
         characters = 0
-        for place, record in records:
-            chunk.append((place, record))
+        for record in records:
+            chunk.append(record)
             contents.append(record.decode())
             characters += len(contents[-1]) if isinstance(contents[-1], str) else 0
             if characters >= _CHUNK_CHARACTERS or len(chunk) == _MAX_CHUNK_RECORDS:
-                yield from self._encode(chunk, contents)
+                yield from zip(chunk, self._encoder.records(contents), strict=True)
                 chunk, contents, characters = [], [], 0
-        yield from self._encode(chunk, contents)
-
-    def _encode(
-        self, chunk: list[tuple[int, StreamRecord]], contents: list[Content]
-    ) -> Iterator[tuple[int, StreamRecord, np.ndarray | BadRecord]]:
-        for (place, record), ids in zip(chunk, self._encoder.records(contents), strict=True):
-            yield place, record, ids
+        yield from zip(chunk, self._encoder.records(contents), strict=True)
 
 
 def _shards_of(entry: StreamEntry, patience: Patience, where: str) -> dict[tuple[object, ...], Shard]:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import zstandard
 
-from fusiontree.data.records import MAX_RECORD_BYTES, TOO_LONG, BadRecord
+from fusiontree.data.records import MAX_RECORD_BYTES, BadRecord, too_long
 from fusiontree.errors import InputError
 
 # What is handed to a decompressor at a time, which bounds what comes back: zstd packs up to 2**17 zeros into 4 bytes.
@@ -79,15 +79,15 @@ def split_lines(chunks: Iterator[bytes], limit: int = MAX_RECORD_BYTES) -> Itera
             held.clear()
         if not others:
             continue
-        yield b"".join(held) if size <= limit else _too_long(size, limit)
+        yield b"".join(held) if size <= limit else too_long(size, limit)
         last = others.pop()
         for line in others:
-            yield line if len(line) <= limit else _too_long(len(line), limit)
+            yield line if len(line) <= limit else too_long(len(line), limit)
         held, size = [last], len(last)
         if size > limit:
             held.clear()
     if size:
-        yield b"".join(held) if size <= limit else _too_long(size, limit)
+        yield b"".join(held) if size <= limit else too_long(size, limit)
 
 
 def whole(chunks: Iterator[bytes], limit: int = MAX_RECORD_BYTES) -> Iterator[bytes | BadRecord]:
@@ -100,11 +100,7 @@ def whole(chunks: Iterator[bytes], limit: int = MAX_RECORD_BYTES) -> Iterator[by
         if size > limit:
             held.clear()
     if size:
-        yield b"".join(held) if size <= limit else _too_long(size, limit)
-
-
-def _too_long(size: int, limit: int) -> BadRecord:
-    return BadRecord(TOO_LONG, f"a line of {size} bytes, where {limit} are the most")
+        yield b"".join(held) if size <= limit else too_long(size, limit)
 
 
 def decompressed(name: str, chunks: Iterator[bytes], compression: str | None) -> Iterator[bytes]:

@@ -5,7 +5,6 @@ The page needs no network and no other file, follows the reader's light or dark 
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from fusiontree.artifacts import EvalReport, RunManifest
 from fusiontree.atomic import atomic_write
+from fusiontree.eval.page import page, pairs, picture, section
 from fusiontree.train.loggers import format_duration
 
 
@@ -77,7 +77,7 @@ def write_report(report: RunReport, path: Path) -> None:
             _commands(report),
         ]
     )
-    atomic_write(path, _PAGE.format(title=escape(report.title), style=_STYLE, body=body))
+    atomic_write(path, page(report.title, body))
 
 
 def _tiles(report: RunReport) -> str:
@@ -110,7 +110,7 @@ def _learning(report: RunReport) -> str:
     table = (
         f"<table class=numbers><tr><th>step</th><th>validation loss</th><th>perplexity</th></tr>{evaluations}</table>"
     )
-    return _section("The model learns", _picture(report.learning_curve, "Loss over steps", measured) + table)
+    return section("The model learns", picture(report.learning_curve, "Loss over steps", measured) + table)
 
 
 def _gates(report: RunReport) -> str:
@@ -123,11 +123,11 @@ def _gates(report: RunReport) -> str:
     )
     by_step = f"Mean gate over all tokens and channels of one training step, recorded every {interval} steps."
     by_channel = "Mean gate of each channel over the tokens of the last recorded step."
-    return _section(
+    return section(
         "What the gates do",
         text
-        + _picture(report.gates_by_step, "Mean gate by layer and step", by_step)
-        + _picture(report.gates_by_channel, "Mean gate by layer and channel", by_channel),
+        + picture(report.gates_by_step, "Mean gate by layer and step", by_step)
+        + picture(report.gates_by_channel, "Mean gate by layer and channel", by_channel),
     )
 
 
@@ -144,8 +144,8 @@ def _positions(report: RunReport) -> str:
         for bucket in evaluation.by_position
     )
     table = f"<table class=numbers><tr><th>place in document</th><th>tokens</th><th>perplexity</th></tr>{rows}</table>"
-    picture = _picture(report.perplexity_by_position, "Perplexity by place in the document", measured)
-    return _section("How far it sees", picture + table)
+    drawn = picture(report.perplexity_by_position, "Perplexity by place in the document", measured)
+    return section("How far it sees", drawn + table)
 
 
 def _samples(report: RunReport) -> str:
@@ -153,7 +153,7 @@ def _samples(report: RunReport) -> str:
         f"<pre><mark>{escape(sample.prompt)}</mark>{escape(sample.text)}</pre>" for sample in report.samples
     )
     note = f"<p class=note>The prompts are marked. {escape(report.sampling)}</p>"
-    return _section("What it writes", shown + note)
+    return section("What it writes", shown + note)
 
 
 def _settings(report: RunReport) -> str:
@@ -185,36 +185,19 @@ def _settings(report: RunReport) -> str:
         ("Revision", report.manifest.git_revision or "installed package"),
         ("Command", report.manifest.command),
     ]
-    parts = ["<h3>Results</h3>", _pairs(results)]
-    for name, section in report.manifest.config.items():
-        if isinstance(section, Mapping) and section:
-            chosen = [(key, _shown(value)) for key, value in section.items() if value not in (None, [], ())]
-            parts += [f"<details><summary>Settings: {escape(name)}</summary>", _pairs(chosen), "</details>"]
-    return _section("Results and settings", "".join(parts))
+    parts = ["<h3>Results</h3>", pairs(results)]
+    for name, settings in report.manifest.config.items():
+        if isinstance(settings, Mapping) and settings:
+            chosen = [(key, _shown(value)) for key, value in settings.items() if value not in (None, [], ())]
+            parts += [f"<details><summary>Settings: {escape(name)}</summary>", pairs(chosen), "</details>"]
+    return section("Results and settings", "".join(parts))
 
 
 def _commands(report: RunReport) -> str:
     items = "".join(
         f"<dt><code>{escape(command)}</code></dt><dd>{escape(what)}</dd>" for command, what in report.commands
     )
-    return _section("Go on from here", f"<dl>{items}</dl>")
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>"
-
-
-def _picture(path: Path, title: str, measured: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}">'
-        f"<figcaption><b>{escape(title)}.</b> {escape(measured)}</figcaption></figure>"
-    )
-
-
-def _pairs(rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<table class=pairs>{cells}</table>"
+    return section("Go on from here", f"<dl>{items}</dl>")
 
 
 def _shown(value: object) -> str:
@@ -229,63 +212,3 @@ def _evaluations(report: RunReport) -> tuple[float, float]:
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6675; --page: #f6f7f9; --card: #ffffff; --line: #dfe3e8;
-  --accent: #2563a8; --mark: #fff0c2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --page: #12161c; --card: #1b212a;
-  --line: #303945; --accent: #7fb2ea; --mark: #4d421c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin: 0 0 .8rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; }
-header p, .note, figcaption { color: var(--soft); }
-header p { margin: 0 0 1.2rem; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: .7rem; padding: 1.1rem;
-  margin: 0 0 1rem; }
-.tiles { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; }
-@media (max-width: 32rem) { .tiles { grid-template-columns: repeat(2, 1fr); } }
-.tiles b { display: block; font-size: 1.45rem; line-height: 1.3; color: var(--accent);
-  font-variant-numeric: tabular-nums; }
-.tiles span { display: block; font-size: .85rem; line-height: 1.35; color: var(--soft); }
-figure { margin: 0 0 1.2rem; }
-figure img { display: block; width: 100%; height: auto; padding: .4rem; background: #fff;
-  border-radius: .4rem; }
-figcaption { font-size: .88rem; margin-top: .5rem; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; padding: .3rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr:last-child > * { border-bottom: 0; }
-.numbers th, .numbers td { text-align: right; font-variant-numeric: tabular-nums; }
-.pairs th { width: 35%; font-weight: 500; color: var(--soft); }
-.pairs td { overflow-wrap: anywhere; }
-pre { background: var(--page); border: 1px solid var(--line); border-radius: .4rem; padding: .8rem; margin: 0 0 .8rem;
-  overflow-x: auto; font: .85rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-mark { background: var(--mark); color: inherit; border-radius: .2rem; }
-details { margin-top: .6rem; }
-summary { cursor: pointer; padding: .2rem 0; }
-dl { margin: 0; }
-dt { overflow-wrap: anywhere; }
-dd { margin: 0 0 .7rem; color: var(--soft); font-size: .92rem; }
-code { font: .9rem ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-"""

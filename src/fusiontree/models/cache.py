@@ -34,7 +34,7 @@ def cache_geometry(config: HybridLanguageModelConfig) -> list[dict[str, int]]:
     for index in range(config.num_layers):
         sizes: dict[str, int] = {}
         branch = config.branch(index)
-        if branch != "attention":
+        if branch in ("both", "mamba"):
             inner = config.mamba_inner_size
             if config.mamba_version == 2:
                 sizes |= {"conv": inner + 2 * config.mamba_state_size, "taps": config.conv_kernel - 1}
@@ -42,7 +42,7 @@ def cache_geometry(config: HybridLanguageModelConfig) -> list[dict[str, int]]:
             else:
                 sizes |= {"conv": inner, "taps": config.conv_kernel - 1, "scan_heads": inner, "scan_width": 0}
             sizes["scan_state"] = config.mamba_state_size
-        if branch != "mamba":
+        if branch in ("both", "attention"):
             sizes |= {"head_dim": config.head_dim, "window": config.layer_window(index)}
             sizes["global_kv_heads"] = config.global_heads // group
             sizes["local_kv_heads"] = config.num_kv_heads - config.global_heads // group

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from fusiontree.errors import InputError, nearest
 
-BRANCHES = ("both", "mamba", "attention")
+BRANCHES = ("both", "mamba", "attention", "constant")
 
 # Keys that transformers itself adds to a configuration when it saves, loads or instantiates a model.
 _TRANSFORMERS_KEYS = frozenset(
@@ -67,7 +67,9 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         norm_eps: epsilon of every normalisation.
         dropout: probability on the embeddings and on each block's update, in training.
         drop_branch_prob: probability that a block with two branches loses one of them in a training step.
-        layer_branches: per layer "both", "mamba" or "attention"; None means "both" everywhere.
+        layer_branches: per layer "both", "mamba", "attention" or "constant"; None means "both" everywhere.
+        layer_gates: per layer whether a gate mixes the branches; without one their outputs are added, as an export does
+            that folds a constant gate into the weights around it. None means everywhere.
         return_logits_with_loss: return logits beside the loss too (some trainers read them; costs [B,T,V]).
 
     Raises:
@@ -91,7 +93,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     window_size: int = 256
     attention_type: str = "local_global"
     mamba_version: int = 2
-    mamba_expand: int = 1
+    mamba_expand: int = 2
     mamba_head_dim: int = 64
     mamba_state_size: int = None  # resolved in __post_init__
     conv_kernel: int = 4
@@ -105,6 +107,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     dropout: float = 0.0
     drop_branch_prob: float = 0.0
     layer_branches: list[str] | None = None
+    layer_gates: list[bool] | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     return_logits_with_loss: bool = False
@@ -125,6 +128,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             self.mamba_state_size = 64 if self.mamba_version == 2 else 16
         if self.layer_branches is not None:
             self.layer_branches = list(self.layer_branches)
+        if self.layer_gates is not None:
+            self.layer_gates = list(self.layer_gates)
         self._validate()
         super().__post_init__(**kwargs)
 
@@ -226,6 +231,13 @@ class HybridLanguageModelConfig(PreTrainedConfig):
                     f"`layer_branches[{index}]` must be one of {', '.join(BRANCHES)}, got {branch!r}",
                 )
 
+        if self.layer_gates is not None:
+            require(
+                len(self.layer_gates) == self.num_layers and all(isinstance(has, bool) for has in self.layer_gates),
+                f"`layer_gates` must hold true or false for each of the {self.num_layers} layers, got "
+                f"{self.layer_gates!r}",
+            )
+
     @property
     def head_dim(self) -> int:
         """Width D of an attention head."""
@@ -237,8 +249,12 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         return self.mamba_expand * self.hidden_size
 
     def branch(self, layer: int) -> str:
-        """Which branches layer `layer` has: "both", "mamba" or "attention"."""
+        """Which branches layer `layer` has: "both", "mamba", "attention" or "constant"."""
         return self.layer_branches[layer] if self.layer_branches is not None else "both"
+
+    def has_gate(self, layer: int) -> bool:
+        """Whether layer `layer` has a gate."""
+        return self.branch(layer) != "constant" and (self.layer_gates is None or self.layer_gates[layer])
 
     def layer_window(self, layer: int) -> int:
         """Window of layer `layer`'s local heads, in tokens."""

@@ -129,7 +129,9 @@ _Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 class HybridBlock(nn.Module):
-    """See `forward` for the equation. With one branch (`layer_branches`) the absent one is the constant 0."""
+    """See `forward` for the equation. With one branch (`layer_branches`) the absent one is the constant 0; without a
+    gate (`layer_gates`) f is the sum of the branches. With no branch all that they led to is one constant vector.
+    """
 
     mamba_mean: torch.Tensor
     attention_mean: torch.Tensor
@@ -139,15 +141,21 @@ class HybridBlock(nn.Module):
         super().__init__()
         hidden, branch = config.hidden_size, config.branch(layer)
         self.branch = branch
-        self.ln_input = nn.LayerNorm(hidden, eps=config.norm_eps)
-        self.mamba = MambaBlock(config) if branch != "attention" else None
-        self.attention = LocalGlobalAttention(config, layer) if branch != "mamba" else None
-        self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
-        self.gate = GateLowRank(hidden, config.gate_rank)
-        self.fusion_proj = nn.Linear(hidden, hidden)
-        self.small_mlp = SmallMLP(hidden)
-        for linear in (self.fusion_proj, self.small_mlp.out_proj):
-            linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
+        self.is_gated = branch == "both" and config.has_gate(layer)
+        self.mamba = self.attention = self.gate = None
+        if branch == "constant":
+            self.constant = nn.Parameter(torch.zeros(hidden))
+        else:
+            # In the order of the equation, which is that of their random initialisation.
+            self.ln_input = nn.LayerNorm(hidden, eps=config.norm_eps)
+            self.mamba = MambaBlock(config) if branch in ("both", "mamba") else None
+            self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
+            self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
+            self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
+            self.fusion_proj = nn.Linear(hidden, hidden)
+            self.small_mlp = SmallMLP(hidden)
+            for linear in (self.fusion_proj, self.small_mlp.out_proj):
+                linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         # Set by the model's `_set_gradient_checkpointing`; the first has the name by which transformers asks for it.
@@ -190,23 +198,35 @@ class HybridBlock(nn.Module):
         compute = partial(self.checkpoint, self._compute) if scope == "block" else self._compute
         out, details, token_means, *gate = compute(x, time_encoding, given)
         self._update_means(token_means)
-        return out, BlockGates(tuple(gate), self.branch == "both" and drop is None, details)
+        return out, BlockGates(tuple(gate), self.is_gated and drop is None, details)
 
     def _compute(self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> tuple[Any, ...]:
         """out, details, the branches' token means, then `BlockGates.gate`; changes nothing but a state."""
+        if self.branch == "constant":
+            return self.ln_output(x + self.constant), None, (None, None), *_no_gate(x, given)
         h_m, h_a = self._branches(x, time_encoding, given)
         token_means = self._token_means(h_m, h_a, given.layout)
         h, h_m, h_a = _side_by_side(*_fill_dropped(h_m, h_a, given))
         z = self.alignment(h)
+        f, details, *gate = self._mix(z, h_m, h_a, given)
+        y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
+        return self.ln_output(y), details, token_means, *gate
+
+    def _mix(
+        self, z: torch.Tensor, h_m: torch.Tensor | None, h_a: torch.Tensor | None, given: _Pass
+    ) -> tuple[Any, ...]:
+        """f [B, T, H], details, then `BlockGates.gate`."""
+        if self.gate is None:
+            f = h_a if h_m is None else h_m if h_a is None else h_m + h_a
+            return f, None, *_no_gate(z, given)
         logits = self.gate(z)
         f, *gate = (mix_alone if given.defers_gates else gated_mix)(
             logits, torch.zeros_like(logits) if h_m is None else h_m, torch.zeros_like(logits) if h_a is None else h_a
         )
-        y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
         details = None
         if given.with_details and given.drop is None and h_m is not None and h_a is not None:
             details = layer_details(logits, h_m, h_a, gate[1], given.layout.mask)
-        return self.ln_output(y), details, token_means, *gate
+        return f, details, *gate
 
     def _branches(self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> _Pair:
         """The branches that run on this layer, those of the scope recomputed in backward; [B, T, H] each."""
@@ -264,6 +284,12 @@ def _fill_dropped(h_m: torch.Tensor | None, h_a: torch.Tensor | None, given: _Pa
         return h_m, h_a
     filled = given.stand_in.to(kept.dtype).expand_as(kept)
     return (filled, h_a) if given.drop == "mamba" else (h_m, filled)
+
+
+def _no_gate(x: torch.Tensor, given: _Pass) -> tuple[torch.Tensor, ...]:
+    """`BlockGates.gate` of a layer without gate, which no one counts."""
+    logits = x.new_zeros(*x.shape[:2], 1)
+    return (logits,) if given.defers_gates else gate_reductions(logits)
 
 
 def _side_by_side(

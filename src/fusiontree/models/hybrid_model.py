@@ -308,7 +308,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         hidden, logits, gate_logits = program(StepInputs.of(x, layout, rotary, time_encoding), cache)
         cache.advance(layout, 1)
         gates = [
-            BlockGates((logit,), block.branch == "both", None)
+            BlockGates((logit,), bool(block.is_gated), None)
             for block, logit in zip(self.layers, gate_logits, strict=True)
         ]
         return BackboneOutput(

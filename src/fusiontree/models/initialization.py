@@ -44,6 +44,8 @@ def initialize(module: nn.Module, config: HybridLanguageModelConfig) -> None:
     elif isinstance(module, MambaBlock):
         _initialize_mamba(module)
     elif isinstance(module, HybridBlock):
+        if module.branch == "constant":
+            init.zeros_(module.constant)
         for buffer in module.buffers(recurse=False):
             init.zeros_(buffer)
 

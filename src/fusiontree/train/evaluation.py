@@ -89,7 +89,7 @@ def evaluate_loader(
 
     Args:
         model: returns `loss`, the mean over a batch's counted labels.
-        max_batches: of this rank; None = the whole pass.
+        max_batches: of each rank, whose batches are parts of the same rows (`Loader`); None = the whole pass.
         device: of the model; None = that of its first parameter.
         reduce: sum of a tensor over all ranks.
         stop: asked before each batch; True gives up.

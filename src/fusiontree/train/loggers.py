@@ -17,6 +17,11 @@ from fusiontree.artifacts import atomic_write
 from fusiontree.errors import InputError
 
 
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None for numbers that are not finite."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
 class JsonlLog:
     """An append-only file of JSON objects that each name their `step`; every row is flushed when written."""
 
@@ -51,8 +56,7 @@ class JsonlLog:
             InputError: disk full or no permission.
         """
         if isinstance(row, Mapping):
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            row = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+            row = json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
         try:
             if self._file is None:
                 self._file = self.path.open("a", encoding="utf-8")
@@ -147,6 +151,7 @@ def _summary(numbers: Mapping[str, Any]) -> str:
     shown = (
         ("loss", "loss {:.4f}"),
         ("tokens_per_second", "{:.0f} tok/s"),
+        ("mfu", "mfu {:.1%}"),
         ("gate_mean", "gate {:.3f}"),
         ("lr", "lr {:.2e}"),
         ("length", "length {}"),

@@ -173,6 +173,7 @@ def _trace(
     fields = config.to_diff_dict() | {
         "num_layers": layers,
         "layer_branches": [branch] * layers,
+        "layer_gates": None,
         "window_size": window,
         "attention_type": "local_global",
         "num_kv_heads": config.num_kv_heads,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from fusiontree.data.batch import Batch
 from fusiontree.train.losses import TERMS, StepTotals
 from fusiontree.train.settings import LossSettings
+from fusiontree.train.throughput import Throughput
+
+_SUMS = ("steps", "labels", "tokens", "seconds", "flops", "gate", "gate_weight", *TERMS)
 
 
 class StepMeter:
@@ -16,17 +22,18 @@ class StepMeter:
     `seconds_per_step` those of the last row's steps.
     """
 
-    def __init__(self, loss: LossSettings):
+    def __init__(self, loss: LossSettings, throughput: Throughput):
         self._coefficients = {
             "lm": 1.0,
             "load_balance": loss.load_balance_coeff,
             "entropy": loss.entropy_reg_coeff,
             "distillation": loss.distillation_coeff,
         }
+        self._throughput = throughput
         self.tokens = 0
         self.gate_std: float | None = None
         self.newest: dict[str, float | None] = {}
-        self._window = dict.fromkeys(("steps", "labels", "tokens", "seconds", "gate", "gate_weight", *TERMS), 0.0)
+        self._window = dict.fromkeys(_SUMS, 0.0)
         self._last = {"lr": 0.0, "grad_norm": 0.0}
         self.seconds_per_step = 0.0
         self._elapsed_before = 0.0
@@ -36,6 +43,10 @@ class StepMeter:
     def elapsed(self) -> float:
         """Seconds of wall-clock time since the start, evaluation and saving included."""
         return self._elapsed_before + time.perf_counter() - self._started
+
+    def count_operations(self, micro_batches: Sequence[Batch]) -> None:
+        """Count what a step asks of this process's device."""
+        self._window["flops"] += self._throughput.flops(micro_batches)
 
     def add(self, values: list[float], totals: StepTotals, learning_rate: float, seconds: float) -> None:
         """Count a step.
@@ -66,16 +77,25 @@ class StepMeter:
             "lr": learning_rate,
         }
 
+    def add_skipped(self, totals: StepTotals, seconds: float) -> None:
+        """Count a step that was left out: its tokens were read and its time passed, but it has no loss."""
+        self._window["tokens"] += totals.tokens
+        self._window["seconds"] += seconds
+        self.tokens += int(totals.tokens)
+
     def _composite(self, terms: dict[str, float]) -> float:
         return sum(self._coefficients[name] * terms[name] for name in TERMS)
 
     def close_row(self, step: int) -> dict[str, Any]:
         """The row of all steps since the last one: losses are means (the LM loss over tokens), `lr` and `grad_norm` the
-        last step's, `tokens` and `elapsed` (seconds) totals of the run, `tokens_per_second` of the steps alone."""
+        last step's, `tokens` and `elapsed` (seconds) totals of the run, `tokens_per_second` and what `Throughput.row`
+        adds of the steps alone."""
         window = self._window
-        terms = {name: window[name] / window["steps"] for name in TERMS[1:]}
-        terms["lm"] = window["lm"] / window["labels"]
-        self.seconds_per_step = window["seconds"] / window["steps"]
+        steps, labels = max(1.0, window["steps"]), max(1.0, window["labels"])
+        # All steps since the last row may have been left out.
+        terms = {name: window[name] / steps if window["steps"] else math.nan for name in TERMS[1:]}
+        terms["lm"] = window["lm"] / labels if window["steps"] else math.nan
+        self.seconds_per_step = window["seconds"] / steps
         row = {
             "step": step,
             "loss": self._composite(terms),
@@ -83,6 +103,7 @@ class StepMeter:
             **self._last,
             "tokens": self.tokens,
             "tokens_per_second": window["tokens"] / window["seconds"],
+            **self._throughput.row(window["flops"], window["seconds"]),
             "gate_mean": window["gate"] / window["gate_weight"] if window["gate_weight"] else None,
             "gate_std": self.gate_std,
             "elapsed": self.elapsed,
@@ -104,7 +125,7 @@ class StepMeter:
         """Go on from `state_dict()`; the clock restarts now."""
         self.tokens = state["tokens"]
         self.gate_std = state["gate_std"]
-        self._window = dict(state["window"])
+        self._window = dict.fromkeys(_SUMS, 0.0) | state["window"]  # older checkpoints counted no operations
         self._last = dict(state["last"])
         self._elapsed_before = state["elapsed"]
         self._started = time.perf_counter()

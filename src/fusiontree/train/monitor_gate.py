@@ -47,6 +47,10 @@ class GateMonitor:
             added = {name: value + getattr(self._sums, name) for name, value in added.items()}
         self._sums = GateDetails(**added)
 
+    def forget(self) -> None:
+        """Drop what was added for a step that is left out."""
+        self._sums = None
+
     def record(
         self, step: int, tokens: int, tokens_seen: int, reduce: Callable[[torch.Tensor], torch.Tensor] = torch.clone
     ) -> GateStatistics:
@@ -63,7 +67,7 @@ class GateMonitor:
             sums = GateDetails(**{f.name: reduce(getattr(self._sums, f.name)).cpu() for f in fields(GateDetails)})
             layers = [layer_statistics(sums, index, branch) for index, branch in enumerate(self.branches)]
         self._sums = None
-        self.last = GateStatistics(
+        statistics = GateStatistics(
             step=step,
             tokens=tokens,
             tokens_seen=tokens_seen,
@@ -71,20 +75,32 @@ class GateMonitor:
             saturation_margin=SATURATION_MARGIN,
             layers=layers,
         )
-        means = [layer.mean if layer.tokens else None for layer in layers]
+        self.remember(statistics)
+        return statistics
+
+    def remember(self, statistics: GateStatistics) -> None:
+        """Take a record, in the order in which they were made, into what `plan` looks at."""
+        self.last = statistics
+        means = [layer.mean if layer.tokens else None for layer in statistics.layers]
         self._means = [*self._means, means][-self.settings.plan_records :]
-        return self.last
 
     def plan(self, source: str) -> PrunePlan:
         """Cut by thresholds: a layer whose mean gate, averaged over the last `plan_records` records, lies above
-        `mamba_threshold` keeps Mamba alone, below `attention_threshold` attention alone; none before `plan_min_steps`.
+        `mamba_threshold` keeps Mamba alone, below `attention_threshold` attention alone; none before `plan_min_steps`,
+        with a standard deviation above `plan_max_std`, or where fewer than `plan_confidence` of the records agree.
 
         Args:
             source: the run that the records come from.
         """
         s, step = self.settings, self.last.step if self.last else 0
         decisions = [self._decide(index, branch, step) for index, branch in enumerate(self.branches)]
-        thresholds = {"mamba": s.mamba_threshold, "attention": s.attention_threshold, "min_steps": s.plan_min_steps}
+        thresholds = {
+            "mamba": s.mamba_threshold,
+            "attention": s.attention_threshold,
+            "min_steps": s.plan_min_steps,
+            "max_std": s.plan_max_std,
+            "confidence": s.plan_confidence,
+        }
         return PrunePlan(criterion="gate thresholds", thresholds=thresholds, source=source, step=step, layers=decisions)
 
     def _decide(self, index: int, branch: BranchKind, step: int) -> LayerDecision:
@@ -98,11 +114,22 @@ class GateMonitor:
         if step < s.plan_min_steps:
             reason = f"too early: step {step} of at least {s.plan_min_steps}"
             return LayerDecision(keep="both", reason=reason, evidence=evidence)
+        keep: BranchKind
         if evidence["gate_mean"] > s.mamba_threshold:
-            return LayerDecision(keep="mamba", reason=f"mean gate above {s.mamba_threshold}", evidence=evidence)
-        if evidence["gate_mean"] < s.attention_threshold:
-            return LayerDecision(keep="attention", reason=f"mean gate below {s.attention_threshold}", evidence=evidence)
-        return LayerDecision(keep="both", reason="mean gate between the thresholds", evidence=evidence)
+            keep, reason = "mamba", f"mean gate above {s.mamba_threshold}"
+            agreeing = sum(value > s.mamba_threshold for value in seen)
+        elif evidence["gate_mean"] < s.attention_threshold:
+            keep, reason = "attention", f"mean gate below {s.attention_threshold}"
+            agreeing = sum(value < s.attention_threshold for value in seen)
+        else:
+            return LayerDecision(keep="both", reason="mean gate between the thresholds", evidence=evidence)
+        assert self.last is not None
+        evidence |= {"gate_std": self.last.layers[index].std, "confidence": agreeing / len(seen)}
+        if evidence["gate_std"] > s.plan_max_std:
+            keep, reason = "both", f"{reason}, but its standard deviation is above {s.plan_max_std}"
+        elif evidence["confidence"] < s.plan_confidence:
+            keep, reason = "both", f"{reason}, but in {agreeing} of {len(seen)} records only"
+        return LayerDecision(keep=keep, reason=reason, evidence=evidence)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: the last record and the layer means that the plan averages."""

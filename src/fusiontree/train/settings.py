@@ -14,6 +14,7 @@ from fusiontree.data.curriculum import CurriculumSettings, LengthSchedule
 from fusiontree.data.settings import DataSettings
 from fusiontree.errors import InputError, SettingError, nearest
 
+TrackerName = Literal["wandb", "tensorboard", "csv"]
 # Beside `off` those of the model's `CHECKPOINTING_SCOPES`, spelt out because settings are read without torch.
 CheckpointingScope = Literal["off", "mamba", "attention", "branches", "block"]
 
@@ -37,10 +38,20 @@ class TrainingSettings(Settings):
     )
     mixed_precision: Literal["bf16", "no"] = Field("bf16", description="autocast dtype; parameters are float32 always")
     eval_interval: int = Field(500, ge=0, description="also at step 0 and at the end; 0 = never evaluate")
-    eval_batches: int | None = Field(50, ge=1, description="batches of one evaluation; null = the whole eval set")
+    eval_batches: int | None = Field(
+        50, ge=1, description="batches of one evaluation on each device; null = the whole eval set"
+    )
     save_interval: int = Field(500, ge=0, description="also at the end; 0 = at the end alone")
     save_total_limit: int | None = Field(3, ge=1, description="newest checkpoints to keep; null = all")
+    save_best: bool = Field(False, description="also keep, as `best`, the checkpoint of the lowest evaluation loss")
+    max_skipped_steps: int = Field(
+        5, ge=0, description="steps in a row left out for not being finite before the run goes back, then stops"
+    )
+    spike_deviations: float = Field(
+        6.0, gt=0, description="standard deviations above the recent mean at which a loss is reported as a spike"
+    )
     log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
+    init_from: str | None = Field(None, description="model folder whose weights a new run starts from; null = random")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -101,6 +112,10 @@ class GateMonitorSettings(Settings):
     attention_threshold: float = Field(0.2, gt=0, lt=1, description="mean gate below which it keeps attention alone")
     plan_records: int = Field(5, ge=1, description="newest records whose mean gate decides")
     plan_min_steps: int = Field(1000, ge=0, description="before this step no layer is ever cut")
+    plan_max_std: float = Field(0.25, gt=0, description="standard deviation of the gate above which no layer is cut")
+    plan_confidence: float = Field(
+        0.5, ge=0, le=1, description="share of those records that must each lie beyond the threshold"
+    )
 
     @model_validator(mode="after")
     def _thresholds_in_order(self) -> GateMonitorSettings:
@@ -110,11 +125,28 @@ class GateMonitorSettings(Settings):
 
 
 class LoggingSettings(Settings):
-    """How a run shows itself while it trains."""
+    """How a run shows itself while it trains, and where else (train/trackers.py)."""
 
     progress: Literal["auto", "live", "plain", "none"] = Field(
         "auto", description="auto = a live line on a terminal, plain lines elsewhere"
     )
+    trackers: tuple[TrackerName, ...] = Field((), description="wandb, tensorboard, csv: each shows metrics.jsonl")
+    wandb_project: str = Field("fusiontree", description="project of the W&B run")
+    wandb_entity: str | None = Field(None, description="user or team that it belongs to; null = the login's own")
+    wandb_name: str | None = Field(None, description="its name; null = that of the run directory")
+    wandb_mode: Literal["online", "offline"] | None = Field(None, description="null = WANDB_MODE, else online")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: object) -> object:
+        names = (value,) if isinstance(value, str) else value
+        known = get_args(TrackerName)
+        for name in names if isinstance(names, (list, tuple)) else ():
+            if name not in known:
+                close = nearest(str(name), known)
+                hint = f"; did you mean {close}?" if close else ""
+                raise ValueError(f"there is no tracker {name!r}, only {', '.join(known)}{hint}")
+        return tuple(dict.fromkeys(names)) if isinstance(names, (list, tuple)) else names
 
 
 class SystemSettings(Settings):
@@ -123,15 +155,39 @@ class SystemSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = CUDA where there is a device")
     num_devices: int | None = Field(None, ge=1, description="devices the run is meant for; null = as launched")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of torch; null = torch decides")
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = no sharding")
+    peak_tflops: float | None = Field(None, gt=0, description="peak of one device, for mfu; null = known GPUs in bf16")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage; 0 = that of the JSON, or none")
+    deepspeed_config: str | None = Field(None, description="DeepSpeed JSON file; what it leaves out is set from here")
     offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO)")
     offload_params: bool = Field(False, description="parameters in host memory (ZeRO-3)")
+    fsdp: bool = Field(False, description="FSDP2: parameters, gradients and optimizer state in shards")
+    timeout: int = Field(1800, ge=1, description="seconds that processes wait for one another before the run ends")
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        return self.zero_stage > 0 or self.deepspeed_config is not None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an engine runs that divides its state among processes."""
+        return self.uses_deepspeed or self.fsdp
+
+    @property
+    def engine(self) -> str:
+        """What trains, in words."""
+        if self.fsdp:
+            return "FSDP2"
+        if self.uses_deepspeed:
+            return f"DeepSpeed ZeRO-{self.zero_stage}" if self.zero_stage else f"DeepSpeed ({self.deepspeed_config})"
+        return "plain training or DDP"
 
     @model_validator(mode="after")
-    def _offload_needs_zero(self) -> SystemSettings:
-        if self.offload_optimizer and self.zero_stage == 0:
+    def _one_engine(self) -> SystemSettings:
+        if self.fsdp and self.uses_deepspeed:
+            raise ValueError("fsdp and DeepSpeed (zero_stage, deepspeed_config) are two engines: keep one")
+        if self.offload_optimizer and not self.uses_deepspeed:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
-        if self.offload_params and self.zero_stage != 3:
+        if self.offload_params and self.zero_stage != 3 and self.deepspeed_config is None:
             raise ValueError("offload_params needs zero_stage 3")
         return self
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
-from fusiontree.train.checkpoint import STATE_DIRECTORY, newest_checkpoint
-from fusiontree.train.settings import RunSettings, SystemSettings
+from fusiontree.train.checkpoint_files import STATE_DIRECTORY, check_files, newest_checkpoint, newest_whole
+from fusiontree.train.settings import RunSettings
 
 #: Vocabularies that are not given are rounded up to this: matrix kernels like whole tiles.
 VOCABULARY_MULTIPLE = 64
@@ -68,30 +67,6 @@ def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridL
     return config
 
 
-def check_system(system: SystemSettings) -> torch.device:
-    """The device to train on.
-
-    Raises:
-        InputError: something is asked for that this version does not run; nothing is replaced in silence.
-    """
-    later = "; this version trains in one process on one device (--dry-run estimates the rest)"
-    if system.zero_stage > 0:
-        raise InputError(f"system.zero_stage is {system.zero_stage}: set it to 0{later}")
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise InputError(f"{world_size} processes were launched (WORLD_SIZE): start one{later}")
-    if system.num_devices not in (None, 1):
-        raise InputError(f"system.num_devices is {system.num_devices}: set it to 1{later}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
-        raise InputError(f"ACCELERATE_USE_DEEPSPEED is set: unset it{later}")
-    if system.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("system.device is cuda but torch sees no CUDA device: use cpu or auto")
-    if system.num_threads is not None:
-        torch.set_num_threads(system.num_threads)
-    use_cuda = system.device == "cuda" or (system.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
-
-
 def enable_gradient_checkpointing(model: HybridLanguageModel, scope: str | None) -> None:
     """Recompute `scope` in the backward pass, nothing if None.
 
@@ -108,11 +83,19 @@ def enable_gradient_checkpointing(model: HybridLanguageModel, scope: str | None)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "scope": scope})
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed)
+def seed_model(seed: int) -> None:
+    """Seed what initialises a model: equal in every process."""
     torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int, process: int) -> None:
+    """Seed what a step draws (dropout) from where it stands, so that no state of a generator has to be kept.
+
+    A step draws the same numbers whatever came before it: resumed, repeated, with another engine. Processes differ,
+    since their rows do.
+    """
+    words = np.random.SeedSequence((seed, step, process)).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0]))
 
 
 def holds_run(directory: Path) -> bool:
@@ -120,16 +103,17 @@ def holds_run(directory: Path) -> bool:
     return (directory / "metrics.jsonl").exists() or newest_checkpoint(directory) is not None
 
 
-def checkpoint_to_resume(directory: Path, resume: str | None) -> Path | None:
-    """Where to go on from.
+def checkpoint_to_resume(directory: Path, resume: str | None, report: Callable[[str], None]) -> Path | None:
+    """Where to go on from: a checkpoint whose files are whole.
 
     Args:
         directory: the run directory.
-        resume: None = a new run; "auto" = the run's newest checkpoint, or from the beginning if it has none; else the
-            path of a checkpoint or of another run.
+        resume: None = a new run; "auto" = the run's newest checkpoint that is whole, or from the beginning if it has
+            none; else the path of a checkpoint or of another run.
+        report: is told of each damaged checkpoint that is passed over.
 
     Raises:
-        InputError: a new run in a directory that holds one, or nothing to resume at the path.
+        InputError: a new run in a directory that holds one, nothing to resume at the path, or nothing whole.
     """
     if resume is None:
         if holds_run(directory):
@@ -138,16 +122,33 @@ def checkpoint_to_resume(directory: Path, resume: str | None) -> Path | None:
             )
         return None
     if resume == "auto":
-        return newest_checkpoint(directory)
+        return newest_whole(directory, report)
     path = Path(resume)
     if not path.is_dir():
         raise InputError(f"--resume {resume}: there is no such directory")
-    found = path if (path / STATE_DIRECTORY).is_dir() else newest_checkpoint(path)
+    is_checkpoint = (path / STATE_DIRECTORY).is_dir()
+    if is_checkpoint:
+        check_files(path)
+    found = path if is_checkpoint else newest_whole(path, report)
     if found is None:
         raise InputError(f"--resume {resume} is neither a training checkpoint nor a run that has one")
     if not _is_of(found, directory) and holds_run(directory):
         raise InputError(f"{directory} already holds another run than {found}: choose another output_dir")
     return found
+
+
+def initial_weights(settings: RunSettings) -> Path | None:
+    """The folder that a new run's weights come from, if any.
+
+    Raises:
+        InputError: `training.init_from` holds no model.
+    """
+    if settings.training.init_from is None:
+        return None
+    folder = Path(settings.training.init_from).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InputError(f"training.init_from: {folder} holds no model (it has no config.json)")
+    return folder
 
 
 def require_steps_left(settings: RunSettings, checkpoint: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the training loop answers between two steps."""
+"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 as a request that the training loop answers between two steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+# A batch system sends it some time before the job's end (`sbatch --signal=USR1@120`); Windows has none.
+if hasattr(signal, "SIGUSR1"):
+    EXIT_CODES[signal.SIGUSR1] = 138
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is noted in `signal`; a second one acts as usual, at once.
+    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is noted in `signal`; a second one acts as usual, at once.
 
     Outside the main thread, where Python allows no handlers, nothing is ever requested.
     """

@@ -6,7 +6,6 @@ strict JSON: a number that is not finite is written as the string `"NaN"`, `"Inf
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -16,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from typing_extensions import Self
 
+from fusiontree.artifacts.base import Artifact, Record
+from fusiontree.artifacts.plan import BranchKind, CutStep, LayerDecision, PrunePlan
 from fusiontree.atomic import atomic_directory, atomic_write
 from fusiontree.errors import InputError
 from fusiontree.version import __version__
@@ -29,9 +30,11 @@ __all__ = [
     "AnswerStatistics",
     "Artifact",
     "BranchKind",
+    "CutStep",
     "DistanceAnswers",
     "EvalReport",
     "GateStatistics",
+    "HealReport",
     "LayerDecision",
     "LayerGateStatistics",
     "PositionLoss",
@@ -48,8 +51,6 @@ __all__ = [
     "make_directory",
 ]
 
-BranchKind = Literal["both", "mamba", "attention"]
-
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 CORE_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
@@ -64,76 +65,6 @@ def checkpoint_step(path: Path) -> int | None:
     """The step in a checkpoint directory's name; None for another name."""
     match = _STEP_NAME.fullmatch(path.name)
     return int(match.group(1)) if match else None
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", ser_json_inf_nan="strings", use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
-class Artifact(_Record):
-    """Base of the records. A subclass names its `KIND`, and raises `VERSION` when old readers would misread it."""
-
-    KIND: ClassVar[str]
-    VERSION: ClassVar[int] = 1
-
-    def dumps(self, indent: int | None = None) -> str:
-        """The record as JSON text, on one line unless `indent` is given, without a newline at its end."""
-        head = {"kind": self.KIND, "version": self.VERSION}
-        return json.dumps(head | json.loads(self.model_dump_json()), ensure_ascii=False, indent=indent)
-
-    @classmethod
-    def loads(cls, text: str | bytes, source: str) -> Self:
-        """Reads a record from JSON text.
-
-        Args:
-            text: what `dumps` gave.
-            source: where it came from (`FILE` or `FILE:LINE`), for messages.
-
-        Raises:
-            InputError: truncated or otherwise not JSON, a record of another kind, of a newer version, or with fields
-                that do not fit.
-        """
-        noun = cls.KIND.replace("_", " ")
-        try:
-            content = json.loads(text)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{source} is truncated or not JSON ({error}); it should hold the {noun}") from error
-        kind = content.get("kind") if isinstance(content, dict) else None
-        if kind != cls.KIND:
-            found = repr(kind) if isinstance(kind, str) else "something else"
-            raise InputError(f"{source} holds {found} where {cls.KIND!r} is needed")
-        version = content.get("version")
-        if not isinstance(version, int) or version < 1:
-            raise InputError(f"{source} does not say the version of its format; so the {noun} is not whole")
-        if version > cls.VERSION:
-            raise InputError(
-                f"{source} was written by a newer FusionTree (format {version}, this one reads up to {cls.VERSION}); "
-                "upgrade FusionTree to read it"
-            )
-        fields = {name: value for name, value in content.items() if name not in ("kind", "version")}
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            detail = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in detail["loc"])
-            raise InputError(f"{source} does not fit as {noun}: {key}: {detail['msg'].lower()}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the record to `path` atomically (see `atomic_write`)."""
-        atomic_write(path, self.dumps(indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads a record that `save` wrote; raises `InputError` as `loads` does, and when there is no such file."""
-        try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError as error:
-            raise InputError(f"{path} does not exist; it should hold the {cls.KIND.replace('_', ' ')}") from error
-        except (IsADirectoryError, PermissionError) as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from error
-        return cls.loads(content, source=str(path))
 
 
 class RunManifest(Artifact):
@@ -172,7 +103,7 @@ class RunManifest(Artifact):
         )
 
 
-class LayerGateStatistics(_Record):
+class LayerGateStatistics(Record):
     """What one layer's gate did, over real tokens. A gate g weighs the Mamba branch, 1 - g the attention branch.
 
     A layer without a working gate (one branch only, or its branch dropped in every batch seen) has `tokens` 0, NaN
@@ -222,7 +153,7 @@ class GateStatistics(Artifact):
     """One per layer, first to last."""
 
 
-class PositionLoss(_Record):
+class PositionLoss(Record):
     """Loss of the tokens at document positions start <= position < end."""
 
     start: int
@@ -232,7 +163,7 @@ class PositionLoss(_Record):
     """Mean, in nats per token."""
 
 
-class AnswerStatistics(_Record):
+class AnswerStatistics(Record):
     """How well answers are known, each predicted from all that stands before it."""
 
     answers: int
@@ -259,7 +190,7 @@ class TaskAnswers(AnswerStatistics):
     by_distance: list[DistanceAnswers]
 
 
-class TaskReport(_Record):
+class TaskReport(Record):
     """What a model finds again in documents that long-context tasks were written into."""
 
     written: list[str]
@@ -299,39 +230,31 @@ class EvalReport(Artifact):
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())
 
 
-class LayerDecision(_Record):
-    """What a prune plan does to one layer."""
+class HealReport(Artifact):
+    """What healing a cut model has won back, all losses on the same evaluation data, in nats per token."""
 
-    keep: BranchKind
-    """`both` leaves the layer as it is, the others keep that branch alone."""
-    reason: str
-    """The rule that decided, in a few words."""
-    evidence: dict[str, float] = {}
-    """The numbers that the rule looked at, by name."""
-    constant: list[float] | None = None
-    """What stands in for the removed branch's output [H]; None means zeros."""
+    KIND = "heal_report"
 
-
-class PrunePlan(Artifact):
-    """Which branch of which layer goes, and why."""
-
-    KIND = "prune_plan"
-
-    criterion: str
-    """How it was decided, such as `gate thresholds`."""
-    thresholds: dict[str, float]
-    """The criterion's numbers, by name."""
-    source: str
-    """The run or the file of gate statistics that it was made from."""
-    step: int | None = None
-    """Optimizer step of the statistics."""
-    layers: list[LayerDecision]
-    """One per layer, first to last."""
+    export: str
+    """Folder of the cut model that the run started from."""
+    parent: str
+    """The model that it was distilled from."""
+    steps: int
+    """Optimizer steps."""
+    tokens: int
+    """Trained on."""
+    eval_tokens: int
+    """Predicted in the evaluation."""
+    parent_loss: float
+    export_loss: float
+    """Before healing."""
+    healed_loss: float
 
     @property
-    def layer_branches(self) -> list[BranchKind]:
-        """The decisions as the model configuration's `layer_branches`."""
-        return [layer.keep for layer in self.layers]
+    def recovered(self) -> float | None:
+        """Share of the loss that the cut cost and healing won back; None where the cut cost nothing."""
+        lost = self.export_loss - self.parent_loss
+        return (self.export_loss - self.healed_loss) / lost if lost > 0 else None
 
 
 def make_directory(path: str | os.PathLike[str], named: str) -> None:

@@ -1,0 +1,374 @@
+"""Pruning measured end to end: criteria at equal saving, the frontier of speed and loss, healing against its rivals.
+
+    python benchmarks/pruning.py                          # everything that is not recorded yet: many hours on two cores
+    python benchmarks/pruning.py --stages parent criteria
+    python benchmarks/pruning.py --report
+
+A parent is trained on WikiText-2, cut into sections of which some carry facts, lists and sequences to find again. Plans
+are made on the validation file; everything is judged on the test file. Trained models stay in `--work`, and each
+finished figure is one line of `benchmarks/results/pruning.jsonl`; what is there is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import records
+import torch
+from pruning_inputs import SIZES, nearest_in_layers, write_sections
+from pruning_report import report
+
+import fusiontree
+from fusiontree.artifacts import LayerDecision, PrunePlan
+from fusiontree.data import train_bpe
+from fusiontree.deploy import export
+from fusiontree.deploy.budget import CostModel
+from fusiontree.deploy.calibration import Calibration, calibration_text
+from fusiontree.deploy.costs import Cost, measure_costs
+from fusiontree.deploy.heal import SHARE_OF_RATE, SHARE_OF_STEPS, heal, heal_settings
+from fusiontree.deploy.loading import find_model
+from fusiontree.deploy.prune_plan import PlanSettings, make_plan
+from fusiontree.errors import InputError
+from fusiontree.eval.peers import count_parameters
+from fusiontree.eval.text_tasks import evaluate_tasks
+from fusiontree.eval.texts import Texts
+from fusiontree.models import HybridLanguageModel
+from fusiontree.train.evaluation import evaluate_documents
+from fusiontree.train.settings import RunSettings
+
+STAGES = ("parent", "criteria", "frontier", "heal", "costs")
+OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
+RANDOM_SEEDS = (0, 1, 2)
+RULES = (
+    ("gate", 0),
+    ("contribution", 0),
+    ("ablation", 0),
+    ("recall", 0),
+    ("trained", 0),
+    *(("random", s) for s in RANDOM_SEEDS),
+)
+BUDGET = {"decode": 1.37, "memory": 0.78}
+FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
+
+
+class Study:
+    """One parent and everything that is measured around it."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.work: Path = options.work
+        self.path: Path = options.results / "pruning.jsonl"
+        self.revision = records.code_revision(*OUR_CODE)
+        names = ("size", "steps", "batch_size", "length", "learning_rate", "context", "calibration_tokens", "dtype")
+        self.setting = {name: getattr(options, name) for name in names}
+        self._parent: HybridLanguageModel | None = None
+        self._costs: CostModel | None = None
+
+    # Text.
+
+    def sections(self, name: str) -> Path:
+        """A file of the corpus as sections of at most `--section` characters, cut between lines."""
+        file = self.work / f"{name}.jsonl"
+        if not file.exists():
+            write_sections(self.options.data / f"{name}.jsonl", file, self.options.section)
+        return file
+
+    def tokenizer(self) -> Path:
+        folder = self.work / "tokenizer"
+        if not folder.exists():
+            train_bpe([str(self.sections("train"))], SIZES[self.options.size]["vocab_size"], str(folder))
+        return folder
+
+    # Models.
+
+    def run_settings(self, name: str, steps: int, model: dict[str, Any], **changes: Any) -> RunSettings:
+        options = self.options
+        training = {
+            "batch_size": options.batch_size,
+            "max_seq_length": options.length,
+            "max_steps": steps,
+            "learning_rate": options.learning_rate,
+            "warmup_steps": max(1, min(100, steps // 10)),
+            "mixed_precision": "bf16" if options.dtype == "bf16" else "no",
+            "eval_interval": max(1, steps // 4),
+            "eval_batches": 20,
+            "save_interval": max(1, steps // 4),
+            "save_total_limit": 1,
+        }
+        sections: dict[str, Any] = {
+            "model": {**model, "tie_word_embeddings": True},
+            "data": {
+                "train_paths": str(self.sections("train")),
+                "eval_paths": str(self.sections("valid")),
+                "tokenizer": str(self.tokenizer()),
+                "needle_in_haystack_prob": 0.3,
+                "structured_task_prob": 0.3,
+            },
+            "training": training | changes.pop("training", {}),
+            "gate_monitor": {"interval": max(1, steps // 20)},
+            "logging": {"progress": "plain"},
+            "system": {"num_threads": options.threads},
+            "output_dir": str(self.work / name),
+            **changes,
+        }
+        return RunSettings.parse(sections)
+
+    def trained(self, name: str, settings: Callable[[], RunSettings]) -> Path:
+        """The checkpoint of a run, which is trained to its end if it is not there yet."""
+        run = self.work / name
+        if not (run / "done").exists():
+            print(f"{name}: training", flush=True)
+            result = fusiontree.train(settings(), resume="auto")
+            if result.stopped_by is not None:
+                raise SystemExit(f"error: {name} was stopped after step {result.step}")
+            (run / "done").touch()
+        return find_model(run)
+
+    def parent_checkpoint(self) -> Path:
+        size = SIZES[self.options.size]
+        return self.trained("parent", lambda: self.run_settings("parent", self.options.steps, size))
+
+    def load(self, folder: Path) -> HybridLanguageModel:
+        torch.set_num_threads(self.options.threads)
+        return fusiontree.load(folder, device="cpu")
+
+    @property
+    def parent(self) -> HybridLanguageModel:
+        if self._parent is None:
+            self._parent = self.load(self.parent_checkpoint())
+        return self._parent
+
+    @property
+    def costs(self) -> CostModel:
+        """One measurement for all plans: equal saving then means equal for every criterion."""
+        if self._costs is None:
+            file = self.work / "costs.json"
+            if not file.exists():
+                found = CostModel.measured(self.parent, context=self.options.context, rounds=5, progress=_say)
+                stored = {
+                    "parent": asdict(found.parent),
+                    "seconds": [[*key, *value] for key, value in found.seconds.items()],
+                }
+                file.write_text(json.dumps(stored), encoding="utf-8")
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            seconds = {(kind, branch): (prefill, decode) for kind, branch, prefill, decode in stored["seconds"]}
+            parent, model = Cost(**stored["parent"]), self.parent
+            self._costs = CostModel(model.config, model.dtype, self.options.context, parent, seconds)
+        return self._costs
+
+    def plan(self, criterion: str, seed: int, targets: dict[str, float], empty_layers: bool = False) -> PrunePlan:
+        """A plan, of which the budget is met by the costs that the branches add up to."""
+        shown = "-".join(f"{key}{value:g}" for key, value in targets.items())
+        file = self.work / "plans" / f"{criterion}-{seed}-{shown}{'-empty' if empty_layers else ''}.json"
+        if not file.exists():
+            documents = iter(Texts([str(self.sections("valid"))]))
+            sizes = {"tokens": self.options.calibration_tokens, "length": self.options.length}
+            text = calibration_text(self.parent, documents, **sizes)
+            settings = PlanSettings(
+                criterion=criterion,
+                targets=targets,
+                seed=seed,
+                empty_layers=empty_layers,
+                context=self.options.context,
+                is_verified=False,
+            )
+            plan = make_plan(self.parent, text, settings, source="parent", costs=self.costs, progress=_say)
+            plan.save(file)
+        return PrunePlan.load(file)
+
+    def exported(self, plan: PrunePlan, name: str) -> Path:
+        folder = self.work / "exports" / name
+        if not folder.exists():
+            export(self.parent, plan, folder, parent=str(self.parent_checkpoint()))
+        return folder
+
+    # Figures.
+
+    def quality(self, folder: Path) -> dict[str, Any]:
+        """Loss by position and recall on the test file."""
+        model, texts = self.load(folder), Texts([str(self.sections("test"))])
+        loss = evaluate_documents(model, model.tokenizer, texts, max_tokens=self.options.report_tokens)
+        tasks = evaluate_tasks(model, texts, name=folder.name, max_tokens=self.options.report_tokens)
+        return {
+            "parameters": count_parameters(model),
+            "loss": round(loss.loss, 4),
+            "by_position": [[part.start, round(part.loss, 4)] for part in loss.by_position],
+            "recall": {one.task: [round(one.right, 4), round(one.loss, 4)] for one in tasks.results},
+        }
+
+    def record(self, run: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        run = run | self.setting
+        records.check_revisions(self.path, self.revision, lambda r: True)
+        if any(one["run"] == run for one in records.read_records(self.path)):
+            print(f"{run}: recorded already", flush=True)
+            return
+        figures = measure()
+        extra = {"revision": self.revision, "threads": self.options.threads, **records.provenance()}
+        shown = " ".join(records.shown_arguments(sys.argv[1:]))
+        records.append_record(
+            self.path, {"run": run, **figures, **extra, "command": f"python benchmarks/pruning.py {shown}"}
+        )
+        print(json.dumps({"run": run, **figures}), flush=True)
+
+    # Stages.
+
+    def stage_parent(self) -> None:
+        self.record({"stage": "parent"}, lambda: self.quality(self.parent_checkpoint()) | self._evidence())
+
+    def _evidence(self) -> dict[str, Any]:
+        """What each branch costs alone, beside what its gate and its norm say of it."""
+        plan = self.plan("ablation", 0, dict(BUDGET))
+        layers = [layer.evidence for layer in plan.layers]
+        return {
+            "gate_mean": [round(one["gate_mean"], 4) for one in layers],
+            "rise": [[round(one[f"{name}_ablation"], 5) for name in ("mamba", "attention")] for one in layers],
+            "contribution": [[round(one[f"{n}_contribution"], 4) for n in ("mamba", "attention")] for one in layers],
+            "all_of_one": {name: round(self._without_all(name), 4) for name in ("mamba", "attention")},
+        }
+
+    def _without_all(self, branch: str) -> float:
+        """The rise of the loss when every layer loses that branch."""
+        documents = iter(Texts([str(self.sections("valid"))]))
+        sizes = {"tokens": self.options.calibration_tokens, "length": self.options.length}
+        calibration = Calibration(self.parent, calibration_text(self.parent, documents, **sizes))
+        kept = "attention" if branch == "mamba" else "mamba"
+        return calibration.cut([kept] * len(calibration.blocks)).loss - calibration.parent.loss
+
+    def stage_criteria(self) -> None:
+        for criterion, seed in RULES:
+            plan = self.plan(criterion, seed, dict(BUDGET))
+            name = f"{criterion}-{seed}"
+            self.record(
+                {"stage": "criteria", "criterion": criterion, "seed": seed},
+                lambda plan=plan, name=name: self.quality(self.exported(plan, name)) | _plan_figures(plan),
+            )
+
+    def stage_frontier(self) -> None:
+        for decode in FRONTIER:
+            for empty_layers in (False, True):
+                run = {"stage": "frontier", "decode": decode, "empty_layers": empty_layers}
+                name = f"frontier-{decode:g}{'-empty' if empty_layers else ''}"
+                try:
+                    plan = self.plan(self.options.criterion, 0, {"decode": decode}, empty_layers)
+                except InputError as error:
+                    self.record(run, lambda error=error: {"impossible": str(error)})
+                    continue
+                self.record(
+                    run, lambda plan=plan, name=name: self.quality(self.exported(plan, name)) | _plan_figures(plan)
+                )
+                healed = self._healed(name) if self.options.heal_frontier else None
+                if healed is not None:
+                    self.record(run | {"healed": True}, lambda healed=healed: self.quality(healed))
+
+    def _healed(self, name: str) -> Path:
+        """An export after healing."""
+        run = self.work / f"healed-{name}"
+        if not (run / "done").exists():
+            settings = heal_settings(
+                self.work / "exports" / name, parent=self.parent_checkpoint(), overrides=[f"output_dir={run}"]
+            )
+            if heal(settings, resume="auto").stopped_by is not None:
+                raise SystemExit(f"error: {run.name} was stopped")
+            (run / "done").touch()
+        return find_model(run)
+
+    def stage_heal(self) -> None:
+        """At the main budget: the healed cut, the healed random cuts, the parent continued, a plain smaller model."""
+        best = f"{self.options.criterion}-0"
+        for criterion, seed in ((self.options.criterion, 0), *(("random", seed) for seed in RANDOM_SEEDS)):
+            self.exported(self.plan(criterion, seed, dict(BUDGET)), f"{criterion}-{seed}")
+            self.record(
+                {"stage": "heal", "model": "healed", "criterion": criterion, "seed": seed},
+                lambda name=f"{criterion}-{seed}": self.quality(self._healed(name)),
+            )
+        steps = max(1, round(SHARE_OF_STEPS * self.options.steps))
+        schedule = {
+            "init_from": str(self.parent_checkpoint()),
+            "learning_rate": SHARE_OF_RATE * self.options.learning_rate,
+            "warmup_steps": round(SHARE_OF_STEPS * steps),
+        }
+        size = SIZES[self.options.size]
+        continued = self.trained("continued", lambda: self.run_settings("continued", steps, size, training=schedule))
+        self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(continued))
+        wanted = count_parameters(self.load(self.work / "exports" / best))
+        smaller = nearest_in_layers(size, wanted)
+        plain = self.trained("smaller", lambda: self.run_settings("smaller", self.options.steps + steps, smaller))
+        self.record({"stage": "heal", "model": "plain smaller"}, lambda: self.quality(plain))
+
+    def stage_costs(self) -> None:
+        """Everything that was made, in one run."""
+        folders = {"parent": self.parent_checkpoint()}
+        folders |= {folder.name: folder for folder in sorted((self.work / "exports").glob("*"))}
+        if (self.work / "smaller" / "done").exists():
+            folders["plain smaller"] = find_model(self.work / "smaller")
+        dtype = torch.bfloat16 if self.options.dtype == "bf16" else torch.float32
+        models = {name: self.load(folder).to(dtype) for name, folder in folders.items()}
+        found = measure_costs(models, context=self.options.context, rounds=self.options.rounds, progress=_say)
+        figures = {
+            name: {key: round(value, 4) for key, value in cost.against(found["parent"]).items()} | asdict(cost)
+            for name, cost in found.items()
+        }
+        self.record({"stage": "costs", "models": sorted(folders)}, lambda: {"costs": figures})
+
+
+def _plan_figures(plan: PrunePlan) -> dict[str, Any]:
+    def letters(layer: LayerDecision) -> str:
+        return {"both": "B", "mamba": "M", "attention": "A", "constant": "–"}[layer.keep]
+
+    return {
+        "layers": "".join(letters(layer) for layer in plan.layers),
+        "expected": {key: round(value, 4) for key, value in plan.expected.items()},
+    }
+
+
+def _say(what: str) -> None:
+    print(f"  {what}", flush=True)
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    data = records.REPOSITORY.parent / "shared" / "data" / "wikitext2"
+    cache = Path(__file__).parent / ".cache" / "pruning"
+    parser.add_argument("--data", type=Path, default=data, help="folder with train, valid and test.jsonl")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="directory of the records")
+    parser.add_argument("--work", type=Path, default=cache, help="directory of models and plans")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--size", choices=SIZES, default="256x6")
+    parser.add_argument("--steps", type=int, default=3000, help="of the parent; healing takes a tenth")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--section", type=int, default=1500, help="characters of a document")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--criterion", default="ablation", help="of the frontier and of healing")
+    parser.add_argument("--heal-frontier", action="store_true", help="heal every cut of the frontier too")
+    parser.add_argument("--context", type=int, default=4096, help="tokens at which speed and memory count")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing in the end")
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
+    parser.add_argument("--report-tokens", type=int, default=100_000, help="of the test file")
+    parser.add_argument("--dtype", choices=("float32", "bf16"), default="bf16")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--report", action="store_true", help="only write the tables of the recorded figures")
+    parser.add_argument("--discard-old-revisions", action="store_true", help="drop the figures of older code")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = arguments(argv)
+    study = Study(options)
+    if options.discard_old_revisions:
+        records.keep_records(study.path, lambda r: r["revision"] == study.revision)
+    if not options.report:
+        torch.set_num_threads(options.threads)
+        for stage in options.stages:
+            getattr(study, f"stage_{stage}")()
+    print(report(study.path))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

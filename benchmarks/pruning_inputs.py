@@ -1,0 +1,66 @@
+"""What `pruning.py` starts from: sizes of models, and text in sections short enough for a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusiontree.eval.peers import count_parameters
+from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
+
+# Sizes alone differ from the defaults.
+SIZES: dict[str, dict[str, Any]] = {
+    "256x6": {
+        "hidden_size": 256,
+        "num_layers": 6,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "gate_rank": 64,
+        "vocab_size": 4096,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "mamba_head_dim": 8,
+        "mamba_state_size": 8,
+        "gate_rank": 4,
+        "srte_rank": 8,
+        "window_size": 16,
+        "vocab_size": 320,
+    },
+}
+
+
+def nearest_in_layers(size: dict[str, Any], parameters: int) -> dict[str, Any]:
+    """The size with as many layers as come nearest to that many parameters."""
+
+    def distance(layers: int) -> int:
+        with torch.device("meta"):
+            config = HybridLanguageModelConfig(**size | {"num_layers": layers, "tie_word_embeddings": True})
+            return abs(count_parameters(HybridLanguageModel(config)) - parameters)
+
+    return size | {"num_layers": min(range(1, size["num_layers"] + 1), key=distance)}
+
+
+def write_sections(source: Path, destination: Path, size: int) -> None:
+    """The texts of a JSONL file as sections of at most `size` characters, cut between lines."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    lines = source.read_text(encoding="utf-8").splitlines()
+    texts = [part for line in lines for part in _cut(json.loads(line)["text"], size)]
+    destination.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+def _cut(text: str, size: int) -> Iterator[str]:
+    section = ""
+    for line in text.splitlines(keepends=True):
+        if section and len(section) + len(line) > size:
+            yield section
+            section = ""
+        section += line
+    if section.strip():
+        yield section

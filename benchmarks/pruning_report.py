@@ -1,0 +1,129 @@
+"""The tables of `pruning.py`, from its records alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import records
+
+Runs = list[dict[str, Any]]
+
+
+def report(path: Path) -> str:
+    """All tables, saved beside the records as Markdown."""
+    runs = records.recorded_runs(path)
+    found = {stage: [r for r in runs if r["run"]["stage"] == stage] for stage in {r["run"]["stage"] for r in runs}}
+    first = runs[0]["run"]
+    parts = [
+        f"# Pruning: {first['size']}, {first['steps']} steps of {first['batch_size']} x {first['length']} tokens, "
+        f"{first['dtype']}\n",
+        "Loss in nats per token of the test file; recall is the share of answers found: needle / value of a list / "
+        "copy. Layers: B both, M Mamba, A attention, – neither.\n",
+    ]
+    parent = next(iter(found.get("parent", [])), None)
+    if parent is not None:
+        parts += ["## What the branches are worth\n", _worth(parent)]
+    if "criteria" in found:
+        parts += ["## Criteria at equal saving, before healing\n", _criteria(found["criteria"], parent)]
+    if "frontier" in found:
+        parts += ["## The frontier\n", _frontier(found["frontier"], parent)]
+    if "heal" in found:
+        parts += ["## Healing and its rivals\n", _heal(found["heal"], parent)]
+    if "costs" in found:
+        parts += ["## Measured in one run, against the parent\n", _costs(found["costs"][-1]["costs"])]
+    parts.append(records.origin(runs))
+    text = "\n".join(parts)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Spearman's: Pearson's correlation of the ranks, equal values sharing theirs."""
+    ranks = [[(sum(x < v for x in values) + sum(x <= v for x in values) - 1) / 2 for v in values] for values in (a, b)]
+    (ra, rb), n = ranks, len(a)
+    da, db = [x - sum(ra) / n for x in ra], [x - sum(rb) / n for x in rb]
+    scale = (sum(x * x for x in da) * sum(x * x for x in db)) ** 0.5
+    return sum(x * y for x, y in zip(da, db, strict=True)) / scale if scale else float("nan")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _worth(parent: dict[str, Any]) -> str:
+    rises = [rise for layer in parent["rise"] for rise in layer]
+    gates = [weight for mean in parent["gate_mean"] for weight in (mean, 1 - mean)]
+    shares = [share for layer in parent["contribution"] for share in layer]
+    rows = [
+        [str(layer), f"{gate:.3f}", f"{rise[0]:+.4f}", f"{share[0]:.2f}", f"{rise[1]:+.4f}", f"{share[1]:.2f}"]
+        for layer, (gate, rise, share) in enumerate(
+            zip(parent["gate_mean"], parent["rise"], parent["contribution"], strict=True)
+        )
+    ]
+    head = ["layer", "gate", "loss without Mamba", "its contribution", "loss without attention", "its contribution"]
+    every = ", ".join(f"{name} {rise:+.3f}" for name, rise in parent["all_of_one"].items())
+    return (
+        _table(head, rows)
+        + f"\nRank correlation with the rise of the loss: gate weight {rank_correlation(gates, rises):+.2f}, "
+        f"contribution {rank_correlation(shares, rises):+.2f}. Loss without a branch in every layer: {every}.\n"
+    )
+
+
+def _quality(run: dict[str, Any], parent: dict[str, Any] | None) -> list[str]:
+    recall = " / ".join(f"{100 * right:.0f} %" for right, _ in run["recall"].values()) or "–"
+    against = "" if parent is None else f" ({100 * (run['loss'] / parent['loss'] - 1):+.1f} %)"
+    return [f"{run['parameters'] / 1e6:.2f} M", f"{run['loss']:.4f}{against}", recall]
+
+
+def _criteria(runs: Runs, parent: dict[str, Any] | None) -> str:
+    rows = [
+        [f"{r['run']['criterion']} {r['run']['seed']}".removesuffix(" 0"), r["layers"], *_quality(r, parent)]
+        for r in runs
+    ]
+    own = [] if parent is None else [["the parent", "B" * len(parent["rise"]), *_quality(parent, None)]]
+    return _table(["criterion", "layers", "parameters", "loss", "recall"], own + rows)
+
+
+def _frontier(runs: Runs, parent: dict[str, Any] | None) -> str:
+    healed = {(r["run"]["decode"], r["run"]["empty_layers"]): r for r in runs if r["run"].get("healed")}
+    rows = []
+    for r in (r for r in runs if not r["run"].get("healed")):
+        key = r["run"]["decode"], r["run"]["empty_layers"]
+        name = [f"{key[0]:g}x", "yes" if key[1] else "no"]
+        if "impossible" in r:
+            rows.append([*name, "impossible", "–", "–", "–", "–"])
+            continue
+        after = f"{healed[key]['loss']:.4f}" if key in healed else "–"
+        rows.append([*name, r["layers"], *_quality(r, parent), after])
+    return _table(["decode", "layers may empty", "layers", "parameters", "loss", "recall", "loss after healing"], rows)
+
+
+def _heal(runs: Runs, parent: dict[str, Any] | None) -> str:
+    rows = [
+        [
+            " ".join(str(r["run"][key]) for key in ("model", "criterion", "seed") if key in r["run"]),
+            *_quality(r, parent),
+            ", ".join(f"{loss:.3f}" for _, loss in r["by_position"]),
+        ]
+        for r in runs
+    ]
+    own = [] if parent is None else [["the parent", *_quality(parent, None), ""]]
+    return _table(["model", "parameters", "loss", "recall", "loss by position"], own + rows)
+
+
+def _costs(costs: dict[str, dict[str, float]]) -> str:
+    rows = [
+        [
+            name,
+            f"{c['decode']:.2f}x",
+            f"{c['prefill']:.2f}x",
+            f"{c['memory']:.2f}x",
+            f"{1e3 * c['decode_seconds']:.2f}",
+            f"{c['weight_bytes'] / 1e6:.1f}",
+            f"{c['state_bytes'] / 1e6:.2f}",
+        ]
+        for name, c in costs.items()
+    ]
+    return _table(["model", "decode", "prefill", "memory", "ms per token", "weights, MB", "state, MB"], rows)

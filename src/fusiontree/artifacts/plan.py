@@ -1,0 +1,141 @@
+"""The prune plan: which branch of which layer goes, why, and what stands in for it.
+
+Shapes: H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import safetensors.numpy
+from pydantic import Field
+from safetensors import SafetensorError
+from typing_extensions import Self
+
+from fusiontree.artifacts.base import Artifact, Record
+from fusiontree.atomic import atomic_write
+from fusiontree.errors import InputError
+
+BranchKind = Literal["both", "mamba", "attention", "constant"]
+"""Which branches a layer has; `constant`: neither, so that the layer adds one constant vector."""
+
+CONSTANTS_SUFFIX = ".constants.safetensors"
+
+
+class LayerDecision(Record):
+    """What a prune plan does to one layer."""
+
+    keep: BranchKind
+    """`both` leaves the branches as they are, `constant` removes both, the others keep that branch alone."""
+    reason: str
+    """The rule that decided, in a few words."""
+    evidence: dict[str, float] = {}
+    """The numbers that the rule looked at, by name."""
+    constant: list[float] | None = None
+    """What stands in for the removed branch's output [H]; of two branches [2H], Mamba's first; None means zeros."""
+    gate: list[float] | None = None
+    """What the gate becomes [H]; None: the gate stays."""
+
+
+class CutStep(Record):
+    """One removal of a greedy plan, in the order in which they were made, and what the model is then."""
+
+    layer: int
+    branch: Literal["mamba", "attention"]
+    """The branch that was removed."""
+    loss_increase: float
+    """Of the calibration text against the parent, all removals so far together, in nats per token."""
+    saving: dict[str, float] = {}
+    """By name as in a plan's `expected`, from the costs of the branches removed so far."""
+
+
+class PrunePlan(Artifact):
+    """Which branch of which layer goes, and why.
+
+    What stands in for removed branches lies in `NAME.constants.safetensors` beside the JSON file.
+    """
+
+    KIND: ClassVar[str] = "prune_plan"
+    VERSION: ClassVar[int] = 2  # 1 has everything in the JSON file, and no fields from `model` on
+
+    criterion: str
+    """How it was decided, such as `gate thresholds`."""
+    thresholds: dict[str, float]
+    """The criterion's numbers, by name."""
+    source: str
+    """The run, model or file of gate statistics that it was made from."""
+    step: int | None = None
+    """Optimizer step of the statistics."""
+    layers: list[LayerDecision]
+    """One per layer, first to last."""
+    model: str | None = None
+    """Fingerprint of the model that it is for; None: any with as many layers."""
+    targets: dict[str, float] = {}
+    """What was asked for, by name: `decode`, `prefill` (times as fast), `memory`, `parameters` (share that is left) and
+    `max_loss_increase` (nats per token)."""
+    expected: dict[str, float] = {}
+    """What it will deliver, by the same names, before healing; and `loss`, `parent_loss` on the calibration text."""
+    steps: list[CutStep] = []
+    """The removals in their order."""
+    measured: dict[str, Any] = Field(default_factory=dict)
+    """How evidence and expectations were measured: files, tokens, context length, machine."""
+    constants_file: str | None = None
+    """Name of the file beside this one that holds the constants; None: they are here, or there are none."""
+    constants_digest: str | None = None
+    """SHA-256 of that file."""
+
+    @property
+    def layer_branches(self) -> list[BranchKind]:
+        """The decisions as the model configuration's `layer_branches`."""
+        return [layer.keep for layer in self.layers]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to `path`, and its constants beside it, each file whole or not at all."""
+        constants = {
+            f"layers.{index}.{name}": np.asarray(value, dtype=np.float64)
+            for index, layer in enumerate(self.layers)
+            for name in ("constant", "gate")
+            if (value := getattr(layer, name)) is not None
+        }
+        if not constants:
+            super().save(path)
+            return
+        beside = Path(path).with_suffix(CONSTANTS_SUFFIX)
+        content = safetensors.numpy.save(constants)
+        bare = [layer.model_copy(update={"constant": None, "gate": None}) for layer in self.layers]
+        named = {"constants_file": beside.name, "constants_digest": hashlib.sha256(content).hexdigest()}
+        atomic_write(beside, content)
+        atomic_write(path, self.model_copy(update={"layers": bare, **named}).dumps(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a plan and its constants.
+
+        Raises:
+            InputError: as `Artifact.load`; the constants are missing or not those that belong to the plan.
+        """
+        plan = super().load(path)
+        if plan.constants_file is None:
+            return plan
+        beside = Path(path).with_name(Path(plan.constants_file).name)
+        try:
+            content = beside.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{beside} cannot be read ({error.strerror}): {path} keeps its constants there, move both together"
+            ) from error
+        if hashlib.sha256(content).hexdigest() != plan.constants_digest:
+            raise InputError(f"{beside} does not belong to {path} or was changed since: make the plan again")
+        try:
+            constants = safetensors.numpy.load(content)
+        except SafetensorError as error:
+            raise InputError(f"{beside} is not a safetensors file: {error}") from error
+        for name, value in constants.items():
+            _, index, field = name.split(".")
+            setattr(plan.layers[int(index)], field, value.tolist())
+        plan.constants_file = plan.constants_digest = None
+        return plan

@@ -1,0 +1,45 @@
+"""`fusiontree export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def export(
+    model: Path = typer.Argument(..., help="Model folder, or a run directory, whose newest checkpoint is taken."),
+    plan: Path = typer.Argument(..., help="prune_plan.json, as `fusiontree plan` and training write it."),
+    out: Path = typer.Argument(..., help="Directory to write the smaller model to; must not exist yet."),
+    context: int = typer.Option(
+        4096, "--context", min=0, help="Tokens at which speed is measured; 0 = do not measure."
+    ),
+    device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
+    dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+) -> None:
+    """Apply a prune plan: write the smaller model, its tokenizer, manifest, plan and a model card.
+
+    What became constant is folded into the weights around it, in float64; the result loads like any other model.
+    """
+    from fusiontree.artifacts import PrunePlan
+    from fusiontree.cli._options import dtype_named, working
+    from fusiontree.deploy.export_pruned import check_free
+    from fusiontree.deploy.export_pruned import export as export_model
+    from fusiontree.deploy.loading import find_model, load
+    from fusiontree.deploy.reference import check_plan
+
+    check_free(out)
+    loaded_plan = PrunePlan.load(plan)
+    loaded = load(model, device=device, dtype=dtype_named(dtype))
+    check_plan(loaded, loaded_plan, where=str(plan))
+    with working("export") as progress:
+        cut = export_model(
+            loaded, loaded_plan, out, context=context or None, parent=str(find_model(model)), progress=progress
+        )
+    before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (loaded, cut))
+    kinds = loaded_plan.layer_branches
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("both", "mamba", "attention", "constant"))
+    print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
+    if any(kind != "both" for kind in kinds) and all(layer.constant is None for layer in loaded_plan.layers):
+        print(f"{plan} records no constants, so zeros stand in: `fusiontree plan` records what branches say on average")
+    print(out)

@@ -1,0 +1,41 @@
+"""`fusiontree heal`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def heal(
+    export: Path = typer.Argument(..., help="Folder of the pruned model, as `fusiontree export` wrote it."),
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Settings of the run, as of `train`."),
+    parent: Path = typer.Option(None, "--parent", help="What to distil from; default: what the export was cut from."),
+    config: Path = typer.Option(
+        None, "--config", help="YAML file with data and training; default: the parent's run's."
+    ),
+    resume: str = typer.Option(None, "--resume", help="`auto` or a checkpoint, as of `train`."),
+) -> None:
+    """Distil a pruned model from its parent for a short while, and say how much of the lost loss is recovered.
+
+    A training run like any other (`output_dir`, default runs/NAME-healed), which starts from the export's weights and
+    learns from text and from the parent's predictions. Without other settings it takes a tenth of the parent's steps.
+    """
+    from fusiontree.deploy.heal import REPORT, heal_settings
+    from fusiontree.deploy.heal import heal as run_healing
+    from fusiontree.plots import plot_run
+    from fusiontree.train.stop import EXIT_CODES
+
+    settings = heal_settings(export, parent=parent, config=config, overrides=overrides or [])
+    healed = run_healing(settings, resume=resume)
+    if healed.stopped_by is not None:
+        raise typer.Exit(EXIT_CODES[healed.stopped_by])
+    plot_run(healed.run)
+    if (report := healed.report) is None:
+        return
+    share = "the cut had cost nothing" if report.recovered is None else f"{100 * report.recovered:.0f} % recovered"
+    print(
+        f"loss: parent {report.parent_loss:.4f}, export {report.export_loss:.4f}, healed {report.healed_loss:.4f} "
+        f"({share}) after {report.tokens:,} tokens"
+    )
+    print(healed.run / REPORT)

@@ -1,0 +1,181 @@
+"""`fusiontree plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fusiontree.errors import InputError
+
+if TYPE_CHECKING:
+    from fusiontree.artifacts import GateStatistics, LayerDecision, PrunePlan
+    from fusiontree.train.settings import GateMonitorSettings
+
+PLAN = "prune_plan.json"
+
+
+def plan(
+    model: Path = typer.Argument(..., help="Model folder or run directory; with --show also a plan that is there."),
+    overrides: list[str] = typer.Argument(
+        None, metavar="[KEY=VALUE]...", help="Thresholds of a plan by gates alone, such as gate_monitor.plan_records=3."
+    ),
+    data: list[str] = typer.Option(None, "--data", help="Calibration text: files or globs, as of `fusiontree eval`."),
+    target: list[str] = typer.Option(
+        None, "--target", help="decode=1.4x, prefill=1.2x, memory=0.75x, parameters=0.8x, max_loss_increase=0.05."
+    ),
+    criterion: str = typer.Option(
+        "ablation", "--criterion", help="gate, contribution, ablation, recall, trained or random."
+    ),
+    out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan.json in MODEL."),
+    show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
+    empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
+    freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="Also freeze gates, for so many nats."),
+    tokens: int = typer.Option(16384, "--tokens", min=1, help="Calibration tokens."),
+    length: int = typer.Option(512, "--length", min=2, help="Tokens of a row of calibration text."),
+    context: int = typer.Option(4096, "--context", min=1, help="Tokens at which speed and memory are counted."),
+    rounds: int = typer.Option(3, "--rounds", min=1, help="Rounds of timing."),
+    seed: int = typer.Option(0, "--seed", min=0, help="Of the criteria random and trained."),
+    text_key: str = typer.Option("text", "--text-key", help="Key of a JSONL record that holds its text."),
+    device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
+    dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+) -> None:
+    """Decide which branches of a model to cut so that it meets a budget, and write the plan for `fusiontree export`.
+
+    What a cut costs is measured on the calibration text, what it saves on this machine. `--criterion gate` without
+    a target cuts by thresholds what the run recorded about its gates. `fusiontree plan PLAN.json --show` draws a plan.
+    """
+    from fusiontree.artifacts import PrunePlan
+
+    if model.is_file():
+        if not show:
+            raise InputError(f"{model} is a file: name a model to plan for, or add --show to draw a plan")
+        draw(PrunePlan.load(model))
+        return
+    from fusiontree.artifacts import make_directory
+    from fusiontree.cli._options import dtype_named, working
+    from fusiontree.deploy.budget import parse_targets
+    from fusiontree.deploy.calibration import calibration_text
+    from fusiontree.deploy.loading import find_model, load
+    from fusiontree.deploy.prune_plan import PlanSettings, make_plan, plan_by_thresholds
+    from fusiontree.eval.texts import Texts
+
+    targets = parse_targets(target or [])
+    by_thresholds = criterion == "gate" and not targets
+    settings = None
+    if not by_thresholds:
+        if overrides:
+            raise InputError(f"{overrides[0]}: only --criterion gate without --target reads thresholds")
+        settings = PlanSettings(
+            criterion=criterion,
+            targets=targets,
+            empty_layers=empty_layers,
+            freeze_gates=freeze_gates,
+            context=context,
+            rounds=rounds,
+            seed=seed,
+        )
+    if not data:
+        raise InputError("--data is missing: name calibration text, other than what you will judge the result by")
+    source = str(find_model(model))
+    destination = out or (model / PLAN)
+    if destination.is_dir():
+        raise InputError(f"--out {destination} is a directory: name a file")
+    make_directory(destination.parent, "--out")
+    records, thresholds = _recorded(model, overrides or []) if by_thresholds else ([], None)
+    documents = Texts(data, text_key=text_key, where="--data")
+    loaded = load(model, device=device, dtype=dtype_named(dtype))
+    text = calibration_text(loaded, documents, tokens=tokens, length=length)
+    with working("plan") as progress:
+        if settings is not None:
+            made = make_plan(loaded, text, settings, source=source, progress=progress)
+        else:
+            assert thresholds is not None
+            made = plan_by_thresholds(
+                loaded,
+                text,
+                records,
+                thresholds,
+                source=source,
+                context=context,
+                rounds=rounds,
+                progress=progress,
+            )
+    made.measured["calibration_data"] = documents.paths
+    made.save(destination)
+    if show:
+        draw(made)
+    print(summary(made))
+    print(destination)
+
+
+def _recorded(model: Path, overrides: list[str]) -> tuple[list[GateStatistics], GateMonitorSettings]:
+    """What the run recorded about its gates up to the checkpoint, and its thresholds."""
+    from fusiontree.artifacts import checkpoint_step
+    from fusiontree.deploy.loading import find_model
+    from fusiontree.plots import read_gates
+    from fusiontree.train.settings import as_run_settings, load_run_settings
+
+    checkpoint = find_model(model).resolve()
+    step, run = checkpoint_step(checkpoint), checkpoint.parent.parent
+    if step is None:
+        raise InputError(f"{model} is no run with gate statistics: name a run directory, or a --target to plan for")
+    records = [record for record in read_gates(run) if record.step <= step]
+    if not records:
+        raise InputError(f"{run} has no gate statistics up to step {step}")
+    config = run / "config.yaml"
+    settings = load_run_settings(config, overrides) if config.is_file() else as_run_settings({}, overrides)
+    return records, settings.gate_monitor
+
+
+def summary(made: PrunePlan) -> str:
+    """What the plan expects to deliver, in one line."""
+    found = made.expected
+    parts = [f"{name} {found[name]:.2f}x" for name in ("decode", "prefill", "memory", "parameters") if name in found]
+    if "loss_increase" in found:
+        parts.append(f"loss {found['parent_loss']:.4f} -> {found['loss']:.4f} ({found['loss_increase']:+.4f})")
+    return "expected before healing: " + ", ".join(parts) if parts else "the plan expects nothing of its cut"
+
+
+def draw(made: PrunePlan) -> None:
+    """Layers x branches: what the gate gives each one, the rise of the loss without it, what it saves."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    table = Table(title=f"Prune plan by {made.criterion}, for {made.source}")
+    table.add_column("layer", justify="right")
+    table.add_column("gate", justify="right")
+    for branch in ("mamba", "attention"):
+        for head in (branch, "Δloss", "saves"):
+            table.add_column(head, justify="left" if head == branch else "right")
+    table.add_column("because")
+    for index, layer in enumerate(made.layers):
+        table.add_row(str(index), _number(layer.evidence.get("gate_mean")), *_cells(made, index, layer), layer.reason)
+    console.print(table)
+    print("gate: 1 = Mamba, 0 = attention; Δloss: nats without the branch alone, or (in brackets) after its step;")
+    print("saves: share of the parent's cost")
+
+
+def _cells(made: PrunePlan, index: int, layer: LayerDecision) -> list[str]:
+    cells: list[str] = []
+    removed = {step.branch: step.loss_increase for step in made.steps if step.layer == index}
+    for branch in ("mamba", "attention"):
+        was_there = f"{branch}_saving" in layer.evidence or layer.keep in ("both", branch)
+        is_kept = layer.keep in ("both", branch)
+        rise = layer.evidence.get(f"{branch}_ablation", layer.evidence.get(f"{branch}_recall"))
+        shown = f"({removed[branch]:+.4f})" if rise is None and branch in removed else _number(rise, "+.4f")
+        saving = layer.evidence.get(f"{branch}_saving")
+        cells += [
+            "kept" if is_kept else "cut" if was_there else "–",
+            shown,
+            "–" if saving is None else f"{100 * saving:.1f} %",
+        ]
+    return cells
+
+
+def _number(value: Any, form: str = ".3f") -> str:
+    return "–" if value is None else format(value, form)

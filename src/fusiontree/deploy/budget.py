@@ -1,0 +1,180 @@
+"""What a cut is to reach, and what each cut is worth towards it on this machine.
+
+Costs in time are measured on models of the same sizes: times depend on no weight. What a branch of a layer costs is the
+difference that it makes to all layers, divided by their number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fusiontree.artifacts import BranchKind, LayerDecision, PrunePlan
+from fusiontree.deploy.costs import Cost, longest_context, measure_costs
+from fusiontree.deploy.criteria import Place
+from fusiontree.deploy.folding import cut_config
+from fusiontree.deploy.reference import BRANCHES_OF, kind_without
+from fusiontree.errors import InputError, nearest
+from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
+
+#: Times as fast, and shares that are left.
+FASTER, SMALLER = ("decode", "prefill"), ("memory", "parameters")
+LOSS = "max_loss_increase"
+TARGETS = (*FASTER, *SMALLER, LOSS)
+
+Kinds = Sequence[BranchKind]
+
+_WIDE = tuple(HybridLanguageModel._keep_in_fp32_modules_strict)  # which `.to` leaves alone, but not on meta
+
+
+def parse_targets(texts: Sequence[str], where: str = "--target") -> dict[str, float]:
+    """`decode=1.4x`, `memory=0.75x`, `max_loss_increase=0.05` and the like.
+
+    Raises:
+        InputError: an unknown name (the nearest is named), no number, or one that asks for nothing or the impossible.
+    """
+    found: dict[str, float] = {}
+    for text in (part.strip() for given in texts for part in given.split(",")):
+        name, separator, value = text.partition("=")
+        name = name.strip()
+        if name not in TARGETS:
+            close = nearest(name, TARGETS)
+            hint = f"did you mean {close}?" if close else f"there are {', '.join(TARGETS)}"
+            raise InputError(f"{where} {text}: there is no target {name!r}; {hint}")
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*x?\s*", value)
+        if not separator or match is None:
+            example = "0.05" if name == LOSS else "1.4x" if name in FASTER else "0.75x"
+            raise InputError(f"{where} {text}: give a number, as in {name}={example}")
+        found[name] = number = float(match[1])
+        if name in FASTER and number <= 1:
+            raise InputError(f"{where} {text}: how many times as fast, so above 1")
+        if name in SMALLER and not 0 < number < 1:
+            raise InputError(f"{where} {text}: the share that is to be left, so between 0 and 1")
+    return found
+
+
+def shortfall(targets: Mapping[str, float], reached: Mapping[str, float]) -> list[str]:
+    """The targets of speed and size that are not reached."""
+    missed = [name for name in FASTER if name in targets and reached[name] < targets[name]]
+    return missed + [name for name in SMALLER if name in targets and reached[name] > targets[name]]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """What the parent costs, and what each branch of a layer adds to that."""
+
+    config: HybridLanguageModelConfig
+    dtype: torch.dtype
+    context: int
+    parent: Cost
+    seconds: dict[tuple[str, str], tuple[float, float]]
+    """(kind of layer, branch) -> seconds that the branch takes of reading `context` tokens, and of decoding one."""
+    _sizes: dict[tuple[BranchKind, ...], tuple[int, int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def measured(
+        cls, model: HybridLanguageModel, *, context: int, rounds: int, progress: Callable[[str], None]
+    ) -> CostModel:
+        """Times the parent beside models that lack one branch, or both, in every layer."""
+        config = model.config
+        own = [config.branch(layer) for layer in range(config.num_layers)]
+        context = min(context, longest_context(config) // 2)
+        variants: dict[str, list[BranchKind]] = {
+            "without mamba": [kind_without(kind, "mamba") if kind == "both" else kind for kind in own],
+            "without attention": [kind_without(kind, "attention") if kind == "both" else kind for kind in own],
+            "without both": ["constant"] * len(own),
+        }
+        models = {"parent": model} | {name: blank(model, kinds) for name, kinds in variants.items()}
+        costs = measure_costs(models, context=context, rounds=rounds, progress=progress)
+
+        def seconds(whole: Cost, rest: Cost, layers: int) -> tuple[float, float]:
+            pairs = zip(
+                (whole.prefill_seconds, whole.decode_seconds), (rest.prefill_seconds, rest.decode_seconds), strict=True
+            )
+            prefill, decode = (max(0.0, a - b) / max(1, layers) for a, b in pairs)
+            return prefill, decode
+
+        both = own.count("both")
+        found = {}
+        for branch, other in (("mamba", "attention"), ("attention", "mamba")):
+            found["both", branch] = seconds(costs["parent"], costs[f"without {branch}"], both)
+            alone = costs[f"without {other}"] if both else costs["parent"]
+            found[branch, branch] = seconds(alone, costs["without both"], sum(kind != "constant" for kind in own))
+        return cls(config, model.dtype, context, costs["parent"], found)
+
+    def cost(self, kinds: Kinds) -> Cost:
+        """What the model with these layers costs: sizes exactly, times by the branches that are gone."""
+        prefill, decode = self.parent.prefill_seconds, self.parent.decode_seconds
+        for layer, kind in enumerate(kinds):
+            own = self.config.branch(layer)
+            for branch in BRANCHES_OF[own]:
+                if branch not in BRANCHES_OF[kind]:
+                    saved = self.seconds[own, branch]
+                    prefill, decode = prefill - saved[0], decode - saved[1]
+                    own = kind_without(own, branch)
+        key = tuple(kinds)
+        if key not in self._sizes:
+            self._sizes[key] = sizes(_config_of(self.config, kinds), self.dtype, self.context)
+        parameters, weight_bytes, state_bytes = self._sizes[key]
+        # Times are sums of measured differences, which may add up to more than there is.
+        floor = 0.02
+        return Cost(
+            parameters,
+            weight_bytes,
+            state_bytes,
+            max(prefill, floor * self.parent.prefill_seconds),
+            max(decode, floor * self.parent.decode_seconds),
+        )
+
+    def reached(self, kinds: Kinds) -> dict[str, float]:
+        """By the names of targets."""
+        return self.cost(kinds).against(self.parent)
+
+    def saving(self, kinds: Kinds, place: Place, wanted: Sequence[str]) -> float:
+        """Mean share of the parent's cost that goes with a branch, over the targets `wanted`; decoding without any."""
+        layer, branch = place
+        after = [kind_without(kind, branch) if index == layer else kind for index, kind in enumerate(kinds)]
+        names = [name for name in wanted if name != LOSS] or ["decode"]
+        return sum(self._share(kinds, name) - self._share(after, name) for name in names) / len(names)
+
+    def _share(self, kinds: Kinds, name: str) -> float:
+        value = self.reached(kinds)[name]
+        return 1 / value if name in FASTER else value
+
+
+def _config_of(
+    config: HybridLanguageModelConfig, kinds: Kinds, frozen: Collection[int] = ()
+) -> HybridLanguageModelConfig:
+    decisions = [
+        LayerDecision(keep=kind, reason="", gate=[0.5] * config.hidden_size if layer in frozen else None)
+        for layer, kind in enumerate(kinds)
+    ]
+    return cut_config(config, PrunePlan(criterion="", thresholds={}, source="", layers=decisions))
+
+
+def blank(model: HybridLanguageModel, kinds: Kinds, frozen: Collection[int] = ()) -> HybridLanguageModel:
+    """A model of these layers with random weights, those of `frozen` without gate, where and as the given one is."""
+    config = _config_of(model.config, kinds, frozen)
+    with torch.random.fork_rng(devices=[]):
+        return HybridLanguageModel(config).to(device=model.device, dtype=model.dtype).eval()
+
+
+def sizes(config: HybridLanguageModelConfig, dtype: torch.dtype, context: int) -> tuple[int, int, int]:
+    """(parameters, bytes of the weights, bytes of the state of one sequence of `context` tokens), nothing allocated."""
+    with torch.device("meta"):
+        model = HybridLanguageModel(config).to(dtype)
+        cache = HybridCache(config)
+        like = torch.empty(0, dtype=dtype)
+        for layer in cache.layers:
+            if "conv" in layer.geometry:
+                layer.ensure_mamba(1, dtype, like.device)
+            if "window" in layer.geometry:
+                layer.ensure_attention(1, context, like)
+    weight_bytes = sum(
+        parameter.numel() * (max(4, parameter.element_size()) if name.endswith(_WIDE) else parameter.element_size())
+        for name, parameter in model.named_parameters()
+    )
+    return sum(parameter.numel() for parameter in model.parameters()), weight_bytes, cache.nbytes

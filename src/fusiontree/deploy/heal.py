@@ -1,0 +1,139 @@
+"""Healing: a short distillation of a cut model from its parent, through the one training engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+from fusiontree.artifacts import HealReport, RunManifest
+from fusiontree.config import apply_overrides, load_yaml
+from fusiontree.data.tokenizer import holds_tokenizer
+from fusiontree.deploy.loading import find_model
+from fusiontree.errors import InputError
+from fusiontree.models import HybridLanguageModelConfig
+from fusiontree.train.checkpoint import load_model, no_progress_bar
+from fusiontree.train.engine import TrainingEngine
+from fusiontree.train.settings import RunSettings, as_run_settings
+
+REPORT = "heal_report.json"
+MANIFEST = "manifest.json"
+#: Of the parent's steps, and of these for warm-up, where nothing else is asked for.
+SHARE_OF_STEPS = 0.1
+#: Of the parent's highest learning rate: its weights are near where they should be, but the optimizer starts anew.
+SHARE_OF_RATE = 0.3
+
+
+@dataclass(frozen=True)
+class Healed:
+    """How healing ended: the report, None where it was stopped before its end by a signal."""
+
+    report: HealReport | None
+    run: Path
+    stopped_by: Signals | None
+
+
+def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
+    """Trains a cut model towards its teacher, and says how much of what the cut lost is recovered.
+
+    Args:
+        settings: as `heal_settings` makes them.
+        resume: as of `fusiontree.train`.
+
+    Raises:
+        InputError: there is nothing to evaluate on, or as training.
+    """
+    if settings.training.eval_interval == 0 or not settings.data.eval_paths:
+        raise InputError(
+            "healing reports the loss that it recovers: name data.eval_paths, and training.eval_interval above 0"
+        )
+    with no_progress_bar():
+        engine = TrainingEngine(settings, resume=resume)
+    result = engine.run()
+    if result.stopped_by is not None:
+        return Healed(None, result.run, result.stopped_by)
+    assert engine.loss.teacher is not None and settings.training.init_from is not None
+    # A run that was complete already has not evaluated.
+    after = result.evaluation or engine.evaluate(engine.parallel.model)
+    export = load_model(Path(settings.training.init_from)).to(engine.processes.device)
+    before, parent = (engine.evaluate(model) for model in (export, engine.loss.teacher.model))
+    assert after is not None and before is not None and parent is not None
+    report = HealReport(
+        export=settings.training.init_from,
+        parent=str(settings.loss.teacher),
+        steps=result.step,
+        tokens=engine.meter.tokens,
+        eval_tokens=after.tokens,
+        parent_loss=parent.loss,
+        export_loss=before.loss,
+        healed_loss=after.loss,
+    )
+    if engine.processes.is_main:
+        report.save(result.run / REPORT)
+    return Healed(report, result.run, None)
+
+
+def heal_settings(
+    export: str | os.PathLike[str],
+    *,
+    parent: str | os.PathLike[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> RunSettings:
+    """The settings of a run that heals an export.
+
+    Data and batch are those of the run that trained the parent, or of `config`; of its steps a tenth, of which a tenth
+    warm up to a third of its learning rate. The model is the export's, the teacher the parent.
+
+    Args:
+        export: folder that `export` wrote.
+        parent: model folder or run directory; None: where the export's manifest says that it comes from.
+        config: YAML file of a run; None: that of the parent's run.
+        overrides: `section.key=value`.
+
+    Raises:
+        InputError: no export, no parent, or no settings at these places.
+    """
+    folder = find_model(export)
+    teacher = find_model(parent) if parent is not None else _parent_of(folder)
+    if config is None:
+        config = teacher.resolve().parent.parent / "config.yaml"
+        if not config.is_file():
+            raise InputError(f"{teacher} does not lie in a run directory whose settings could be used: name --config")
+    base = load_yaml(config)
+    training = dict(base.get("training") or {})
+    defaults = RunSettings().training
+    steps = max(1, round(SHARE_OF_STEPS * training.get("max_steps", defaults.max_steps)))
+    shortened = {
+        "init_from": str(folder),
+        "max_steps": steps,
+        "warmup_steps": round(SHARE_OF_STEPS * steps),
+        "learning_rate": SHARE_OF_RATE * training.get("learning_rate", defaults.learning_rate),
+    }
+    model = HybridLanguageModelConfig.from_pretrained(folder)
+    own: dict[str, Any] = {
+        "model": {name: getattr(model, name) for name in HybridLanguageModelConfig.__annotations__},
+        "training": training | shortened,
+        "loss": {"distillation_coeff": 1.0} | dict(base.get("loss") or {}) | {"teacher": str(teacher)},
+        "output_dir": f"runs/{folder.name}-healed",
+    }
+    if holds_tokenizer(folder):
+        own["data"] = dict(base.get("data") or {}) | {"tokenizer": str(folder)}
+    if own["loss"]["distillation_coeff"] == 0:
+        own["loss"]["distillation_coeff"] = 1.0
+    # A curriculum's stages belong to a run of another length.
+    kept: Mapping[str, Any] = {name: value for name, value in base.items() if name != "curriculum"}
+    return as_run_settings(apply_overrides({**kept, **own}, list(overrides)))
+
+
+def _parent_of(folder: Path) -> Path:
+    manifest = folder / MANIFEST
+    named = RunManifest.load(manifest).parent_run if manifest.is_file() else None
+    if named is None:
+        raise InputError(f"{folder} does not say what it was cut from: name its parent with --parent")
+    if not Path(named).is_dir():
+        raise InputError(f"{folder} was cut from {named}, which is not there: name the parent with --parent")
+    return find_model(named)

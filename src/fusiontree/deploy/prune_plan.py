@@ -1,0 +1,356 @@
+"""From a trained model and some text to a prune plan: what to cut, in which order, until a budget is met.
+
+Every criterion ranks the branches of all layers, and the least worth goes first; those that measure removals rank anew
+after each, since removals interact. After every removal the constants of all removed branches are recorded once more,
+in the state that the model is then in, and the loss is measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusiontree.artifacts import CutStep, GateStatistics, LayerDecision, PrunePlan
+from fusiontree.deploy import criteria
+from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, blank, shortfall
+from fusiontree.deploy.calibration import Calibration, CalibrationText, Joint
+from fusiontree.deploy.costs import DEFAULT_CONTEXT, measure_costs
+from fusiontree.deploy.criteria import CRITERIA, Place, Scores
+from fusiontree.deploy.reference import BRANCHES_OF, kind_without, model_fingerprint
+from fusiontree.errors import InputError, nearest
+from fusiontree.models import HybridLanguageModel
+from fusiontree.train.monitor_gate import GateMonitor
+from fusiontree.train.settings import GateMonitorSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """How to plan.
+
+    Attributes:
+        criterion: of `CRITERIA`.
+        targets: as `parse_targets` gives them; at least one.
+        empty_layers: whether a layer may lose both branches.
+        freeze_gates: also freeze gates to their means while the loss rises by no more than this, in nats; None: none.
+        context: tokens at which time and state are counted.
+        rounds: of timing.
+        seed: of the random criterion, and of the rows that train the scalars.
+        is_verified: whether the cut model itself, measured, has to reach the targets; else the costs that its branches
+            add up to decide, the same for every plan with the same costs.
+    """
+
+    criterion: str = "ablation"
+    targets: dict[str, float] = field(default_factory=dict)
+    empty_layers: bool = False
+    freeze_gates: float | None = None
+    context: int = DEFAULT_CONTEXT
+    rounds: int = 3
+    seed: int = 0
+    is_verified: bool = True
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            close = nearest(self.criterion, CRITERIA)
+            hint = f"did you mean {close}?" if close else f"there are {', '.join(CRITERIA)}"
+            raise InputError(f"there is no criterion {self.criterion!r}; {hint}")
+        if not self.targets:
+            raise InputError("name a target, such as decode=1.4x, memory=0.75x or max_loss_increase=0.05")
+
+
+def make_plan(
+    model: HybridLanguageModel,
+    text: CalibrationText,
+    settings: PlanSettings,
+    *,
+    source: str,
+    costs: CostModel | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> PrunePlan:
+    """Plans the cut of a model.
+
+    Args:
+        model: as `fusiontree.load` returns it; it is changed while it is measured, and restored.
+        text: calibration text, other than what the result will be judged on.
+        source: name of the model, for the plan.
+        costs: of an earlier plan of the same model on this machine; None measures them.
+        progress: called with what is done next.
+
+    Raises:
+        InputError: the budget cannot be met; the sentence says the nearest that can.
+    """
+    calibration = Calibration(model, text, measures_recall=settings.criterion == "recall")
+    if costs is None:
+        costs = CostModel.measured(
+            model, context=settings.context, rounds=settings.rounds, progress=lambda what: progress(f"costs: {what}")
+        )
+    return _Planner(calibration, costs, settings, source, progress).plan()
+
+
+def plan_by_thresholds(
+    model: HybridLanguageModel,
+    text: CalibrationText,
+    records: Sequence[GateStatistics],
+    settings: GateMonitorSettings,
+    *,
+    source: str,
+    context: int = DEFAULT_CONTEXT,
+    rounds: int = 3,
+    progress: Callable[[str], None] = lambda what: None,
+) -> PrunePlan:
+    """The plan that thresholds draw from what a run recorded about its gates (`GateMonitor.plan`), with constants.
+
+    Args:
+        model, text, source, context, rounds, progress: as of `make_plan`.
+        records: of the run, in their order.
+        settings: the thresholds.
+
+    Raises:
+        InputError: the records are of too early a step, or of another model.
+    """
+    step = records[-1].step
+    if step < settings.plan_min_steps:
+        raise InputError(
+            f"the gate statistics of {source} are from step {step}, and thresholds are for gates of at least "
+            f"{settings.plan_min_steps} steps: train on, or set gate_monitor.plan_min_steps lower"
+        )
+    calibration = Calibration(model, text)
+    if [layer.branches for layer in records[-1].layers] != list(calibration.parent.kinds):
+        raise InputError(f"the gate statistics of {source} are of a model with other layers than this one")
+    monitor = GateMonitor(settings, len(calibration.blocks), list(calibration.parent.kinds))
+    for record in records:
+        monitor.remember(record)
+    plan = monitor.plan(source)
+    joint = calibration.cut(plan.layer_branches)
+    costs = _measure(calibration, joint, context, rounds, progress)
+    evidence = criteria.gate_evidence(calibration)
+    plan.layers = [
+        found.model_copy(update={"reason": decided.reason, "evidence": evidence[layer] | decided.evidence})
+        for layer, (found, decided) in enumerate(zip(joint.decisions, plan.layers, strict=True))
+    ]
+    plan.model = model_fingerprint(model)
+    plan.expected = costs | _losses(calibration, joint)
+    plan.measured = _measured_how(calibration) | {"context": context}
+    return plan
+
+
+def _measure(
+    calibration: Calibration, joint: Joint, context: int, rounds: int, progress: Callable[[str], None]
+) -> dict[str, float]:
+    """What the whole cut model costs, measured beside its parent."""
+    model = calibration.model
+    models = {"parent": model, "cut": blank(model, joint.kinds, joint.frozen)}
+    found = measure_costs(models, context=context, rounds=rounds, progress=progress)
+    return found["cut"].against(found["parent"])
+
+
+def _losses(calibration: Calibration, joint: Joint) -> dict[str, float]:
+    parent = calibration.parent.loss
+    found = {"loss_increase": joint.loss - parent, "loss": joint.loss, "parent_loss": parent}
+    if not math.isnan(joint.recall_loss):
+        found |= {"recall_loss": joint.recall_loss, "parent_recall_loss": calibration.parent.recall_loss}
+    return found
+
+
+def _measured_how(calibration: Calibration, costs: CostModel | None = None) -> dict[str, Any]:
+    text, model = calibration.text, calibration.model
+    how = {
+        "calibration_tokens": text.tokens,
+        "row_length": text.input_ids.shape[1],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+    }
+    if costs is None:
+        return how
+    return how | {
+        "context": costs.context,
+        "parent_prefill_seconds": costs.parent.prefill_seconds,
+        "parent_decode_seconds": costs.parent.decode_seconds,
+        "parent_memory_bytes": costs.parent.memory_bytes,
+    }
+
+
+class _Planner:
+    def __init__(
+        self,
+        calibration: Calibration,
+        costs: CostModel,
+        settings: PlanSettings,
+        source: str,
+        progress: Callable[[str], None],
+    ):
+        self.calibration, self.costs, self.settings = calibration, costs, settings
+        self.source, self.progress = source, progress
+        self.limit = settings.targets.get(LOSS)
+        self.wanted = [name for name in settings.targets if name != LOSS]
+        self.steps: list[CutStep] = []
+        self.evidence = criteria.gate_evidence(calibration)
+        self.scores = self._score()
+        self.first_scores = dict(self.scores)
+        self.cheapest = math.inf
+
+    def plan(self) -> PrunePlan:
+        joint, expected = self._cut_to_budget()
+        joint = self._freeze_gates(joint)
+        if joint.frozen:
+            expected = self._measured(joint)
+        return PrunePlan(
+            criterion=self.settings.criterion,
+            thresholds={},
+            source=self.source,
+            layers=[self._decision(layer, decision) for layer, decision in enumerate(joint.decisions)],
+            model=model_fingerprint(self.calibration.model),
+            targets=self.settings.targets,
+            expected=expected | _losses(self.calibration, joint),
+            steps=self.steps,
+            measured=_measured_how(self.calibration, self.costs) | {"seed": self.settings.seed},
+        )
+
+    def _score(self) -> Scores:
+        calibration, places = self.calibration, criteria.branches(self.calibration)
+        match self.settings.criterion:
+            case "gate":
+                return criteria.gate_scores(self.evidence, places)
+            case "contribution":
+                return criteria.contribution_scores(self.evidence, places)
+            case "ablation" | "recall":
+                return criteria.ablation_scores(calibration, self.progress)
+            case "trained":
+                kinds = calibration.parent.kinds
+                prices = {place: self.costs.saving(kinds, place, self.wanted) for place in places}
+                return criteria.trained_scores(calibration, prices, seed=self.settings.seed, progress=self.progress)
+            case _:
+                return criteria.random_scores(places, self.settings.seed)
+
+    def _cut_to_budget(self) -> tuple[Joint, dict[str, float]]:
+        """Removes branches until the targets of speed and size are reached, or, without any, while the loss allows it.
+
+        Costs are first those that the branches add up to, and at the end those of the whole model, measured.
+        """
+        joint = self.calibration.parent
+        while True:
+            reached = self.costs.reached(joint.kinds)
+            if self.wanted and not shortfall(self.settings.targets, reached):
+                if self.settings.is_verified:
+                    reached = self._measured(joint)
+                if not shortfall(self.settings.targets, reached):
+                    return joint, reached
+            found = self._next(joint)
+            if found is None:
+                if not self.wanted and self.steps:
+                    return joint, self._measured(joint)
+                raise InputError(self._impossible(joint))
+            (layer, branch), joint = found
+            step = CutStep(
+                layer=layer, branch=branch, loss_increase=self._rise(joint), saving=self.costs.reached(joint.kinds)
+            )
+            self.steps.append(step)
+            self.progress(f"removed {branch} of layer {layer}: loss {step.loss_increase:+.4f}")
+
+    def _measured(self, joint: Joint) -> dict[str, float]:
+        return _measure(self.calibration, joint, self.costs.context, self.settings.rounds, self.progress)
+
+    def _next(self, joint: Joint) -> tuple[Place, Joint] | None:
+        """The next branch to remove, and the model without it; None where none may go any more.
+
+        Criteria that rank once and for all give the order. Where removals are measured it is the cheapest rise of the
+        loss for what it saves, and a rise measured in an earlier state only orders the candidates: the best of those
+        measured anew is taken once it comes before the old value of the next (lazy greedy; Minoux 1978).
+        """
+        ranks_anew = self.settings.criterion in criteria.MEASURED
+        left = [place for place in self.scores if self._may_go(joint, place)]
+        rank = {place: self._price(joint, place) if ranks_anew else self.scores[place] for place in left}
+        best: tuple[Place, Joint] | None = None
+        self.cheapest = math.inf  # the smallest rise of the loss that this search sees
+        for place in sorted(left, key=lambda place: rank[place]):
+            if best is not None and (not ranks_anew or rank[best[0]] <= rank[place]):
+                break
+            layer, branch = place
+            self.progress(f"measuring layer {layer} without {branch}")
+            found = self.calibration.remove(joint, layer, kind_without(joint.kinds[layer], branch))
+            self.cheapest = min(self.cheapest, self._rise(found))
+            if ranks_anew:
+                self.scores[place] = found.rise_from(joint)
+                rank[place] = self._price(joint, place)
+            if self.limit is not None and self._rise(found) > self.limit:
+                continue
+            if best is None or rank[place] < rank[best[0]]:
+                best = place, found
+        return best
+
+    def _may_go(self, joint: Joint, place: Place) -> bool:
+        layer, branch = place
+        names = BRANCHES_OF[joint.kinds[layer]]
+        return branch in names and (len(names) > 1 or self.settings.empty_layers)
+
+    def _price(self, joint: Joint, place: Place) -> float:
+        """Of removing a branch: the rise of the loss for what it saves."""
+        rise, saving = self.scores[place], max(1e-6, self.costs.saving(joint.kinds, place, self.wanted))
+        return rise / saving if rise > 0 else rise * saving
+
+    def _rise(self, joint: Joint) -> float:
+        return joint.loss - self.calibration.parent.loss
+
+    def _freeze_gates(self, joint: Joint) -> Joint:
+        """Freezes gates, first those that cost least, while all of them together cost no more than is allowed."""
+        if self.settings.freeze_gates is None:
+            return joint
+        start = joint.loss
+        gated = [
+            layer
+            for layer, block in enumerate(self.calibration.blocks)
+            if block.gate is not None and joint.kinds[layer] != "constant"
+        ]
+        losses = {}
+        for layer in gated:
+            self.progress(f"measuring layer {layer} with its gate frozen")
+            losses[layer] = self.calibration.freeze(joint, layer).loss
+        for layer in sorted(gated, key=lambda layer: losses[layer]):
+            found = self.calibration.freeze(joint, layer)
+            too_much = self.limit is not None and self._rise(found) > self.limit
+            if too_much or found.loss - start > self.settings.freeze_gates:
+                break
+            joint = found
+        return joint
+
+    def _decision(self, layer: int, decision: LayerDecision) -> LayerDecision:
+        evidence = dict(self.evidence[layer])
+        kinds = self.calibration.parent.kinds
+        for branch in BRANCHES_OF[kinds[layer]]:
+            evidence[f"{branch}_{self.settings.criterion}"] = self.first_scores[layer, branch]
+            evidence[f"{branch}_saving"] = self.costs.saving(kinds, (layer, branch), self.wanted)
+        removed = [
+            f"{step.branch} removed in step {number}"
+            for number, step in enumerate(self.steps, 1)
+            if step.layer == layer
+        ]
+        if not removed:
+            removed = ["kept" if kinds[layer] == "both" else "has one branch already"]
+        if decision.gate is not None:
+            removed.append("gate frozen")
+        return decision.model_copy(update={"reason": ", ".join(removed), "evidence": evidence})
+
+    def _impossible(self, joint: Joint) -> str:
+        """Why the budget cannot be met, and what can."""
+        asked = ", ".join(
+            f"{name}={value:g}{'' if name == LOSS else 'x'}" for name, value in self.settings.targets.items()
+        )
+        if not self.wanted:
+            cheapest = f"the cheapest removal raises the loss by {self.cheapest:.4f}"
+            return f"{asked} cannot be met: {cheapest}; allow at least that"
+        reached = self._measured(joint)
+        nearest_values = ", ".join(
+            f"{name}={reached[name]:.2f}x" for name in (*FASTER, *SMALLER) if name in self.wanted
+        )
+        if self.limit is not None and self.cheapest > self.limit:
+            return (
+                f"{asked} cannot be met: the nearest within that rise of the loss is {nearest_values} (at "
+                f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase"
+            )
+        where = "without any branch" if self.settings.empty_layers else "with one branch left in every layer"
+        more = "" if self.settings.empty_layers else ", or let layers lose both branches (--empty-layers)"
+        return f"{asked} cannot be met: {where} it is {nearest_values}; ask for less{more}"

@@ -1,0 +1,326 @@
+"""Runs and models side by side on one page: what was set, how they learned, what their gates did, how fast they are."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from html import escape
+from pathlib import Path
+
+from fusiontree.artifacts import EvalReport, RunManifest
+from fusiontree.atomic import atomic_write
+from fusiontree.eval.columns import Column, differences, read_columns
+from fusiontree.eval.page import page, section
+from fusiontree.eval.run_figures import (
+    LAYER_COLOURS,
+    STYLE,
+    evaluation_figure,
+    gate_figures,
+    learning_figures,
+    other_figures,
+    overview_of_gates,
+    speed_figures,
+)
+from fusiontree.train.loggers import format_duration
+
+Cell = str | None
+Getter = Callable[[Column], Cell]
+
+#: Settings that say on what `eval_loss` was measured: where they differ, it does not compare.
+_EVALUATED_ON = (
+    *("data.eval_paths", "data.tokenizer"),
+    *("training.eval_batches", "training.batch_size", "training.max_seq_length"),
+)
+
+
+def write_run_report(paths: Sequence[Path], out: Path) -> None:
+    """Reads runs and models and writes the page that compares them.
+
+    Args:
+        paths: directories of runs or models.
+        out: the file.
+
+    Raises:
+        InputError: a directory that is neither, or a file in one that is broken.
+    """
+    columns = read_columns(paths)
+    parts = [_header(columns), _glance(columns)]
+    parts += [part(columns) for part in (_differences, _learning, _gates, _speed, _evaluation, _plan, _origin)]
+    parts.append(_settings(columns))
+    title = columns[0].name if len(columns) == 1 else f"{len(columns)} runs side by side"
+    atomic_write(out, page(title, "\n".join(filter(None, parts)), STYLE))
+
+
+def _header(columns: Sequence[Column]) -> str:
+    names = "".join(f'<li class="c{index % 8}">{escape(column.name)}</li>' for index, column in enumerate(columns))
+    title = columns[0].name if len(columns) == 1 else "Side by side"
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"<header><h1>{escape(title)}</h1><p>Written by fusiontree report on {made} from what lies in the "
+        f'directories named below.</p></header><ul class="legend">{names}</ul>'
+    )
+
+
+def _glance(columns: Sequence[Column]) -> str:
+    rows: list[tuple[str, Getter]] = [
+        ("parameters", lambda c: None if c.parameters is None else f"{c.parameters:,}"),
+        ("steps", _steps),
+        ("tokens", lambda c: _last(c, "tokens", ",.0f")),
+        ("time", lambda c: format_duration(c.numbers("elapsed")[-1]) if c.numbers("elapsed") else None),
+        ("training loss", lambda c: _last(c, "lm_loss", ".4f")),
+        ("evaluation loss, last", lambda c: _last(c, "eval_loss", ".4f")),
+        ("evaluation loss, best", lambda c: _best(c, "eval_loss")),
+        ("evaluation perplexity, last", lambda c: _last(c, "eval_perplexity", ",.2f")),
+        ("gates, mean", lambda c: _last(c, "gate_mean", ".3f")),
+        ("gates, deviation", lambda c: _last(c, "gate_std", ".3f")),
+        ("tokens/s", lambda c: _median(c, "tokens_per_second", ",.0f")),
+        ("TFLOP/s per device", lambda c: _median(c, "tflops", ".3g")),
+        ("model FLOP utilisation", lambda c: _median(c, "mfu", ".1%")),
+        ("peak memory, GiB", lambda c: f"{max(values):.2f}" if (values := c.numbers("peak_memory_gib")) else None),
+    ]
+    note = (
+        "Losses are nats per token: training over the tokens of the last row, evaluation over the run's own evaluation "
+        "batches. Speeds are medians over the rows of metrics.jsonl, from the seconds of the optimizer steps alone; "
+        "time includes evaluation and saving, stops not. FLOPs are the model's, recomputation not counted; utilisation "
+        "needs the device's peak. Memory is the largest of one process: allocated on a GPU, resident on a CPU. "
+        "Parameters are those of the newest checkpoint."
+    )
+    return section("At a glance", _table(columns, rows) + _note(note))
+
+
+def _differences(columns: Sequence[Column]) -> str:
+    if len(columns) == 1:
+        return ""
+    rows = [(key, _setting(key)) for key in differences(columns)]
+    if not rows:
+        return section("What differs", _note("No setting differs."))
+    note = "Settings that are not equal everywhere, from config.yaml and, for the model, the newest checkpoint."
+    return section("What differs", _table(columns, rows) + _note(note))
+
+
+def _learning(columns: Sequence[Column]) -> str:
+    runs = [column for column in columns if column.metrics]
+    if not runs:
+        return ""
+    note = (
+        "Training: the language-model loss, averaged over the tokens of the steps since the row before. Evaluation: "
+        "the same packed batches of held-out text each time, without dropout. Time is that of the run, evaluation and "
+        "saving included, stops not; an evaluation stands at the training row of its step. Curves of many rows are "
+        "drawn as means of neighbours."
+    )
+    unequal = [key for key in differences(runs) if key in _EVALUATED_ON]
+    if unequal:
+        note += f" Evaluation losses do not compare where these differ: {', '.join(unequal)}."
+    others = other_figures(columns) + _note(
+        "The norm is that of a row's last step, the terms are means over its steps."
+    )
+    more = f"<details><summary>Gradient norm and the other terms of the loss</summary>{others}</details>"
+    return section("How they learn", learning_figures(columns) + _note(note) + more)
+
+
+def _gates(columns: Sequence[Column]) -> str:
+    if not any(column.gates or column.numbers("gate_mean") for column in columns):
+        return ""
+    note = (
+        "A gate mixes the branches channel by channel: 1 takes the Mamba branch alone, 0 the attention branch alone. "
+        "Mean: over layers, channels and the tokens since the row before; deviation: over the tokens of the last gate "
+        "record."
+    )
+    parts = [overview_of_gates(columns), _note(note)]
+    recorded = [column for column in columns if column.gates]
+    if recorded:
+        intervals = {str(column.settings.get("gate_monitor.interval", "?")) for column in recorded}
+        layers = (
+            f"Each record covers one optimizer step and is taken every {' or '.join(sorted(intervals))} steps: mean "
+            "and standard deviation of a layer's gate over its tokens and channels. In the heat map records stand "
+            "side by side at equal width; white is 1/2, red leans to Mamba, blue to attention, grey is a layer without "
+            "a working gate. Its colours follow the run's own gates: mind the ends of each scale."
+        )
+        scale = f'<p class="note">Layers, first to last: <span class="layers" style="{LAYER_COLOURS}"></span></p>'
+        parts += [gate_figures(recorded), scale, _note(layers)]
+    return section("What the gates do", "".join(parts))
+
+
+def _speed(columns: Sequence[Column]) -> str:
+    if not any(column.numbers("tokens_per_second") for column in columns):
+        return ""
+    note = (
+        "Tokens of all devices, operations of one, both over the seconds of the steps of a row, evaluation and saving "
+        "left out. Operations are those of the model: 6 a weight and token, 12 a pair of tokens that see each other "
+        "and unit of head width, 12 a state element and token; what is computed again does not count. Memory is the "
+        "most that one process has held so far."
+    )
+    return section("How fast, in how much memory", speed_figures(columns) + _note(note))
+
+
+def _evaluation(columns: Sequence[Column]) -> str:
+    found = [column for column in columns if column.evaluation is not None]
+    if not found:
+        return ""
+
+    def of(get: Callable[[EvalReport], Cell]) -> Getter:
+        return lambda column: None if column.evaluation is None else get(column.evaluation)
+
+    rows: list[tuple[str, Getter]] = [
+        ("loss, nats per token", of(lambda e: f"{e.loss:.4f}")),
+        ("perplexity per token", of(lambda e: f"{e.perplexity:,.3f}")),
+        ("bits per byte", of(lambda e: _number(e.settings.get("bits_per_byte"), ".4f"))),
+        ("tokens", of(lambda e: f"{e.tokens:,}")),
+        ("documents", of(lambda e: _number(e.settings.get("documents"), ",.0f"))),
+        ("files", of(lambda e: ", ".join(e.data))),
+        ("model", of(lambda e: e.model)),
+        ("measured", of(lambda e: str(e.settings.get("measured", "")) or None)),
+    ]
+    tasks = [c.evaluation.tasks for c in found if c.evaluation is not None and c.evaluation.tasks is not None]
+    kinds = dict.fromkeys(result.task for report in tasks for result in report.results)
+    rows += [(f"{task}: answers found", of(partial(_task, task))) for task in kinds]
+    note = (
+        "The last fusiontree eval of each: every token of whole held-out documents once, predicted from all of its "
+        "document before it. Losses compare where files and tokens are the same, bits per byte also between "
+        "tokenizers; rows that stand in the way are marked."
+    )
+    return section(
+        "Last evaluation",
+        _table(columns, rows, ("tokens", "documents", "files", "measured")) + evaluation_figure(columns) + _note(note),
+    )
+
+
+def _task(task: str, evaluation: EvalReport) -> Cell:
+    found = [result for result in evaluation.tasks.results if result.task == task] if evaluation.tasks else []
+    return f"{found[0].right:.1%} of {found[0].answers:,}" if found else None
+
+
+def _plan(columns: Sequence[Column]) -> str:
+    parts = []
+    for column in columns:
+        plan = column.plan
+        if plan is None:
+            continue
+        cells = "".join(
+            f'<li class="{layer.keep}" title="{escape(layer.reason)}">{index}</li>'
+            for index, layer in enumerate(plan.layers)
+        )
+        kept = {kind: plan.layer_branches.count(kind) for kind in ("both", "mamba", "attention")}
+        counts = ", ".join(f"{count} {kind}" for kind, count in kept.items() if count)
+        reasons = "".join(
+            f"<tr><td>{index}</td><td>{escape(layer.keep)}</td><td>{escape(layer.reason)}</td><td>"
+            f"{', '.join(f'{escape(name)} {value:.4g}' for name, value in layer.evidence.items())}</td></tr>"
+            for index, layer in enumerate(plan.layers)
+        )
+        thresholds = ", ".join(f"{escape(name)} {value:g}" for name, value in plan.thresholds.items())
+        parts.append(
+            f"<h3>{escape(column.name)}</h3><p>By {escape(plan.criterion)} ({thresholds})"
+            f"{'' if plan.step is None else f', at step {plan.step:,}'}: {counts}.</p>"
+            f'<ol class="branches">{cells}</ol><details><summary>Why, layer by layer</summary><div class="wide">'
+            f"<table><tr><th>layer</th><th>keeps</th><th>reason</th><th>evidence</th></tr>{reasons}</table></div></details>"
+        )
+    if not parts:
+        return ""
+    note = "From prune_plan.json: a layer keeps both branches, Mamba alone (red) or attention alone (blue)."
+    return section("What would be pruned", "".join(parts) + _note(note))
+
+
+def _origin(columns: Sequence[Column]) -> str:
+    def of(get: Callable[[RunManifest], Cell]) -> Getter:
+        return lambda column: None if column.manifest is None else get(column.manifest)
+
+    libraries = dict.fromkeys(name for c in columns if c.manifest is not None for name in c.manifest.versions)
+    rows: list[tuple[str, Getter]] = [
+        ("directory", lambda c: str(c.path)),
+        ("kind", lambda c: c.kind),
+        ("started", of(lambda m: m.started)),
+        ("revision", of(lambda m: m.git_revision or "installed package")),
+        ("data fingerprint", of(lambda m: m.data_fingerprint)),
+        ("started from", of(lambda m: m.parent_run)),
+        ("command", of(lambda m: m.command)),
+        *((name, of(partial(_version, name))) for name in libraries),
+    ]
+    note = "From manifest.json, written when a run begins. Marked rows differ."
+    return section(
+        "Where they come from", _table(columns, rows, ("revision", "data fingerprint", *libraries)) + _note(note)
+    )
+
+
+def _version(library: str, manifest: RunManifest) -> Cell:
+    return manifest.versions.get(library)
+
+
+def _settings(columns: Sequence[Column]) -> str:
+    keys = list(dict.fromkeys(key for column in columns for key in column.settings))
+    sections = list(dict.fromkeys(key.partition(".")[0] if "." in key else "run" for key in keys))
+    parts = []
+    for name in sections:
+        inside = [key for key in keys if (key.partition(".")[0] if "." in key else "run") == name]
+        table = _table(columns, [(key, _setting(key)) for key in inside], inside)
+        parts.append(f"<details><summary>{escape(name)}</summary>{table}</details>")
+    return section("All settings", "".join(parts))
+
+
+def _table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], marked: Collection[str] = ()) -> str:
+    """A row for each getter that has a value anywhere; those named in `marked` stand out where their values differ."""
+    heads = "".join(
+        f'<th scope="col" class="c{index % 8}">{escape(column.name)}</th>' for index, column in enumerate(columns)
+    )
+    body = []
+    for name, get in rows:
+        values = [get(column) for column in columns]
+        if not any(values):
+            continue
+        is_marked = name in marked and len({value for value in values if value}) > 1
+        cells = "".join(f"<td>{'–' if value is None else escape(value)}</td>" for value in values)
+        body.append(f"<tr{' class=differs' if is_marked else ''}><th scope=row>{escape(name)}</th>{cells}</tr>")
+    return f'<div class="wide"><table class="columns"><tr><td></td>{heads}</tr>{"".join(body)}</table></div>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _setting(key: str) -> Getter:
+    def get(column: Column) -> Cell:
+        if key not in column.settings:
+            return None
+        value = column.settings[key]
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(str, value)) or "none"
+        return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _is_plain(value) else str(value)
+
+    return get
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _steps(column: Column) -> Cell:
+    if not column.metrics:
+        return None
+    last = f"{column.metrics[-1]['step']:,}"
+    wanted = column.settings.get("training.max_steps")
+    return f"{last} of {wanted:,}" if isinstance(wanted, int) else last
+
+
+def _last(column: Column, key: str, form: str) -> Cell:
+    values = column.numbers(key)
+    return format(values[-1], form) if values else None
+
+
+def _best(column: Column, key: str) -> Cell:
+    rows = column.rows(key)
+    if not rows:
+        return None
+    step, value = min(rows, key=lambda row: row[1])
+    return f"{value:.4f} (step {step:,})"
+
+
+def _median(column: Column, key: str, form: str) -> Cell:
+    values = column.numbers(key)
+    return format(statistics.median(values), form) if values else None
+
+
+def _number(value: object, form: str) -> Cell:
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return format(value, form) if is_number else None

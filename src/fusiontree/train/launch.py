@@ -1,0 +1,198 @@
+"""From the `system` section and the launcher's environment to devices and processes: what is asked for is what runs."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+from fusiontree.errors import InputError
+from fusiontree.train.deepspeed_config import deepspeed_config, forget_in_transformers
+from fusiontree.train.settings import RunSettings
+
+_TRUE = ("1", "true", "yes", "on")
+_USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+
+
+def launched_processes() -> int:
+    """How many processes the launcher (torchrun, accelerate launch, deepspeed) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launch(settings: RunSettings) -> None:
+    """Compare what the settings ask for with how this process was launched and what is installed.
+
+    Raises:
+        InputError: they contradict each other, or something is missing here; nothing is replaced in silence.
+    """
+    system, launched = settings.system, launched_processes()
+    if system.num_devices is not None and system.num_devices != launched:
+        runs = "1 process runs" if launched == 1 else f"{launched} processes run"
+        raise InputError(
+            f"system.num_devices is {system.num_devices} but {runs}: start it with torchrun "
+            f"--nproc_per_node={system.num_devices} -m fusiontree train …, or set system.num_devices={launched}"
+        )
+    if system.uses_deepspeed:
+        key = "system.deepspeed_config" if system.deepspeed_config else "system.zero_stage"
+        if importlib.util.find_spec("deepspeed") is None:
+            raise InputError(
+                f"{key} asks for DeepSpeed, which is not installed: pip install 'fusiontree[deepspeed]', or set it to "
+                f"{'null' if system.deepspeed_config else 0}"
+            )
+        stage = deepspeed_config(settings, launched)["zero_optimization"]["stage"]
+        if stage == 3 and settings.loss.teacher is not None:
+            raise InputError(
+                "loss.teacher: distillation reads the head's weights, which ZeRO-3 shards: use ZeRO-2 or system.fsdp"
+            )
+    elif _is_set(_USE_DEEPSPEED):
+        raise InputError(
+            f"the launcher asks for DeepSpeed ({_USE_DEEPSPEED}) but system.zero_stage is 0 and there is no "
+            "system.deepspeed_config: set one of them, or launch with torchrun"
+        )
+    if not system.fsdp and _is_set("ACCELERATE_USE_FSDP"):
+        raise InputError(
+            "the launcher asks for FSDP (ACCELERATE_USE_FSDP) but system.fsdp is false: set it, or launch with torchrun"
+        )
+    wanted = settings.training.mixed_precision
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", wanted):
+        raise InputError(
+            f"the launcher asks for {precision} (ACCELERATE_MIXED_PRECISION) but training.mixed_precision is {wanted}: "
+            "make them equal"
+        )
+    _check_devices(settings)
+
+
+def _check_devices(settings: RunSettings) -> None:
+    if settings.system.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("system.device is cuda but torch sees no CUDA device: use cpu or auto")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if uses_cuda(settings) and local > torch.cuda.device_count():
+        raise InputError(
+            f"{local} processes were launched on this machine but torch sees {torch.cuda.device_count()} CUDA devices: "
+            "launch one process per device, or set system.device to cpu"
+        )
+
+
+def uses_cuda(settings: RunSettings) -> bool:
+    """Whether the run trains on CUDA devices."""
+    device = settings.system.device
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def open_accelerator(settings: RunSettings) -> Accelerator:
+    """Join the other processes of the run, on the device that the settings ask for.
+
+    Raises:
+        InputError: as `check_launch`; or accelerate would run something else than what was asked for.
+    """
+    check_launch(settings)
+    system, on_cuda = settings.system, uses_cuda(settings)
+    if system.num_threads is not None:
+        torch.set_num_threads(system.num_threads)
+    plugin = None
+    if system.uses_deepspeed:
+        if not on_cuda:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+            _leave_communication_to_gloo()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, launched_processes()))
+    launcher = _single_launch() if system.is_sharded and "RANK" not in os.environ else {}
+    with _environment({_USE_DEEPSPEED: str(system.uses_deepspeed).lower(), **launcher}):
+        accelerator = Accelerator(
+            # With `cpu`, accelerate ignores DeepSpeed in silence; without, it takes the CPU where there is no GPU.
+            cpu=not on_cuda and not system.uses_deepspeed,
+            # Autocast is entered around the forward pass by the engine, alike everywhere; parameters stay float32.
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=settings.training.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            deepspeed_plugin=plugin,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(
+                    # Left to itself, accelerate takes a run of DeepSpeed on CPUs for a single process.
+                    backend="gloo" if system.uses_deepspeed and not on_cuda else None,
+                    timeout=timedelta(seconds=system.timeout),
+                )
+            ],
+        )
+    if system.uses_deepspeed:
+        forget_in_transformers()
+    if torch.distributed.is_initialized():
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
+    _check_what_runs(accelerator, settings)
+    return accelerator
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def close_accelerator() -> None:
+    """Forget accelerate's state, so that this process can open another engine; the group of processes stays."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def _check_what_runs(accelerator: Accelerator, settings: RunSettings) -> None:
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if is_deepspeed != settings.system.uses_deepspeed or accelerator.num_processes != launched_processes():
+        raise InputError(
+            f"{settings.system.engine} with {launched_processes()} processes was asked for but accelerate would run "
+            f"{accelerator.distributed_type.value} with {accelerator.num_processes}: start it in a fresh process, with "
+            "torchrun"
+        )
+    wanted = "cuda" if uses_cuda(settings) else "cpu"
+    if accelerator.device.type != wanted:
+        raise InputError(
+            f"device {wanted} was asked for but accelerate would run on {accelerator.device.type}: set system.device"
+        )
+
+
+def _single_launch() -> dict[str, str]:
+    """What a launcher would set for a single process: sharding needs a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _leave_communication_to_gloo() -> None:
+    """DeepSpeed would compile an operation of its own on the first start, for a minute and with a C++ compiler.
+
+    A start that is killed meanwhile leaves a lock behind that every later one waits for without an end.
+    """
+    from deepspeed.ops import __compatible_ops__ as operations
+
+    operations["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in _TRUE

@@ -1,0 +1,364 @@
+"""The engines behind the one training loop: one process or DDP, DeepSpeed ZeRO, FSDP2.
+
+All of them hold float32 parameters and compute in the autocast that the loop enters. They differ in who holds which
+part of parameters, gradients and moments; weights and moments are handed out whole, by parameter name, so that a
+checkpoint of one engine goes on in any other and with any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from fusiontree.errors import InputError
+from fusiontree.models import HybridLanguageModel
+from fusiontree.train.deepspeed_config import forget_in_transformers
+from fusiontree.train.optim import build_optimizer, set_learning_rate
+from fusiontree.train.settings import RunSettings
+
+#: AdamW's, beside its step.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Parallel:
+    """One process, or DDP: every process holds everything.
+
+    Attributes:
+        module: the model itself, whatever wraps it.
+        model: what runs the forward pass.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: HybridLanguageModel, settings: RunSettings):
+        self.accelerator = accelerator
+        self.module = module
+        self.max_norm = settings.training.grad_clip or math.inf
+        self.model: nn.Module = self._wrap()
+        self.names = {parameter: name for name, parameter in module.named_parameters()}
+        self.optimizer = build_optimizer(module, settings.training)
+
+    def _wrap(self) -> nn.Module:
+        if self.accelerator.num_processes == 1:
+            return self.module
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            self.module,
+            device_ids=devices,
+            # Running means are averaged (`average_running_means`), not overwritten by the main process's.
+            broadcast_buffers=False,
+            # Branch dropout leaves parameters out, the same ones in every process but not in every step.
+            find_unused_parameters=self.module.config.drop_branch_prob > 0,
+            gradient_as_bucket_view=True,
+        )
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch; gradients are exchanged in that of the last one alone."""
+        if is_last or self.model is self.module:
+            return contextlib.nullcontext()
+        return self.model.no_sync()  # type: ignore[operator]
+
+    def backward(self, share: torch.Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the step's loss; shares add up over all processes."""
+        (share * self.accelerator.num_processes).backward()  # which the exchange divides by
+
+    def update(self, learning_rate: float) -> float:
+        """Clip the gradients, step with them unless they are not finite, and forget them.
+
+        Returns:
+            Their L2 norm before clipping.
+        """
+        for parameter in self.names:
+            # A branch that was dropped in every micro-batch. In flat shards it has zeros: so has it here.
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        norm = float(self._clip())
+        if math.isfinite(norm):
+            set_learning_rate(self.optimizer, learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _clip(self) -> torch.Tensor:
+        return nn.utils.clip_grad_norm_(self.module.parameters(), self.max_norm)
+
+    @torch.no_grad()
+    def average_running_means(self) -> None:
+        """Make the running means of branch dropout those of all processes' tokens, after each micro-batch."""
+        if self.accelerator.num_processes == 1 or self.module.config.drop_branch_prob == 0:
+            return
+        for name, buffer in self.module.named_buffers():
+            if name.endswith(("mamba_mean", "attention_mean")):
+                buffer.copy_(self.accelerator.reduce(buffer, reduction="mean"))
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, gradient) of what this process holds between `backward` and `update`."""
+        for parameter, name in self.names.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(self._shape(parameter).numel() for parameter in self.names)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict, whole, in the main process's host memory; empty elsewhere."""
+        whole = {}
+        for name, value in self.module.state_dict().items():
+            value = self._whole_weight(name, value)
+            if self.accelerator.is_main_process:
+                # Alone on a CPU nothing is copied: who writes it does so before the next step.
+                whole[name] = value.detach().cpu()
+        return whole
+
+    def _whole_weight(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value
+
+    def restore_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put a whole state dict back, in every process."""
+        self.module.load_state_dict(dict(weights))
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """This process's share of the optimizer's state: `step`, and `<parameter>.<moment>` whole, in host memory."""
+        share = {"step": self._step()}
+        for index, (parameter, name) in enumerate(self._trained()):
+            for moment in MOMENTS:
+                value = self._whole_moment(parameter, moment)
+                if index % self.accelerator.num_processes == self.accelerator.process_index:
+                    share[f"{name}.{moment}"] = value.detach().cpu()
+        return share
+
+    def _trained(self) -> list[tuple[nn.Parameter, str]]:
+        return [(parameter, name) for parameter, name in self.names.items() if parameter.requires_grad]
+
+    def _step(self) -> torch.Tensor:
+        return next(iter(self.optimizer.state.values()))["step"].detach().cpu().clone()
+
+    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+        return self.optimizer.state[parameter][moment]
+
+    def restore_moments(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Put the moments of all processes back; hyperparameters stay as the settings have them.
+
+        Args:
+            saved: the shares of `moments` together; any mapping that loads what is asked of it.
+
+        Raises:
+            InputError: a parameter has none, or of another shape.
+        """
+        self._make_room(saved["step"])
+        for parameter, name in self._trained():
+            for moment in MOMENTS:
+                key = f"{name}.{moment}"
+                shape = self._shape(parameter)
+                value = saved[key] if key in saved else None
+                if value is None or value.shape != shape:
+                    found = "none" if value is None else f"shape {list(value.shape)}"
+                    raise InputError(
+                        f"the checkpoint's optimizer state does not fit parameter {name} {list(shape)}: "
+                        f"{moment} has {found}"
+                    )
+                self._restore_moment(parameter, moment, value)
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
+    def _make_room(self, step: torch.Tensor) -> None:
+        """Moments of zeros after `step` updates."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                # The fused kernels want the step where the parameter is.
+                self.optimizer.state[parameter] = {
+                    "step": step.to(parameter.device, copy=True),
+                    **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+                }
+
+    def _restore_moment(self, parameter: nn.Parameter, moment: str, value: torch.Tensor) -> None:
+        self.optimizer.state[parameter][moment].copy_(value)
+
+
+class FullyShardedDataParallel2(Parallel):
+    """FSDP2 (torch's `fully_shard`): parameters, gradients and moments in shards, gathered block by block."""
+
+    def _wrap(self) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        for block in self.module.layers:
+            fully_shard(block, mesh=mesh)
+        # No mixed-precision policy: A_log, D and dt_bias are float32 always, and autocast does the rest.
+        fully_shard(self.module, mesh=mesh)
+        return self.module
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self.module.set_requires_gradient_sync(is_last)
+        return contextlib.nullcontext()
+
+    def _clip(self) -> torch.Tensor:
+        return super()._clip().full_tensor()  # type: ignore[attr-defined]
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, gradient in super().gradients():
+            yield name, gradient.to_local()  # type: ignore[attr-defined]
+
+    def _whole_weight(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return _whole(value)
+
+    @torch.no_grad()
+    def restore_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, value in self.module.state_dict().items():
+            value.copy_(_sharded_like(value, weights[name]))
+
+    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+        return _whole(super()._whole_moment(parameter, moment))
+
+    @torch.no_grad()
+    def _restore_moment(self, parameter: nn.Parameter, moment: str, value: torch.Tensor) -> None:
+        own = self.optimizer.state[parameter][moment]
+        own.copy_(_sharded_like(own, value))
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(own, DTensor):
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)
+
+
+class ZeroRedundancy(Parallel):
+    """DeepSpeed ZeRO: moments (stage 1), gradients too (2), parameters too (3) are divided among the processes."""
+
+    def __init__(self, accelerator: Accelerator, module: HybridLanguageModel, settings: RunSettings):
+        super().__init__(accelerator, module, settings)
+        engine, _ = accelerator.prepare(module, self.optimizer)
+        forget_in_transformers()
+        self.model, self._zero = engine, engine.optimizer
+        self.stage = int(engine.zero_optimization_stage())
+
+    def _wrap(self) -> nn.Module:
+        return self.module  # DeepSpeed takes the optimizer along
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
+        self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
+        return contextlib.nullcontext()
+
+    def backward(self, share: torch.Tensor) -> None:
+        self.model.backward(share * self.accelerator.num_processes, scale_wrt_gas=False)  # type: ignore[operator]
+
+    def update(self, learning_rate: float) -> float:
+        set_learning_rate(self._zero.optimizer, learning_rate)
+        self.model.step()  # type: ignore[operator]  # clips, and leaves out what is not finite, as told by the norm
+        if self.stage == 3 and self.module.config.drop_branch_prob > 0:
+            # Where a branch was dropped, the next step would add to this one's gradients, or take them once more.
+            self._zero.grad_partitions_flat_buffer.zero_()
+        return float(self.model.get_global_grad_norm())  # type: ignore[operator]
+
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_grad
+
+        for parameter, name in self._trained():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                yield name, gradient
+
+    def _whole_weight(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self._by_name().get(name)
+        return value if parameter is None else safe_get_full_fp32_param(parameter)
+
+    def _by_name(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters(remove_duplicate=False))
+
+    @torch.no_grad()
+    def restore_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        for name, buffer in self.module.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
+        for parameter, name in self.names.items():
+            # Both what computes and the optimizer's own copy.
+            if self.stage < 3:
+                parameter.copy_(weights[name])
+                safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
+                continue
+            part = self._own_part(parameter, weights[name])
+            parameter.ds_tensor.copy_(part)
+            if parameter.numel() > 0:  # small ones stay whole in every process
+                parameter.copy_(weights[name])
+            safe_set_local_fp32_param(parameter, part)
+
+    def _step(self) -> torch.Tensor:
+        return next(iter(self._zero.optimizer.state.values()))["step"].detach().cpu().clone()
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        self._link()
+        return super().moments()
+
+    def _whole_moment(self, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, moment).view(self._shape(parameter))
+
+    def _shape(self, parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _make_room(self, step: torch.Tensor) -> None:
+        flat = (
+            self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
+        )
+        for part in flat:
+            self._zero.optimizer.state[part] = {
+                "step": step.to(part.device, copy=True),
+                **{moment: torch.zeros_like(part) for moment in MOMENTS},
+            }
+        self._link()
+
+    def _link(self) -> None:
+        """Point each parameter of stages 1 and 2 to its place in the flat moments.
+
+        DeepSpeed does so during the first group's first update, before the second group has moments.
+        """
+        if self.stage < 3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _restore_moment(self, parameter: nn.Parameter, moment: str, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), moment)
+
+    def _own_part(self, parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This process's part of a whole tensor, as ZeRO-3 divides it: equal parts, the last one filled with zeros."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = F.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+        return padded.narrow(0, size * self.accelerator.process_index, size)
+
+
+def open_parallel(accelerator: Accelerator, module: HybridLanguageModel, settings: RunSettings) -> Parallel:
+    """The engine that the settings ask for, around a model whose weights are loaded."""
+    kind = Parallel
+    if settings.system.fsdp:
+        kind = FullyShardedDataParallel2
+    elif settings.system.uses_deepspeed:
+        kind = ZeroRedundancy
+    return kind(accelerator, module, settings)

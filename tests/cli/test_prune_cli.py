@@ -1,0 +1,201 @@
+"""`fusiontree plan`, `export` and `heal`: from a run to a smaller model, and what they say of what cannot be done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusiontree
+from fusiontree.artifacts import HealReport, PrunePlan, RunManifest
+from fusiontree.cli import main
+from fusiontree.deploy import reference_parent
+from tiny_models import save_tiny_model
+
+QUICK = ["--context", "64", "--rounds", "1", "--tokens", "2000", "--length", "48", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(run_settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("prune") / "run"
+    model = {"num_layers": 3}
+    fusiontree.train(run_settings(model=model, training={"max_steps": 12, "save_interval": 0}, output_dir=str(run)))
+    return run
+
+
+@pytest.fixture(scope="module")
+def plan(run: Path, corpus: Path) -> Path:
+    file = run.parent / "plan.json"
+    wanted = ["--target", "parameters=0.9x", "--target", "memory=0.85x"]
+    arguments = ["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]
+    assert main(arguments) == 0
+    return file
+
+
+def test_a_plan_meets_its_budget_and_says_so(plan: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = PrunePlan.load(plan)
+    assert made.targets == {"parameters": 0.9, "memory": 0.85}
+    assert made.expected["parameters"] <= 0.9 and made.expected["memory"] <= 0.85
+    assert made.expected["loss"] - made.expected["parent_loss"] == pytest.approx(made.expected["loss_increase"])
+    cut = [index for index, kind in enumerate(made.layer_branches) if kind != "both"]
+    assert sorted(step.layer for step in made.steps) == cut
+    assert all((layer.constant is not None) == (index in cut) for index, layer in enumerate(made.layers))
+    capsys.readouterr()
+    assert main(["plan", str(plan), "--show"]) == 0
+    shown = capsys.readouterr().out
+    for index in cut:
+        assert made.layers[index].reason in shown
+    assert f"{made.layers[0].evidence['gate_mean']:.3f}" in shown
+    assert f"{made.layers[1].evidence['attention_ablation']:+.4f}" in shown
+
+
+def test_an_export_is_a_model_like_any_other(
+    plan: Path, run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cut"
+    assert main(["export", str(run), str(plan), str(out), "--context", "64", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    made, parent, cut = PrunePlan.load(plan), fusiontree.load(run, device="cpu"), fusiontree.load(out, device="cpu")
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (parent, cut))
+    assert f"{before:,} -> {after:,} parameters" in shown
+    assert after / before == pytest.approx(made.expected["parameters"])
+    ids = torch.arange(40)[None] + 3
+    with torch.no_grad():
+        want, got = reference_parent(parent, made)(ids).logits, cut(ids).logits
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
+    assert RunManifest.load(out / "manifest.json").parent_run == str(run / "checkpoints" / "step_00000012")
+    card = (out / "README.md").read_text()
+    assert f"| parameters | {before:,} | {after:,} |" in card and "one token after them" in card
+    assert main(["eval", str(out), "--data", str(corpus / "eval.jsonl"), "--device", "cpu"]) == 0
+    assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    # A cut model can be planned for and cut again.
+    again = tmp_path / "again.json"
+    files = ["--data", str(corpus / "train.jsonl"), "--out", str(again)]
+    assert main(["plan", str(out), *files, "--target", "max_loss_increase=9", "--empty-layers", *QUICK]) == 0
+    assert main(["export", str(out), str(again), str(tmp_path / "cut2"), "--context", "0", "--device", "cpu"]) == 0
+    assert set(fusiontree.load(tmp_path / "cut2", device="cpu").config.layer_branches) == {"constant"}
+
+
+def test_healing_starts_from_the_export_and_reports(
+    plan: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run), str(plan), "cut", "--context", "0", "--device", "cpu"]) == 0
+    assert main(["heal", "cut", "training.max_steps=8"]) == 0
+    shown = capsys.readouterr().out
+    healed = tmp_path / "runs" / "cut-healed"
+    report = HealReport.load(healed / "heal_report.json")
+    rows = [json.loads(line) for line in (healed / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert losses[0] == pytest.approx(report.export_loss, abs=1e-6)  # it starts from the export's weights
+    assert losses[8] == pytest.approx(report.healed_loss, abs=1e-6)
+    assert report.tokens == 8 * 2 * 2 * 24 and f"after {report.tokens} tokens" in shown
+    assert any(row.get("distillation_loss", 0) > 0 for row in rows)
+    cut, result = fusiontree.load("cut", device="cpu"), fusiontree.load(healed, device="cpu")
+    assert result.config.layer_branches == cut.config.layer_branches
+    assert not torch.equal(result.lm_head.weight, cut.lm_head.weight)
+    assert RunManifest.load(healed / "manifest.json").parent_run == "cut"
+
+
+def test_thresholds_read_what_the_run_recorded(
+    run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", str(run), "--criterion", "gate", "--data", str(corpus / "train.jsonl"), *QUICK]
+    out = tmp_path / "plan.json"
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "from step 12, and thresholds are for gates of at least 1000 steps" in capsys.readouterr().err
+    assert not out.exists()
+    low = ["gate_monitor.plan_min_steps=0", "gate_monitor.mamba_threshold=0.21"]
+    assert main([*arguments, *low, "--out", str(out)]) == 0
+    made = PrunePlan.load(out)
+    assert made.criterion == "gate thresholds" and made.layer_branches == ["mamba"] * 3
+    assert made.thresholds["mamba"] == 0.21 and all(layer.constant for layer in made.layers)
+
+
+def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
+    made = PrunePlan.load(run / "prune_plan.json")
+    assert made.criterion == "gate thresholds"
+    out = tmp_path / "same"
+    assert main(["export", str(run), str(run / "prune_plan.json"), str(out), "--context", "0", "--device", "cpu"]) == 0
+    parent, same = fusiontree.load(run, device="cpu"), fusiontree.load(out, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(parent(torch.arange(9)[None]).logits, same(torch.arange(9)[None]).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plan", "RUN", "--data", "TEXT"], "name a target, such as decode=1.4x"),
+        (["plan", "RUN", "--target", "decode=1.4x"], "--data is missing"),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--target", "decod=1.4x"],
+            "there is no target 'decod'; did you mean decode?",
+        ),
+        (["plan", "RUN", "--data", "TEXT", "--target", "decode=fast"], "give a number, as in decode=1.4x"),
+        (["plan", "RUN", "--data", "TEXT", "--target", "decode=0.9x"], "how many times as fast, so above 1"),
+        (["plan", "RUN", "--data", "TEXT", "--target", "memory=1.2x"], "so between 0 and 1"),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--target", "decode=2x", "--criterion", "ablatoin"],
+            "there is no criterion 'ablatoin'; did you mean ablation?",
+        ),
+        (["plan", "RUN", "--data", "SHORT", "--target", "parameters=0.9x"], "too little calibration text: 2 tokens"),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--target", "parameters=0.1x"],
+            "parameters=0.1x cannot be met: with one branch left in every layer it is parameters=0.",
+        ),
+        (["plan", "BARE", "--data", "TEXT", "--target", "parameters=0.9x"], "holds no tokenizer"),
+        (["plan", "TEXT"], "is a file: name a model to plan for, or add --show"),
+        (
+            ["plan", "RUN", "gate_monitor.plan_records=2", "--target", "decode=2x"],
+            "only --criterion gate without --target",
+        ),
+        (["export", "OTHER", "PLAN", "OUT"], "was made for another model"),
+        (["export", "BARE", "PLAN", "OUT"], "decides about 3 layers, but the model has 2"),
+        (["export", "RUN", "PLAN", "RUN"], "exists already: name a directory that does not"),
+        (["export", "RUN", "NOTHING", "OUT"], "does not exist; it should hold the prune plan"),
+        (["export", "CUT", "EMPTIES", "OUT"], "keeps attention in layer 0, which has mamba alone"),
+        (["export", "RUN", "NEITHER", "OUT"], "layers.0.keep"),
+        (["heal", "RUN"], "does not say what it was cut from: name its parent with --parent"),
+        (["heal", "CUT", "data.eval_paths=[]", "--parent", "RUN"], "name data.eval_paths"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    run: Path,
+    plan: Path,
+    corpus: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a fox")
+    content = json.loads(plan.read_text()) | {"model": None, "constants_file": None}
+    for layer in content["layers"]:
+        layer["constant"] = None
+    for name, keep in (("empties", "attention"), ("neither", None)):
+        changed = content | {"layers": [content["layers"][0] | {"keep": keep}, *content["layers"][1:]]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(changed))
+    cut = {"num_layers": 3, "layer_branches": ["mamba", "both", "both"]}
+    names = {
+        "RUN": run,
+        "PLAN": plan,
+        "TEXT": corpus / "train.jsonl",
+        "SHORT": tmp_path / "short.txt",
+        "OUT": tmp_path / "out",
+        "NOTHING": tmp_path / "nothing.json",
+        "EMPTIES": tmp_path / "empties.json",
+        "NEITHER": tmp_path / "neither.json",
+        "BARE": save_tiny_model(tmp_path / "bare", None),
+        "OTHER": save_tiny_model(tmp_path / "other", None, num_layers=3),
+        "CUT": save_tiny_model(tmp_path / "cut", corpus / "tokenizer", **cut),
+    }
+    before = sorted(tmp_path.rglob("*")), (run / "prune_plan.json").read_bytes()
+    extra = QUICK if arguments[0] == "plan" and arguments[1] != "TEXT" else []
+    assert main([*(str(names.get(word, word)) for word in arguments), *extra]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence in errors[0]
+    assert (sorted(tmp_path.rglob("*")), (run / "prune_plan.json").read_bytes()) == before

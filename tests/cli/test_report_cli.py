@@ -1,0 +1,297 @@
+"""`fusiontree report` as a reader meets it: what it shows, that it needs nothing else, what it says of broken runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fusiontree
+from fusiontree import HybridLanguageModel
+from fusiontree.artifacts import EvalReport, PositionLoss, RunManifest
+from fusiontree.cli import main
+from fusiontree.eval.columns import differences, read_columns
+
+VOID = {"meta", "input", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text outside styles, and the cells of each table's rows by the first one."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.rows: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self._cells: list[str] = []
+        self.feed(self.source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self._cells = []
+        if tag in ("td", "th"):
+            self._cells.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+        if tag == "tr":
+            self.rows.setdefault(self._cells[0], self._cells[1:])
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.text += data
+            if "td" in self._open[-1:] or "th" in self._open[-1:]:
+                self._cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def runs(run_settings, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs that differ in a few settings; the first is evaluated and records its gates."""
+    folder = tmp_path_factory.mktemp("runs")
+    first = run_settings(
+        system={"peak_tflops": 0.5, "device": "cpu", "num_threads": 1}, output_dir=str(folder / "first")
+    )
+    second = run_settings(
+        model={"num_layers": 3},
+        training={"learning_rate": 1e-3, "max_steps": 4},
+        gate_monitor={"enabled": False},
+        output_dir=str(folder / "second"),
+    )
+    for sections in (first, second):
+        fusiontree.train(sections)
+    EvalReport(
+        model="first",
+        data=["held-out.jsonl"],
+        tokens=4321,
+        loss=2.5,
+        perplexity=12.182,
+        by_position=[PositionLoss(start=2 ** (i - 1), end=2**i, tokens=9, loss=3 - i / 4) for i in range(1, 7)],
+        settings={"bits_per_byte": 1.2345, "documents": 17, "measured": "every token once"},
+    ).save(folder / "first" / "eval_report.json")
+    return [folder / "first", folder / "second"]
+
+
+def report(*arguments: Any) -> int:
+    return main(["report", *map(str, arguments)])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_runs_side_by_side(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "page.html"
+    assert report(*runs, "-o", out) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    page = Page(out)
+    last = [[row for row in metrics(run) if key in row][-1] for run in runs for key in ("eval_loss", "lm_loss")]
+    assert page.rows["evaluation loss, last"] == [f"{row['eval_loss']:.4f}" for row in last[::2]]
+    assert page.rows["training loss"] == [f"{row['lm_loss']:.4f}" for row in last[1::2]]
+    assert page.rows["tokens"] == [f"{row['tokens']:,}" for row in last[1::2]]
+    assert page.rows["steps"] == ["6 of 6", "4 of 4"]
+    assert page.rows["peak memory, GiB"] == [f"{row['peak_memory_gib']:.2f}" for row in last[1::2]]
+    assert page.rows["model FLOP utilisation"][0].endswith("%") and page.rows["model FLOP utilisation"][1] == "–"
+    models = [HybridLanguageModel.from_pretrained(run / "latest") for run in runs]
+    assert page.rows["parameters"] == [f"{model.num_parameters():,}" for model in models]
+    # What was set differently, and nothing else.
+    assert differences(read_columns(runs)) == [
+        *("model.num_layers", "training.max_steps", "training.learning_rate"),
+        *("gate_monitor.enabled", "system.peak_tflops"),
+    ]
+    assert page.rows["training.learning_rate"] == ["0.003", "0.001"]
+    assert page.rows["gate_monitor.enabled"] == ["true", "false"]
+    # The last evaluation, the plan, and where it all comes from.
+    assert page.rows["loss, nats per token"] == ["2.5000", "–"] and page.rows["bits per byte"] == ["1.2345", "–"]
+    assert "By gate thresholds" in page.text
+    manifest = RunManifest.load(runs[0] / "manifest.json")
+    assert page.rows["revision"][0] == (manifest.git_revision or "installed package")
+    assert page.rows["torch"][0] == manifest.versions["torch"]
+    assert page.rows["data fingerprint"][0] == manifest.data_fingerprint
+    # Every figure says how it was measured.
+    for section in page.source.split("<section>")[1:]:
+        assert ("<svg" not in section) or 'class="note"' in section
+
+
+def test_the_page_needs_no_other_file_and_runs_nothing(runs: list[Path], tmp_path: Path) -> None:
+    assert report(*runs, "-o", tmp_path / "page.html") == 0
+    page = Page(tmp_path / "page.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base", "form"}
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "srcset", "action"):
+                assert (value or "").startswith("data:")
+    assert "url(" not in page.source and "@import" not in page.source
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None and "default-src 'none'" in policy
+    assert any(a.get("name") == "viewport" for tag, a in page.tags if tag == "meta")
+
+
+def test_curves_over_steps_tokens_and_time(runs: list[Path]) -> None:
+    """An evaluation stands at the tokens and the time of its step."""
+    (column,) = read_columns(runs[:1])
+    rows = metrics(runs[0])
+    train = {row["step"]: row for row in rows if "lm_loss" in row}
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 3, 6]
+    assert column.curve("eval_loss") == [(row["step"], row["eval_loss"]) for row in evaluations]
+    assert column.curve("lm_loss", "tokens") == [(row["tokens"], row["lm_loss"]) for row in train.values()]
+    for axis in ("tokens", "elapsed"):
+        places = [place for place, _ in column.curve("eval_loss", axis)]  # type: ignore[arg-type]
+        assert places == pytest.approx([0, train[3][axis], train[6][axis]])
+
+
+def test_what_stands_in_files_stays_text(runs: list[Path], tmp_path: Path) -> None:
+    evil = "</title></td><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
+    run = tmp_path / "a<b>&\"c'"
+    shutil.copytree(runs[0], run, symlinks=True)
+    manifest = RunManifest.load(run / "manifest.json")
+    versions = manifest.versions | {evil: evil}
+    manifest.model_copy(update={"command": evil, "versions": versions}).save(run / "manifest.json")
+    evaluation = EvalReport.load(run / "eval_report.json")
+    evaluation.model_copy(update={"model": evil, "data": [evil]}).save(run / "eval_report.json")
+    plan = json.loads((run / "prune_plan.json").read_text())
+    plan["layers"][0]["reason"] = plan["criterion"] = evil
+    plan["thresholds"] = {evil: 0.5}
+    (run / "prune_plan.json").write_text(json.dumps(plan))
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config + f"{json.dumps(evil)}: {json.dumps(evil)}\n")
+    assert report(run, runs[1], "-o", tmp_path / "page.html") == 0
+    page = Page(tmp_path / "page.html")
+    assert "script" not in {tag for tag, _ in page.tags} and "img" not in {tag for tag, _ in page.tags}
+    assert page.text.count(evil) >= 8
+    assert run.name in page.text
+
+
+def test_models_are_columns_too(runs: list[Path], tmp_path: Path) -> None:
+    checkpoint = runs[0] / "checkpoints" / "step_00000003"
+    assert report(runs[0], checkpoint, "-o", tmp_path / "page.html") == 0
+    page = Page(tmp_path / "page.html")
+    assert page.rows["kind"] == ["run", "model"] and "first/step_00000003" in page.text
+    assert len(set(page.rows["parameters"])) == 1 and page.rows["steps"] == ["6 of 6", "–"]
+    assert differences(read_columns([runs[0], checkpoint])) == []
+    assert page.rows["model.num_layers"] == ["2", "2"]
+
+
+def test_what_a_run_does_not_have_is_left_out(runs: list[Path], tmp_path: Path) -> None:
+    """An older run without operations and memory, one that has only begun, and both beside a whole one."""
+    older, begun = tmp_path / "older", tmp_path / "begun"
+    shutil.copytree(runs[1], older, symlinks=True)
+    new_keys = ("tflops", "mfu", "peak_memory_gib")
+    kept = [{k: v for k, v in row.items() if k not in new_keys} for row in metrics(older)]
+    # The last row is still being written.
+    (older / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept) + '{"step": 9, "lm_')
+    begun.mkdir()
+    for name in ("config.yaml", "manifest.json"):
+        shutil.copy(runs[1] / name, begun)
+    (begun / "metrics.jsonl").touch()
+    for paths in ([older], [begun], [older, begun, *runs]):
+        assert report(*paths, "-o", tmp_path / "page.html") == 0
+        page = Page(tmp_path / "page.html")
+        assert ("TFLOP/s per device" in page.rows) == (len(paths) > 1)
+        assert "nan" not in page.text.lower().split()
+    assert page.rows["steps"] == ["4 of 4", "–", "6 of 6", "4 of 4"]
+
+
+def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "first"
+    shutil.copytree(runs[0], other, symlinks=True)
+    assert report(runs[0], other, "-o", tmp_path / "page.html") == 0
+    assert {str(runs[0]), str(other)} <= set(re.findall(r"<li [^>]*>([^<]+)</li>", Page(tmp_path / "page.html").source))
+
+
+def broken(name: str, content: str | None) -> Any:
+    def change(run: Path) -> None:
+        if content is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_text(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (shutil.rmtree, "{run} does not exist; name the directory of a training run or of a model"),
+        (broken("metrics.jsonl", None), "{run} is not the directory of a training run (it holds no metrics.jsonl) nor"),
+        (broken("metrics.jsonl", '{"step": 1}\n{"step"\n{"step": 2}\n'), "{run}/metrics.jsonl:2 is not JSON"),
+        (broken("metrics.jsonl", '{"lm_loss": 1}\n'), "{run}/metrics.jsonl:1 is not a row of metrics"),
+        (broken("metrics.jsonl", "[1]\n"), "{run}/metrics.jsonl:1 is not a row of metrics"),
+        (broken("gates.jsonl", '{"kind": "other"}\n'), "{run}/gates.jsonl:1 holds 'other'"),
+        (broken("manifest.json", '{"kind": "run_'), "{run}/manifest.json is truncated or not JSON"),
+        (broken("manifest.json", None), "{run}/manifest.json does not exist"),
+        (broken("config.yaml", "a: [1"), "config file {run}/config.yaml"),
+        (broken("prune_plan.json", "{}"), "{run}/prune_plan.json holds something else"),
+        (broken("eval_report.json", "{"), "{run}/eval_report.json is truncated or not JSON"),
+        (broken("latest/config.json", "{"), "{run}/latest/config.json is truncated or not JSON"),
+        (
+            broken("latest/model.safetensors", "short"),
+            "{run}/latest/model.safetensors is truncated or not a safetensor",
+        ),
+    ],
+)
+def test_a_broken_run_is_one_sentence(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, said: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run, symlinks=True)
+    change(run)
+    assert report(runs[1], run, "-o", tmp_path / "page.html") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: " + said.format(run=run))
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_other_mistakes(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(runs[0], runs[0], "-o", tmp_path / "page.html") == 2
+    assert "is named twice" in capsys.readouterr().err
+    assert report(runs[0], "-o", tmp_path) == 2
+    assert f"--out {tmp_path} is a directory; name a file" in capsys.readouterr().err
+    assert report() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_all_of_it(runs: list[Path], tmp_path: Path, width: int) -> None:
+    """Nothing is wider than the window, every chart has a size, and one of the three axes is in view."""
+    assert report(*runs, "-o", tmp_path / "page.html") == 0
+    look = """
+        const page = document.querySelector("iframe").contentDocument;
+        const charts = [...page.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().width);
+        const shown = [...page.querySelectorAll(".choice > .charts")].map(pane => pane.offsetHeight > 0);
+        const text = page.querySelector("svg text").getBoundingClientRect().height;
+        document.body.textContent = JSON.stringify({width: page.documentElement.scrollWidth, charts, shown, text});
+    """
+    frame = f'<iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>'
+    (tmp_path / "look.html").write_text(f"<body>{frame}<script>onload = () => {{{look}}}</script></body>")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    done = subprocess.run(
+        ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'look.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    found = json.loads(re.findall(r"\{.*\}", done.stdout)[-1])
+    assert found["width"] <= width
+    assert found["shown"] == [True, False, False]
+    visible = [chart for chart in found["charts"] if chart > 0]
+    assert len(visible) >= 8 and min(visible) > 250
+    assert found["text"] > 10

@@ -1,0 +1,126 @@
+"""Law 7: an export = its parent with the plan's constants in place of what was removed; also through caches, packing,
+padding and `generate`, for cuts of branches, of whole layers and of gates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest_laws import COMBINATIONS, FEW, build, packed_positions, tokens
+from test_law2_pieces import read_in_pieces
+from test_law3_padding import LENGTHS, assert_same_continuation, padded_batch
+
+from fusiontree import HybridLanguageModel, load
+from fusiontree.artifacts import LayerDecision, PrunePlan
+from fusiontree.deploy import export, reference_parent
+from fusiontree.deploy.folding import fold
+from fusiontree.deploy.reference import BRANCHES_OF, blocks_of, removed_branches
+
+CUTS = {
+    "branches": (["mamba", "attention", "both"], False),
+    "frozen gates": (["both", "both", "both"], True),
+    "branches and frozen gates": (["attention", "mamba", "both"], True),
+    "whole layers": (["constant", "both", "constant"], False),
+    "everything and frozen gates": (["constant", "attention", "mamba"], True),
+}
+
+
+def plan_for(model: HybridLanguageModel, keep: list[str], frozen: bool) -> PrunePlan:
+    """Constants of the size of the outputs they stand for, so that a slip anywhere shows."""
+    generator = torch.Generator().manual_seed(1)
+    layers = []
+    for index, block in enumerate(blocks_of(model)):
+        wanted = keep[index % len(keep)]
+        kept = wanted if set(BRANCHES_OF[wanted]) <= set(BRANCHES_OF[block.branch]) else block.branch
+        decision = LayerDecision(keep=kept, reason="test")
+        width = model.config.hidden_size
+        if removed := removed_branches(block, decision):
+            decision.constant = torch.randn(width * len(removed), generator=generator).tolist()
+        if frozen and index != 1:
+            decision.gate = (0.02 + 0.96 * torch.rand(width, generator=generator)).tolist()
+        layers.append(decision)
+    return PrunePlan(criterion="test", thresholds={}, source="test", layers=layers)
+
+
+def assert_law(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
+
+
+@pytest.fixture(params=CUTS)
+def cut(request):
+    return CUTS[request.param]
+
+
+def test_logits(any_model):
+    ids = tokens(1, 30)
+    before = any_model(ids, use_cache=False).logits
+    for cut in CUTS.values():
+        plan = plan_for(any_model, *cut)
+        want = reference_parent(any_model, plan)(ids, use_cache=False).logits
+        blocks = blocks_of(any_model)
+        if any(layer.constant or (layer.gate and block.gate) for layer, block in zip(plan.layers, blocks, strict=True)):
+            assert (want - before).abs().max() > 1e-2  # the plan changes what the model says
+        assert_law(fold(any_model, plan)(ids, use_cache=False).logits, want)
+    assert torch.equal(any_model(ids, use_cache=False).logits, before)  # and leaves the parent alone
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_logits_in_float64(name):
+    """Where rounding does not hide anything, the two agree to the last digits."""
+    model = build(dtype=torch.float64, **COMBINATIONS[name])
+    for cut in CUTS.values():
+        plan, ids = plan_for(model, *cut), tokens(1, 30)
+        want = reference_parent(model, plan)(ids, use_cache=False).logits
+        assert (fold(model, plan)(ids, use_cache=False).logits - want).abs().max() <= 1e-11
+
+
+@pytest.mark.parametrize("sizes", [(7, 1, 1, 1, 12, 1, 6)], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_through_caches_and_packing(some_model, cut, layout, sizes):
+    plan, ids = plan_for(some_model, *cut), tokens(2, 29)
+    positions = packed_positions([11, 1, 17], [3, 20, 6]) if layout == "packed" else None
+    want, _ = read_in_pieces(reference_parent(some_model, plan), ids, sizes, positions)
+    got, _ = read_in_pieces(fold(some_model, plan), ids, sizes, positions)
+    assert_law(got, want)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_through_padding_and_generation(some_model, cut, side):
+    plan = plan_for(some_model, *cut)
+    some_model.generation_config.eos_token_id = None
+    rows, ids, mask = padded_batch(side)
+    reference, exported = reference_parent(some_model, plan), fold(some_model, plan)
+    want, got = (one(ids, attention_mask=mask, use_cache=False).logits for one in (reference, exported))
+    assert_law(got[mask.bool()], want[mask.bool()])
+    want, got = (
+        one.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, ids.shape[1] :]
+        for one in (reference, exported)
+    )
+    ties = [assert_same_continuation(reference, *trio) for trio in zip(rows, got, want, strict=True)]
+    assert sum(ties) <= 1 and len(ties) == len(LENGTHS)
+
+
+def test_from_the_folder(some_model, cut, tmp_path):
+    plan = plan_for(some_model, *cut)
+    export(some_model, plan, tmp_path / "cut")
+    loaded = load(tmp_path / "cut", device="cpu")
+    assert loaded.config.layer_branches == plan.layer_branches
+    ids = tokens(2, 30)
+    saved = PrunePlan.load(tmp_path / "cut" / "prune_plan.json")
+    assert saved == plan
+    assert_law(loaded(ids).logits, reference_parent(some_model, saved)(ids).logits)
+
+
+def test_a_cut_of_a_cut(some_model):
+    """An export is a model like any other: it can be cut again."""
+    first = fold(some_model, plan_for(some_model, ["both", "both", "both"], True))
+    plan = plan_for(first, ["mamba", "attention", "mamba"], False)
+    ids = tokens(2, 30)
+    assert_law(fold(first, plan)(ids).logits, reference_parent(first, plan)(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_model_keeps_its_dtypes(some_model, dtype):
+    narrow = build(dtype=dtype)
+    exported = fold(narrow, plan_for(narrow, *CUTS["branches"]))
+    assert exported.dtype == dtype
+    assert exported.layers[0].mamba.A_log.dtype == torch.float32

@@ -1,0 +1,159 @@
+"""Runs of several real processes as their users start, stop and lose them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from stopped_runs import rows
+
+import fusiontree
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def torchrun(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def write(sections: dict[str, Any], path: Path) -> str:
+    path.write_text(yaml.safe_dump(sections))
+    return str(path)
+
+
+def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        training={"eval_interval": 0},
+        system={"device": "cpu", "num_threads": 1, "timeout": 10},
+    )
+    process = torchrun(str(Path(__file__).with_name("hanging_worker.py")), json.dumps(sections))
+    shown, _ = process.communicate(timeout=110)  # less than the other one would stand still
+    assert process.returncode != 0
+    (sentence,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert "process 0 waited longer than system.timeout for process 1 of 2 (at step 2, others at 3)" in sentence
+
+
+def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_settings, tmp_path: Path) -> None:
+    """Stand-ins for SLURM's commands: srun starts a process per task and passes the signal on, as the real one does."""
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        training={"max_steps": 2000, "eval_interval": 0, "save_interval": 0},
+        system={"device": "cpu", "num_threads": 1, "zero_stage": 2},
+    )
+    config = write(sections, tmp_path / "run.yaml")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(
+        '#!/bin/sh\ncase "$1" in show) echo localhost;; requeue) echo "requeued $2";; esac\n'
+    )
+    (tools / "srun").write_text(
+        textwrap.dedent(
+            f"""\
+            #!{sys.executable}
+            import os, signal, subprocess, sys
+            command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
+            tasks = [
+                subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+                for i in range(2)
+            ]
+            signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+            sys.exit(max(task.wait() for task in tasks))
+            """
+        )
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "scripts" / "train.slurm"), config],
+        env=ENVIRONMENT
+        | {
+            "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_ID": "77",
+            "MASTER_PORT": str(port),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while len(rows(tmp_path / "run", "metrics.jsonl")) < 3 and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (srun,) = [child for child in psutil.Process(job.pid).children() if "srun" in " ".join(child.cmdline())]
+    srun.send_signal(signal.SIGUSR1)
+    try:
+        shown, _ = job.communicate(timeout=120)
+    finally:
+        for process in [*psutil.Process(job.pid).children(recursive=True), job] if job.poll() is None else []:
+            process.kill()
+    assert job.returncode == 138, shown
+    assert "requeued 77" in shown
+    saved = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step_"))
+    assert saved == rows(tmp_path / "run", "metrics.jsonl")[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_random_processes_change_nothing(run_settings, tmp_path: Path) -> None:
+    """ZeRO-2, 200 steps; each time one process of the two is killed, torchrun ends the other, and the run goes on."""
+    changes = {
+        "training": {"max_steps": 200, "eval_interval": 0, "save_interval": 5, "log_interval": 1},
+        "model": {"dropout": 0.1, "drop_branch_prob": 0.2},
+        "system": {"device": "cpu", "num_threads": 1, "zero_stage": 2},
+    }
+    straight = run_settings(**changes, output_dir=str(tmp_path / "straight"))
+    stopped = run_settings(**changes, output_dir=str(tmp_path / "stopped"))
+
+    def train(sections: dict[str, Any], config: str) -> subprocess.Popen[str]:
+        return torchrun("-m", "fusiontree", "train", "--config", config, "--resume", "auto")
+
+    undisturbed = train(straight, write(straight, tmp_path / "straight.yaml"))
+    shown, _ = undisturbed.communicate(timeout=900)
+    assert undisturbed.returncode == 0, shown[-3000:]
+    seed = time.time_ns() % 10_000
+    draw = random.Random(seed)
+    config, run, kills, last = write(stopped, tmp_path / "stopped.yaml"), tmp_path / "stopped", 0, 0
+    while kills < 20:
+        until = last + draw.randint(1, 9)
+        process = train(stopped, config)
+        while process.poll() is None and (max([row["step"] for row in rows(run, "metrics.jsonl")] or [0])) < until:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        workers = [child for child in psutil.Process(process.pid).children() if "fusiontree" in child.cmdline()]
+        draw.choice(workers).kill()
+        kills += 1
+        process.communicate(timeout=120)
+        last = max(row["step"] for row in rows(run, "metrics.jsonl"))
+    final = train(stopped, config)
+    shown, _ = final.communicate(timeout=900)
+    assert final.returncode == 0, f"seed {seed}\n{shown[-3000:]}"
+    assert kills == 20, f"seed {seed}: the run ended after {kills} kills"
+    found, wanted = (fusiontree.load(path, device="cpu").state_dict() for path in (run, tmp_path / "straight"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()), f"seed {seed}"
+    assert rows(run, "metrics.jsonl") == rows(tmp_path / "straight", "metrics.jsonl"), f"seed {seed}"
