@@ -21,7 +21,7 @@ from pydantic import Field
 from typing_extensions import Self
 
 from fusiontree.artifacts.base import Artifact, Record
-from fusiontree.artifacts.plan import BranchKind, CutStep, LayerDecision, PrunePlan
+from fusiontree.artifacts.plan import Branch, BranchKind, CutStep, LayerDecision, PrunePlan
 from fusiontree.atomic import atomic_directory, atomic_write
 from fusiontree.errors import InputError
 from fusiontree.version import __version__
@@ -29,6 +29,7 @@ from fusiontree.version import __version__
 __all__ = [
     "AnswerStatistics",
     "Artifact",
+    "Branch",
     "BranchKind",
     "CutStep",
     "DistanceAnswers",
