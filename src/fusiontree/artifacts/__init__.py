@@ -30,7 +30,7 @@ from fusiontree.artifacts.evaluation import (
     TaskAnswers,
     TaskReport,
 )
-from fusiontree.artifacts.plan import BranchKind, CutStep, LayerDecision, PrunePlan
+from fusiontree.artifacts.plan import Branch, BranchKind, CutStep, LayerDecision, PrunePlan
 from fusiontree.artifacts.speed import BenchReport, ModelFigures
 from fusiontree.atomic import atomic_directory, atomic_write
 from fusiontree.errors import InputError
@@ -39,6 +39,7 @@ __all__ = [
     "AnswerStatistics",
     "Artifact",
     "BenchReport",
+    "Branch",
     "BranchKind",
     "CodeReport",
     "CutStep",
