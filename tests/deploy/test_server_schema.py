@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import schemathesis
 import uvicorn
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving import add_template
@@ -51,11 +52,32 @@ def api(address: str) -> Any:
     return schemathesis.openapi.from_url(f"{address}/openapi.json", headers=headers)
 
 
-@schemathesis.pytest.from_fixture("api").parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_requests_made_from_the_schema(case: Any) -> None:
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_bodies_made_from_the_schema(api: Any, path: str, mode: GenerationMode) -> None:
+    """Right ones and wrong ones."""
+    ask(api[path]["POST"], mode, 40)
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/{name}"])
+def test_what_has_no_body(api: Any, path: str) -> None:
+    ask(api[path]["GET"], GenerationMode.POSITIVE, 10 if "{" in path else 2)
+
+
+def test_every_path_is_tried(api: Any) -> None:
+    assert len([operation.ok() for operation in api.get_all_operations()]) == 6
+
+
+def ask(operation: Any, mode: GenerationMode, examples: int) -> None:
     """No failure of the server, and nothing that the schema does not announce: statuses, kinds and forms of answers,
-    wrong requests refused. What is right by itself may still be refused for what it means, with 400 and a sentence."""
-    case.call_and_validate(
-        headers={"authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance], timeout=120
-    )
+    wrong requests refused, and all without a key. What is right by its form may still be refused for what it means,
+    with 400 and a sentence."""
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(mode))
+    def run(case: Any) -> None:
+        case.call_and_validate(
+            headers={"authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance], timeout=120
+        )
+
+    run()

@@ -20,6 +20,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody, parse_body
 from fusiontree.deploy.openai_schema import (
@@ -102,7 +103,7 @@ def build_app(runtime: InferenceRuntime, settings: ServerSettings) -> FastAPI:
         """Answer in a conversation."""
         return await service.answer(parse_body(ChatBody, await _body(request, settings)), request)
 
-    bodies = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+    bodies: dict[str, type[BaseModel]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
     describe_requests(app, bodies, model=settings.name, wants_key=bool(settings.api_keys))
     return app
 

@@ -174,7 +174,7 @@ def _model_fields(folder: Path) -> dict[str, Any]:
 def _parameters(folder: Path) -> int:
     """Parameters of a model, counted in the heads of its files."""
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):  # a plan's constants may lie beside them
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
