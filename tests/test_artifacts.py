@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from fusiontree.artifacts import (
     Artifact,
     DistanceAnswers,
@@ -57,7 +58,7 @@ PLAN = PrunePlan(
     source="runs/a/gates.jsonl",
     layers=[
         LayerDecision(keep="mamba", reason="mean 0.9 above 0.8", evidence={"mean": 0.9}, constant=[0.0, 1.0]),
-        LayerDecision(keep="both", reason="in between"),
+        LayerDecision(keep="both", reason="in between", heads={"mamba": [0, 2]}, head_constants=[0.5, 0.1 + 0.2]),
     ],
 )
 REPORT = EvalReport(
@@ -160,10 +161,10 @@ def test_the_constants_of_a_plan_lie_beside_it_and_belong_to_it(tmp_path: Path) 
         (lambda text: text[: len(text) // 2], "truncated or not JSON"),
         (lambda text: "", "truncated or not JSON"),
         (
-            lambda text: text.replace('"version": 2', '"version": 3'),
-            "newer FusionTree (format 3, this one reads up to 2)",
+            lambda text: text.replace(f'"version": {PrunePlan.VERSION}', f'"version": {PrunePlan.VERSION + 1}'),
+            f"newer FusionTree (format {PrunePlan.VERSION + 1}, this one reads up to {PrunePlan.VERSION})",
         ),
-        (lambda text: text.replace('"version": 2', '"version": "x"'), "does not say the version"),
+        (lambda text: text.replace(f'"version": {PrunePlan.VERSION}', '"version": "x"'), "does not say the version"),
         (lambda text: text.replace("prune_plan", "eval_report"), "holds 'eval_report' where 'prune_plan' is needed"),
         (lambda text: "[1, 2]", "holds something else where 'prune_plan' is needed"),
         (lambda text: text.replace('"keep": "both"', '"keep": "neither"'), "layers.1.keep"),
@@ -271,7 +272,7 @@ def run_full_disk(root: Path, kind: str) -> dict[str, list[str]]:
     with atomic_directory(root / "directory") as directory:
         (directory / "small").write_text("old")
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(root), kind], capture_output=True, text=True, check=True, timeout=120
+        [warm.python(), "-c", FULL_DISK, str(root), kind], capture_output=True, text=True, check=True, timeout=120
     )
     assert (root / "file").read_text() == "old"
     assert [p.name for p in (root / "directory").iterdir()] == ["small"]

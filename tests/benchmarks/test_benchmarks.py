@@ -6,11 +6,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -20,7 +21,7 @@ TINY = ("--size", "tiny", "--threads", "1", "--dtype", "float32")
 def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True, env=environment
+        [warm.python(), BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
 
 

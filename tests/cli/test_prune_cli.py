@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report_cli import Page
 
 import fusiontree
 from fusiontree.artifacts import HealReport, PrunePlan, RunManifest
@@ -78,11 +79,31 @@ def test_an_export_is_a_model_like_any_other(
     assert set(fusiontree.load(tmp_path / "cut2", device="cpu").config.layer_branches) == {"constant"}
 
 
+def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = tmp_path / "heads.json", tmp_path / "cut"
+    wanted = ["--target", "max_loss_increase=0.01", "--heads", "--show"]
+    assert main(["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]) == 0
+    made = PrunePlan.load(file)
+    heads = sum(layer.num_heads_removed for layer in made.layers)
+    assert heads and "heads" in capsys.readouterr().out
+    assert main(["export", str(run), str(file), str(out), "--context", "0", "--device", "cpu"]) == 0
+    assert f"{heads} single heads cut" in capsys.readouterr().out
+    assert "heads" in (out / "README.md").read_text()
+    parent, cut = fusiontree.load(run, device="cpu"), fusiontree.load(out, device="cpu")
+    ids = torch.arange(40)[None] + 3
+    with torch.no_grad():
+        want, got = reference_parent(parent, made)(ids).logits, cut(ids).logits
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (parent, cut))
+    assert after / before == pytest.approx(made.expected["parameters"])
+    assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+
+
 def test_healing_starts_from_the_export_and_reports(
     plan: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(run), str(plan), "cut", "--context", "0", "--device", "cpu"]) == 0
+    assert main(["export", str(run), str(plan), "cut", "--context", "64", "--device", "cpu"]) == 0
     assert main(["heal", "cut", "training.max_steps=8"]) == 0
     shown = capsys.readouterr().out
     healed = tmp_path / "runs" / "cut-healed"
@@ -97,6 +118,20 @@ def test_healing_starts_from_the_export_and_reports(
     assert result.config.layer_branches == cut.config.layer_branches
     assert not torch.equal(result.lm_head.weight, cut.lm_head.weight)
     assert RunManifest.load(healed / "manifest.json").parent_run == "cut"
+    # Side by side: what each of the three is, loses, weighs and remembers.
+    assert main(["report", str(run), "cut", str(healed), "-o", "page.html"]) == 0
+    page = Page(tmp_path / "page.html")
+    assert page.rows["is"] == ["parent", "cut from run", "healed from cut"]
+    wanted = [report.parent_loss, report.export_loss, report.healed_loss]
+    assert page.rows["loss when healed"] == [f"{loss:.4f}" for loss in wanted]
+    costs = RunManifest.load(tmp_path / "cut" / "manifest.json").config["costs"]
+    assert page.rows["state, kB"] == [f"{costs[name]['state_bytes'] / 1e3:,.1f}" for name in ("parent", "export")] + [
+        "–"
+    ]
+    decoding = [f"{1 / costs[name]['decode_seconds']:,.1f}" for name in ("parent", "export")]
+    assert page.rows["decoding, tokens/s"] == [*decoding, "–"]
+    counts = [sum(p.numel() for p in fusiontree.load(one, device="cpu").parameters()) for one in (run, "cut", healed)]
+    assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
 
 def test_thresholds_read_what_the_run_recorded(
@@ -145,6 +180,11 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
             ["plan", "RUN", "--data", "TEXT", "--target", "parameters=0.1x"],
             "parameters=0.1x cannot be met: with one branch left in every layer it is parameters=0.",
         ),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--target", "decode=2x", "--heads", "--criterion", "gate"],
+            "the criterion gate ranks whole branches: to cut single heads",
+        ),
+        (["plan", "RUN", "--data", "TEXT", "--heads", "--criterion", "gate"], "--heads goes with a --target"),
         (["plan", "BARE", "--data", "TEXT", "--target", "parameters=0.9x"], "holds no tokenizer"),
         (["plan", "TEXT"], "is a file: name a model to plan for, or add --show"),
         (

@@ -3,6 +3,7 @@ removal costs something, and a branch that says the same of every token costs no
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from fusiontree.artifacts import PrunePlan
 from fusiontree.deploy import reference_parent
 from fusiontree.deploy.budget import CostModel, blank, parse_targets, shortfall, sizes
 from fusiontree.deploy.calibration import Calibration, CalibrationText, calibration_text
-from fusiontree.deploy.criteria import CRITERIA, ablation_scores, trained_scores
+from fusiontree.deploy.criteria import CRITERIA, ablation_scores, head_order, trained_scores
+from fusiontree.deploy.cuts import Cuts
 from fusiontree.deploy.folding import fold
 from fusiontree.deploy.prune_plan import PlanSettings, make_plan
 from tiny_models import save_tiny_model
@@ -33,8 +35,12 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> HybridLanguageModel:
 
 @pytest.fixture(scope="module")
 def own_text(parent: HybridLanguageModel) -> CalibrationText:
+    return text_of(parent)
+
+
+def text_of(model: HybridLanguageModel) -> CalibrationText:
     torch.manual_seed(0)
-    ids = parent.generate(torch.full((48, 1), 5), max_new_tokens=39, do_sample=True, top_k=0, eos_token_id=None)
+    ids = model.generate(torch.full((48, 1), 5), max_new_tokens=39, do_sample=True, top_k=0, eos_token_id=None)
     return CalibrationText(ids, torch.arange(40).expand(48, -1).contiguous())
 
 
@@ -55,7 +61,8 @@ def plan_for(parent, text, costs, **settings) -> PrunePlan:
 
 @pytest.mark.parametrize(
     ("criterion", "more"),
-    [(name, {}) for name in CRITERIA] + [("ablation", {"empty_layers": True, "freeze_gates": 0.02})],
+    [(name, {}) for name in CRITERIA]
+    + [("ablation", {"empty_layers": True, "freeze_gates": 0.02}), ("recall", {"heads": True})],
 )
 def test_the_expected_loss_and_size_are_those_of_the_cut(parent, own_text, costs, criterion, more) -> None:
     before = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
@@ -66,16 +73,12 @@ def test_the_expected_loss_and_size_are_those_of_the_cut(parent, own_text, costs
     cut = reference_parent(parent, plan)
     assert plan.expected["parent_loss"] == pytest.approx(loss_of(parent, own_text), abs=1e-5)
     assert plan.expected["loss"] == pytest.approx(loss_of(cut, own_text), abs=1e-5)
-    size = sum(p.numel() for p in blank(parent, plan.layer_branches, _frozen(plan)).parameters())
+    size = sum(p.numel() for p in fold(parent, plan).parameters())
     assert size / sum(p.numel() for p in parent.parameters()) == pytest.approx(plan.expected["parameters"])
     assert plan.expected["parameters"] <= 0.9
     assert "constant" not in plan.layer_branches or more
     for step in plan.steps:
-        assert 0 <= step.layer < 3 and plan.layers[step.layer].constant is not None
-
-
-def _frozen(plan: PrunePlan) -> list[int]:
-    return [index for index, layer in enumerate(plan.layers) if layer.gate is not None]
+        assert 0 <= step.layer < 3 and plan.layers[step.layer].has_constants
 
 
 def test_constants_are_the_means_after_the_cut(parent, own_text, costs) -> None:
@@ -93,6 +96,46 @@ def test_constants_are_the_means_after_the_cut(parent, own_text, costs) -> None:
             # Given the cut model's own input, the parent's branch says on average what stands in for it.
             said = getattr(parent.layers[index], branch)(*inputs[0]).mean((0, 1))
         torch.testing.assert_close(said, torch.tensor(layer.constant), rtol=0, atol=1e-4)
+
+
+def test_heads_that_never_change_go_for_nothing(parent) -> None:
+    idle = {"mamba": [1, 6], "attention": [0, 3]}
+    model = copy.deepcopy(parent)
+    with torch.no_grad():
+        for name, heads in idle.items():
+            for head in heads:
+                getattr(model.layers[2], name).out_proj.weight[:, 8 * head : 8 * head + 8] = 0
+    text = text_of(model)
+    order = head_order(Calibration(model, text))
+    assert {step.heads for step in order[2, "mamba heads"][:2]} == {(1,), (6,)}
+    assert order[2, "local heads"][0].heads == (0,) and order[2, "global heads"][0].heads == (3,)
+    costs = CostModel.measured(model, context=64, rounds=1, progress=lambda what: None, heads=True)
+    plan = plan_for(model, text, costs, targets={"max_loss_increase": 1e-6}, heads=True)
+    for name, heads in idle.items():
+        assert set(heads) <= set(plan.layers[2].heads[name])
+        assert f"{len(plan.layers[2].heads[name])} of " in plan.layers[2].reason
+    assert {
+        head for step in plan.steps if step.layer == 2 and step.branch == "attention" for head in step.heads
+    } == set(plan.layers[2].heads["attention"])
+    assert plan.layer_branches[IDLE[0]] == "mamba"  # whole branches are candidates beside heads
+    assert plan.expected["loss_increase"] <= 1e-6 and plan.expected["parameters"] < 1
+
+
+def test_head_constants_are_means_and_savings_count_heads(parent, own_text, costs) -> None:
+    calibration = Calibration(parent, own_text)
+    order = head_order(calibration)
+    assert {part for _, part in order} == {"mamba heads", "local heads", "global heads"}
+    assert [sorted(sum((list(step.heads) for step in order[0, "global heads"]), []))] == [[2, 3]]
+    removal = order[0, "mamba heads"][0]
+    joint = calibration.remove(calibration.parent, removal)
+    said: list[torch.Tensor] = []
+    hook = parent.layers[0].mamba.out_proj.register_forward_pre_hook(lambda module, given: said.append(given[0]))
+    loss_of(parent, own_text)
+    hook.remove()
+    (head,) = removal.heads
+    mean = torch.cat(said).mean((0, 1))[8 * head : 8 * head + 8]
+    torch.testing.assert_close(torch.tensor(joint.decisions[0].head_constants), mean, rtol=0, atol=1e-5)
+    assert costs.saving(joint.cuts, order[0, "mamba heads"][1], ["parameters"]) > 0
 
 
 def test_a_branch_that_never_changes_is_the_first_to_go(parent, own_text, costs) -> None:
@@ -146,8 +189,9 @@ def test_nothing_can_go_for_nothing(parent, own_text, costs) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_are_those_of_the_tensors(parent, dtype) -> None:
-    kinds = ["both", "constant", "attention"]
-    model = blank(parent, kinds).to(dtype)
+    heads = frozenset({(0, "mamba", 2), (0, "attention", 3), (2, "attention", 0)})
+    model = blank(parent, Cuts(("both", "constant", "attention"), heads=heads)).to(dtype)
+    assert model.config.layer_heads == [{"mamba": 7, "local": 2, "global": 1}, None, {"local": 1, "global": 2}]
     parameters, weight_bytes, state_bytes = sizes(model.config, dtype, 100)
     cache = HybridCache(model.config)
     with torch.no_grad():

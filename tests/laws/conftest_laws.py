@@ -52,6 +52,15 @@ def _combinations() -> dict[str, dict]:
         "layer_branches": ["both", "constant", "mamba", "attention"],
         "layer_gates": [False, True, False, False],
     }
+    found["heads-cut"] = {
+        "layer_heads": [{"mamba": 3, "local": 1}, {"global": 0}, {"mamba": 5, "local": 0, "global": 1}],
+    }
+    found["heads-cut-kv2-pruned"] = {
+        "num_kv_heads": 2,
+        "num_layers": 4,
+        "layer_branches": ["both", "mamba", "attention", "attention"],
+        "layer_heads": [{"local": 0}, {"mamba": 1}, {"global": 0}, None],
+    }
     found["window1-conv2"] = {"window_size": 1, "conv_kernel": 2}
     return found
 

@@ -1,5 +1,5 @@
 """Law 7: an export = its parent with the plan's constants in place of what was removed; also through caches, packing,
-padding and `generate`, for cuts of branches, of whole layers and of gates."""
+padding and `generate`, for cuts of branches, of heads, of whole layers and of gates."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from test_law3_padding import LENGTHS, assert_same_continuation, padded_batch
 from fusiontree import HybridLanguageModel, load
 from fusiontree.artifacts import LayerDecision, PrunePlan
 from fusiontree.deploy import export, reference_parent
+from fusiontree.deploy.cuts import BRANCHES_OF
 from fusiontree.deploy.folding import fold
-from fusiontree.deploy.reference import BRANCHES_OF, blocks_of, removed_branches
+from fusiontree.deploy.reference import blocks_of, removed_branches
 
 CUTS = {
     "branches": (["mamba", "attention", "both"], False),
@@ -21,10 +22,24 @@ CUTS = {
     "branches and frozen gates": (["attention", "mamba", "both"], True),
     "whole layers": (["constant", "both", "constant"], False),
     "everything and frozen gates": (["constant", "attention", "mamba"], True),
+    "heads": (["both", "both", "both"], False, True),
+    "branches, heads and frozen gates": (["attention", "mamba", "both"], True, True),
 }
 
 
-def plan_for(model: HybridLanguageModel, keep: list[str], frozen: bool) -> PrunePlan:
+def heads_to_remove(block, name: str, layer: int) -> list[int]:
+    """Some of a branch's heads, by layer: the first and the last, the global ones, the local ones; never all."""
+    branch = getattr(block, name)
+    if name == "mamba":
+        some = [] if branch.version == 1 else sorted({0, branch.num_heads - 1})
+    else:
+        group, local = branch.num_heads // branch.num_kv_heads, branch.num_heads - branch.global_heads
+        every = list(range(branch.num_heads))
+        some = [every[:group] + every[-group:], every[local:], every[:local]][layer % 3]
+    return some if len(set(some)) < getattr(branch, "num_heads", 0) else []
+
+
+def plan_for(model: HybridLanguageModel, keep: list[str], frozen: bool, heads: bool = False) -> PrunePlan:
     """Constants of the size of the outputs they stand for, so that a slip anywhere shows."""
     generator = torch.Generator().manual_seed(1)
     layers = []
@@ -35,6 +50,11 @@ def plan_for(model: HybridLanguageModel, keep: list[str], frozen: bool) -> Prune
         width = model.config.hidden_size
         if removed := removed_branches(block, decision):
             decision.constant = torch.randn(width * len(removed), generator=generator).tolist()
+        if heads:
+            found = {name: heads_to_remove(block, name, index) for name in BRANCHES_OF[kept]}
+            decision.heads = {name: removed for name, removed in found.items() if removed}
+            wide = sum(len(removed) * getattr(block, name).head_dim for name, removed in decision.heads.items())
+            decision.head_constants = torch.randn(wide, generator=generator).tolist() if wide else None
         if frozen and index != 1:
             decision.gate = (0.02 + 0.96 * torch.rand(width, generator=generator)).tolist()
         layers.append(decision)
@@ -57,7 +77,9 @@ def test_logits(any_model):
         plan = plan_for(any_model, *cut)
         want = reference_parent(any_model, plan)(ids, use_cache=False).logits
         blocks = blocks_of(any_model)
-        if any(layer.constant or (layer.gate and block.gate) for layer, block in zip(plan.layers, blocks, strict=True)):
+        if any(
+            layer.has_constants or (layer.gate and block.gate) for layer, block in zip(plan.layers, blocks, strict=True)
+        ):
             assert (want - before).abs().max() > 1e-2  # the plan changes what the model says
         assert_law(fold(any_model, plan)(ids, use_cache=False).logits, want)
     assert torch.equal(any_model(ids, use_cache=False).logits, before)  # and leaves the parent alone
@@ -104,16 +126,18 @@ def test_from_the_folder(some_model, cut, tmp_path):
     export(some_model, plan, tmp_path / "cut")
     loaded = load(tmp_path / "cut", device="cpu")
     assert loaded.config.layer_branches == plan.layer_branches
+    assert (loaded.config.layer_heads is not None) == any(layer.heads for layer in plan.layers)
     ids = tokens(2, 30)
     saved = PrunePlan.load(tmp_path / "cut" / "prune_plan.json")
     assert saved == plan
     assert_law(loaded(ids).logits, reference_parent(some_model, saved)(ids).logits)
 
 
-def test_a_cut_of_a_cut(some_model):
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_cut_of_a_cut(some_model, heads):
     """An export is a model like any other: it can be cut again."""
-    first = fold(some_model, plan_for(some_model, ["both", "both", "both"], True))
-    plan = plan_for(first, ["mamba", "attention", "mamba"], False)
+    first = fold(some_model, plan_for(some_model, ["both", "both", "both"], True, heads))
+    plan = plan_for(first, ["mamba", "attention", "mamba"], False, heads)
     ids = tokens(2, 30)
     assert_law(fold(first, plan)(ids).logits, reference_parent(first, plan)(ids).logits)
 

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import fusiontree
+import warm
 
 STEPS = 20
 WORKER = Path(__file__).with_name("engines_worker.py")
@@ -109,7 +109,7 @@ def runs(settings, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("jobs") / "jobs.json"
     file.write_text(json.dumps(jobs))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER), str(file)],
+        [*warm.torchrun(), str(WORKER), str(file)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,

@@ -54,6 +54,7 @@ def assert_equal_states(one: HybridCache, other: HybridCache) -> None:
         {"layer_branches": ["mamba", "attention"], "layer_gates": [False, True]},
         {"layer_branches": ["both", "constant"], "layer_gates": [False, True]},
         {"layer_branches": ["mamba", "mamba"]},
+        {"layer_heads": [{"mamba": 1, "local": 0}, {"global": 0}]},
         {"srte_encoding": "learned"},
     ],
     ids=str,

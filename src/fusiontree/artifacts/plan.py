@@ -23,7 +23,10 @@ from fusiontree.errors import InputError
 BranchKind = Literal["both", "mamba", "attention", "constant"]
 """Which branches a layer has; `constant`: neither, so that the layer adds one constant vector."""
 
+Branch = Literal["mamba", "attention"]
+
 CONSTANTS_SUFFIX = ".constants.safetensors"
+_CONSTANTS = ("constant", "gate", "head_constants")
 
 
 class LayerDecision(Record):
@@ -39,14 +42,31 @@ class LayerDecision(Record):
     """What stands in for the removed branch's output [H]; of two branches [2H], Mamba's first; None means zeros."""
     gate: list[float] | None = None
     """What the gate becomes [H]; None: the gate stays."""
+    heads: dict[Branch, list[int]] = {}
+    """Heads that branches which stay lose, by their index; attention's: query heads, whole groups that share keys."""
+    head_constants: list[float] | None = None
+    """What stands in for the output of these heads before the output projection, one after the other, Mamba's first;
+    None means zeros."""
+
+    @property
+    def has_constants(self) -> bool:
+        """Whether it says what stands in for what it removes."""
+        return self.constant is not None or self.head_constants is not None
+
+    @property
+    def num_heads_removed(self) -> int:
+        """Of the branches that stay."""
+        return sum(map(len, self.heads.values()))
 
 
 class CutStep(Record):
     """One removal of a greedy plan, in the order in which they were made, and what the model is then."""
 
     layer: int
-    branch: Literal["mamba", "attention"]
+    branch: Branch
     """The branch that was removed."""
+    heads: list[int] = []
+    """Where heads of it were removed alone: which ones."""
     loss_increase: float
     """Of the calibration text against the parent, all removals so far together, in nats per token."""
     saving: dict[str, float] = {}
@@ -60,7 +80,8 @@ class PrunePlan(Artifact):
     """
 
     KIND: ClassVar[str] = "prune_plan"
-    VERSION: ClassVar[int] = 2  # 1 has everything in the JSON file, and no fields from `model` on
+    # 1 has everything in the JSON file, and no fields from `model` on; 2 has no heads.
+    VERSION: ClassVar[int] = 3
 
     criterion: str
     """How it was decided, such as `gate thresholds`."""
@@ -98,7 +119,7 @@ class PrunePlan(Artifact):
         constants = {
             f"layers.{index}.{name}": np.asarray(value, dtype=np.float64)
             for index, layer in enumerate(self.layers)
-            for name in ("constant", "gate")
+            for name in _CONSTANTS
             if (value := getattr(layer, name)) is not None
         }
         if not constants:
@@ -106,7 +127,7 @@ class PrunePlan(Artifact):
             return
         beside = Path(path).with_suffix(CONSTANTS_SUFFIX)
         content = safetensors.numpy.save(constants)
-        bare = [layer.model_copy(update={"constant": None, "gate": None}) for layer in self.layers]
+        bare = [layer.model_copy(update=dict.fromkeys(_CONSTANTS)) for layer in self.layers]
         named = {"constants_file": beside.name, "constants_digest": hashlib.sha256(content).hexdigest()}
         atomic_write(beside, content)
         atomic_write(path, self.model_copy(update={"layers": bare, **named}).dumps(indent=2) + "\n")

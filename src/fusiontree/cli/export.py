@@ -39,7 +39,10 @@ def export(
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (loaded, cut))
     kinds = loaded_plan.layer_branches
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("both", "mamba", "attention", "constant"))
+    if heads := sum(layer.num_heads_removed for layer in loaded_plan.layers):
+        counted += f"; {heads} single heads cut"
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
-    if any(kind != "both" for kind in kinds) and all(layer.constant is None for layer in loaded_plan.layers):
+    is_cut = heads > 0 or any(kind != "both" for kind in kinds)
+    if is_cut and not any(layer.has_constants for layer in loaded_plan.layers):
         print(f"{plan} records no constants, so zeros stand in: `fusiontree plan` records what branches say on average")
     print(out)

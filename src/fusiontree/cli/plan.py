@@ -10,7 +10,7 @@ import typer
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
-    from fusiontree.artifacts import GateStatistics, LayerDecision, PrunePlan
+    from fusiontree.artifacts import Branch, GateStatistics, LayerDecision, PrunePlan
     from fusiontree.train.settings import GateMonitorSettings
 
 PLAN = "prune_plan.json"
@@ -31,6 +31,7 @@ def plan(
     out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan.json in MODEL."),
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
     empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
+    heads: bool = typer.Option(False, "--heads", help="Also cut single heads; by ablation or recall."),
     freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="Also freeze gates, for so many nats."),
     tokens: int = typer.Option(16384, "--tokens", min=1, help="Calibration tokens."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens of a row of calibration text."),
@@ -41,7 +42,7 @@ def plan(
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
 ) -> None:
-    """Decide which branches of a model to cut so that it meets a budget, and write the plan for `fusiontree export`.
+    """Decide which branches and heads of a model to cut so that it meets a budget, for `fusiontree export`.
 
     What a cut costs is measured on the calibration text, what it saves on this machine. `--criterion gate` without
     a target cuts by thresholds what the run recorded about its gates. `fusiontree plan PLAN.json --show` draws a plan.
@@ -64,6 +65,8 @@ def plan(
     targets = parse_targets(target or [])
     by_thresholds = criterion == "gate" and not targets
     settings = None
+    if by_thresholds and heads:
+        raise InputError("--heads goes with a --target: thresholds look at whole branches")
     if not by_thresholds:
         if overrides:
             raise InputError(f"{overrides[0]}: only --criterion gate without --target reads thresholds")
@@ -71,6 +74,7 @@ def plan(
             criterion=criterion,
             targets=targets,
             empty_layers=empty_layers,
+            heads=heads,
             freeze_gates=freeze_gates,
             context=context,
             rounds=rounds,
@@ -162,15 +166,17 @@ def draw(made: PrunePlan) -> None:
 
 def _cells(made: PrunePlan, index: int, layer: LayerDecision) -> list[str]:
     cells: list[str] = []
-    removed = {step.branch: step.loss_increase for step in made.steps if step.layer == index}
+    removed = {step.branch: step.loss_increase for step in made.steps if step.layer == index and not step.heads}
+    branch: Branch
     for branch in ("mamba", "attention"):
         was_there = f"{branch}_saving" in layer.evidence or layer.keep in ("both", branch)
         is_kept = layer.keep in ("both", branch)
+        kept = f"kept −{len(layer.heads[branch])} heads" if layer.heads.get(branch) else "kept"
         rise = layer.evidence.get(f"{branch}_ablation", layer.evidence.get(f"{branch}_recall"))
         shown = f"({removed[branch]:+.4f})" if rise is None and branch in removed else _number(rise, "+.4f")
         saving = layer.evidence.get(f"{branch}_saving")
         cells += [
-            "kept" if is_kept else "cut" if was_there else "–",
+            kept if is_kept else "cut" if was_there else "–",
             shown,
             "–" if saving is None else f"{100 * saving:.1f} %",
         ]

@@ -1,22 +1,23 @@
 """What a cut is to reach, and what each cut is worth towards it on this machine.
 
 Costs in time are measured on models of the same sizes: times depend on no weight. What a branch of a layer costs is the
-difference that it makes to all layers, divided by their number.
+difference that it makes to all layers, divided by their number; of heads, by the number of heads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
-from fusiontree.artifacts import BranchKind, LayerDecision, PrunePlan
+from fusiontree.artifacts import BranchKind, PrunePlan
 from fusiontree.deploy.costs import Cost, longest_context, measure_costs
-from fusiontree.deploy.criteria import Place
+from fusiontree.deploy.criteria import HEAD_PARTS
+from fusiontree.deploy.cuts import BRANCHES_OF, Cuts, Removal, kind_without
 from fusiontree.deploy.folding import cut_config
-from fusiontree.deploy.reference import BRANCHES_OF, kind_without
 from fusiontree.errors import InputError, nearest
 from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
 
@@ -24,8 +25,6 @@ from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageMo
 FASTER, SMALLER = ("decode", "prefill"), ("memory", "parameters")
 LOSS = "max_loss_increase"
 TARGETS = (*FASTER, *SMALLER, LOSS)
-
-Kinds = Sequence[BranchKind]
 
 _WIDE = tuple(HybridLanguageModel._keep_in_fp32_modules_strict)  # which `.to` leaves alone, but not on meta
 
@@ -72,13 +71,25 @@ class CostModel:
     parent: Cost
     seconds: dict[tuple[str, str], tuple[float, float]]
     """(kind of layer, branch) -> seconds that the branch takes of reading `context` tokens, and of decoding one."""
-    _sizes: dict[tuple[BranchKind, ...], tuple[int, int, int]] = field(default_factory=dict)
+    head_seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Kind of heads (`HEAD_PARTS`) -> the same of one head."""
+    _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
     def measured(
-        cls, model: HybridLanguageModel, *, context: int, rounds: int, progress: Callable[[str], None]
+        cls,
+        model: HybridLanguageModel,
+        *,
+        context: int,
+        rounds: int,
+        progress: Callable[[str], None],
+        heads: bool = False,
     ) -> CostModel:
-        """Times the parent beside models that lack one branch, or both, in every layer."""
+        """Times the parent beside models that lack one branch, or both, in every layer.
+
+        Args:
+            heads: also beside models that lack half of the heads of each kind.
+        """
         config = model.config
         own = [config.branch(layer) for layer in range(config.num_layers)]
         context = min(context, longest_context(config) // 2)
@@ -87,7 +98,9 @@ class CostModel:
             "without attention": [kind_without(kind, "attention") if kind == "both" else kind for kind in own],
             "without both": ["constant"] * len(own),
         }
-        models = {"parent": model} | {name: blank(model, kinds) for name, kinds in variants.items()}
+        models = {"parent": model} | {name: blank(model, Cuts(tuple(kinds))) for name, kinds in variants.items()}
+        fewer = {part: cuts for part in HEAD_PARTS if (cuts := _fewer_heads(config, part)).heads} if heads else {}
+        models |= {f"fewer {part}": blank(model, cuts) for part, cuts in fewer.items()}
         costs = measure_costs(models, context=context, rounds=rounds, progress=progress)
 
         def seconds(whole: Cost, rest: Cost, layers: int) -> tuple[float, float]:
@@ -103,21 +116,31 @@ class CostModel:
             found["both", branch] = seconds(costs["parent"], costs[f"without {branch}"], both)
             alone = costs[f"without {other}"] if both else costs["parent"]
             found[branch, branch] = seconds(alone, costs["without both"], sum(kind != "constant" for kind in own))
-        return cls(config, model.dtype, context, costs["parent"], found)
+        of_heads = {
+            part: seconds(costs["parent"], costs[f"fewer {part}"], len(cuts.heads)) for part, cuts in fewer.items()
+        }
+        return cls(config, model.dtype, context, costs["parent"], found, of_heads)
 
-    def cost(self, kinds: Kinds) -> Cost:
-        """What the model with these layers costs: sizes exactly, times by the branches that are gone."""
+    def cost(self, cuts: Cuts) -> Cost:
+        """What the model with these cuts costs: sizes exactly, times by the branches and heads that are gone."""
         prefill, decode = self.parent.prefill_seconds, self.parent.decode_seconds
-        for layer, kind in enumerate(kinds):
+        for layer, kind in enumerate(cuts.kinds):
             own = self.config.branch(layer)
             for branch in BRANCHES_OF[own]:
                 if branch not in BRANCHES_OF[kind]:
                     saved = self.seconds[own, branch]
                     prefill, decode = prefill - saved[0], decode - saved[1]
                     own = kind_without(own, branch)
-        key = tuple(kinds)
+        for layer, branch, head in cuts.heads:
+            part = "mamba heads" if branch == "mamba" else "local heads"
+            if branch == "attention" and head >= self.config.heads(layer).local:
+                part = "global heads"
+            saved = self.head_seconds.get(part, (0.0, 0.0))
+            prefill, decode = prefill - saved[0], decode - saved[1]
+        config = _config_of(self.config, cuts)
+        key = (*cuts.kinds, *(config.heads(layer) for layer in range(config.num_layers)))
         if key not in self._sizes:
-            self._sizes[key] = sizes(_config_of(self.config, kinds), self.dtype, self.context)
+            self._sizes[key] = sizes(config, self.dtype, self.context)
         parameters, weight_bytes, state_bytes = self._sizes[key]
         # Times are sums of measured differences, which may add up to more than there is.
         floor = 0.02
@@ -129,35 +152,47 @@ class CostModel:
             max(decode, floor * self.parent.decode_seconds),
         )
 
-    def reached(self, kinds: Kinds) -> dict[str, float]:
+    def reached(self, cuts: Cuts) -> dict[str, float]:
         """By the names of targets."""
-        return self.cost(kinds).against(self.parent)
+        return self.cost(cuts).against(self.parent)
 
-    def saving(self, kinds: Kinds, place: Place, wanted: Sequence[str]) -> float:
-        """Mean share of the parent's cost that goes with a branch, over the targets `wanted`; decoding without any."""
-        layer, branch = place
-        after = [kind_without(kind, branch) if index == layer else kind for index, kind in enumerate(kinds)]
+    def saving(self, cuts: Cuts, removal: Removal, wanted: Sequence[str]) -> float:
+        """Share of the parent's cost that one more cut saves: mean over the targets `wanted`, or of decoding alone."""
         names = [name for name in wanted if name != LOSS] or ["decode"]
-        return sum(self._share(kinds, name) - self._share(after, name) for name in names) / len(names)
+        after = cuts.without(removal)
+        return sum(self._share(cuts, name) - self._share(after, name) for name in names) / len(names)
 
-    def _share(self, kinds: Kinds, name: str) -> float:
-        value = self.reached(kinds)[name]
+    def _share(self, cuts: Cuts, name: str) -> float:
+        value = self.reached(cuts)[name]
         return 1 / value if name in FASTER else value
 
 
-def _config_of(
-    config: HybridLanguageModelConfig, kinds: Kinds, frozen: Collection[int] = ()
-) -> HybridLanguageModelConfig:
-    decisions = [
-        LayerDecision(keep=kind, reason="", gate=[0.5] * config.hidden_size if layer in frozen else None)
-        for layer, kind in enumerate(kinds)
-    ]
+def _fewer_heads(config: HybridLanguageModelConfig, part: str) -> Cuts:
+    """Half of the heads of one kind gone from every layer; all of them where others are left in the branch."""
+    removed: set[tuple[int, str, int]] = set()
+    for layer in range(config.num_layers):
+        own = config.heads(layer)
+        if part == "mamba heads":
+            removed |= {(layer, "mamba", head) for head in range(own.mamba // 2)}
+            continue
+        count, others = (own.local, own.globals) if part == "local heads" else (own.globals, own.local)
+        gone = count if others else count // own.group // 2 * own.group
+        first = 0 if part == "local heads" else own.local
+        removed |= {(layer, "attention", head) for head in range(first, first + gone)}
+    kinds = tuple(config.branch(layer) for layer in range(config.num_layers))
+    return Cuts(cast("tuple[BranchKind, ...]", kinds), heads=frozenset(removed))
+
+
+def _config_of(config: HybridLanguageModelConfig, cuts: Cuts) -> HybridLanguageModelConfig:
+    decisions = [cuts.decision(layer) for layer in range(len(cuts.kinds))]
+    for layer in cuts.frozen:
+        decisions[layer].gate = [0.5] * config.hidden_size
     return cut_config(config, PrunePlan(criterion="", thresholds={}, source="", layers=decisions))
 
 
-def blank(model: HybridLanguageModel, kinds: Kinds, frozen: Collection[int] = ()) -> HybridLanguageModel:
-    """A model of these layers with random weights, those of `frozen` without gate, where and as the given one is."""
-    config = _config_of(model.config, kinds, frozen)
+def blank(model: HybridLanguageModel, cuts: Cuts) -> HybridLanguageModel:
+    """A model with these cuts and random weights, where and as the given one is."""
+    config = _config_of(model.config, cuts)
     with torch.random.fork_rng(devices=[]):
         return HybridLanguageModel(config).to(device=model.device, dtype=model.dtype).eval()
 

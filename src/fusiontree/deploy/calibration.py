@@ -1,9 +1,9 @@
-"""Measuring a model layer by layer on calibration text, with branches taken out and constants in their place.
+"""Measuring a model layer by layer on calibration text, with branches or heads taken out and constants in their place.
 
 Each layer's input on the whole text is kept, so that a cut is measured from its layer on, and what stands in for a
-removed branch is what it says on average *after* all cuts before it: the joint state.
+removed branch or head is what it says on average *after* all cuts before it: the joint state.
 
-Shapes: B rows, T tokens, H hidden, L layers.
+Shapes: B rows, T tokens, H hidden, L layers, d width of all heads of a branch together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 
 from fusiontree.artifacts import BranchKind, LayerDecision
 from fusiontree.data.tokenizer import DocumentEncoder
+from fusiontree.deploy.cuts import BRANCHES_OF, Cuts, Removal, heads_in_order
 from fusiontree.deploy.reference import blocks_of, removed_branches, stand_in
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
@@ -124,20 +125,23 @@ class Joint:
     """A model with some cuts on the calibration text.
 
     Attributes:
-        kinds: what each layer keeps.
-        frozen: the layers whose gate is constant.
+        cuts: what is taken from it.
         loss: mean over the predicted tokens of the text, nats.
         recall_loss: of the text read twice (`CalibrationText.read_twice`); NaN where that is not measured.
         decisions: per layer, with the constants of this joint state.
         inputs: for each layer, its input on each group of rows.
     """
 
-    kinds: tuple[BranchKind, ...]
-    frozen: frozenset[int]
+    cuts: Cuts
     loss: float
     recall_loss: float
     decisions: tuple[LayerDecision, ...]
     inputs: tuple[list[torch.Tensor], ...]
+
+    @property
+    def kinds(self) -> tuple[BranchKind, ...]:
+        """What each layer keeps."""
+        return self.cuts.kinds
 
     def rise_from(self, other: Joint) -> float:
         """How much more is lost than in another state: of the text, and of recall where both measure it."""
@@ -163,7 +167,7 @@ class Calibration:
             self._rows += recall_rows
             embeddings += recall_embeddings
         kinds = tuple(cast("BranchKind", block.branch) for block in self.blocks)
-        self.parent = self._run(kinds, frozenset(), 0, (), (), embeddings)
+        self.parent = self._run(Cuts(kinds), 0, (), (), embeddings)
 
     @torch.no_grad()
     def _prepared(self, text: CalibrationText) -> tuple[list[_Rows], list[torch.Tensor]]:
@@ -182,32 +186,23 @@ class Calibration:
 
     def cut(self, kinds: Sequence[BranchKind]) -> Joint:
         """The model with these layers."""
-        return self._run(tuple(kinds), frozenset(), 0, (), (), self.parent.inputs[0])
+        return self._run(Cuts(tuple(kinds)), 0, (), (), self.parent.inputs[0])
 
-    def remove(self, joint: Joint, layer: int, kind: BranchKind) -> Joint:
-        """What `joint` becomes when that layer keeps no more than `kind`."""
-        kinds = tuple(kind if index == layer else kept for index, kept in enumerate(joint.kinds))
-        return self._from(joint, layer, replace(joint, kinds=kinds))
+    def remove(self, joint: Joint, removal: Removal) -> Joint:
+        """What `joint` becomes without a branch, or without some heads of it."""
+        return self._from(joint, removal.layer, joint.cuts.without(removal))
 
     def freeze(self, joint: Joint, layer: int) -> Joint:
         """What `joint` becomes when that layer's gate is frozen too."""
-        return self._from(joint, layer, replace(joint, frozen=joint.frozen | {layer}))
+        return self._from(joint, layer, joint.cuts.with_frozen(layer))
 
-    def _from(self, joint: Joint, layer: int, wanted: Joint) -> Joint:
-        return self._run(
-            wanted.kinds,
-            wanted.frozen,
-            layer,
-            joint.decisions[:layer],
-            joint.inputs[:layer],
-            joint.inputs[layer],
-        )
+    def _from(self, joint: Joint, layer: int, cuts: Cuts) -> Joint:
+        return self._run(cuts, layer, joint.decisions[:layer], joint.inputs[:layer], joint.inputs[layer])
 
     @torch.no_grad()
     def _run(
         self,
-        kinds: tuple[BranchKind, ...],
-        frozen: frozenset[int],
+        cuts: Cuts,
         start: int,
         decisions: tuple[LayerDecision, ...],
         inputs: tuple[list[torch.Tensor], ...],
@@ -215,10 +210,12 @@ class Calibration:
     ) -> Joint:
         for layer in range(start, len(self.blocks)):
             block = self.blocks[layer]
-            decision = LayerDecision(keep=kinds[layer], reason="")
+            decision = cuts.decision(layer)
             if removed := removed_branches(block, decision):
                 decision.constant = torch.cat([self.mean_output(block, name, x) for name in removed]).tolist()
-            if layer in frozen and block.gate is not None:
+            if decision.heads:
+                decision.head_constants = self._mean_heads(block, decision, x)
+            if layer in cuts.frozen and block.gate is not None:
                 with stood_in(block, decision):
                     decision.gate = self._mean_gate(block, x).tolist()
             decisions, inputs = (*decisions, decision), (*inputs, x)
@@ -226,7 +223,7 @@ class Calibration:
                 x = self._through(block, x)
         groups = self._text_groups
         loss, recall = (self._loss(x, part) for part in (slice(groups), slice(groups, None)))
-        return Joint(kinds, frozen, loss, recall, decisions, inputs)
+        return Joint(cuts, loss, recall, decisions, inputs)
 
     def of_text(self, x: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of what was measured on each group of rows, that on the text itself."""
@@ -263,6 +260,28 @@ class Calibration:
         ]
         return torch.stack(sums).sum(0).cpu() / self.text.input_ids.numel()
 
+    @torch.no_grad()
+    def head_outputs(self, block: HybridBlock, branch: str, x: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What a branch's output projection reads, [B, T, d] on each group of rows of the text."""
+        found: list[torch.Tensor] = []
+        projection = getattr(block, branch).out_proj
+        handle = projection.register_forward_pre_hook(lambda module, given: found.append(given[0]))
+        try:
+            for group, part in enumerate(self.of_text(x)):
+                self.branch_output(block, branch, part, group)
+                yield found.pop()
+        finally:
+            handle.remove()
+
+    def _mean_heads(self, block: HybridBlock, decision: LayerDecision, x: Sequence[torch.Tensor]) -> list[float]:
+        """As `LayerDecision.head_constants` has them, over all tokens of the text."""
+        means: list[float] = []
+        for name, removed in heads_in_order(decision):
+            total = torch.stack([y.double().sum((0, 1)) for y in self.head_outputs(block, name, x)]).sum(0).cpu()
+            mean = (total / self.text.input_ids.numel()).view(getattr(block, name).num_heads, -1)
+            means += mean[removed].flatten().tolist()
+        return means
+
     def _mean_gate(self, block: HybridBlock, x: Sequence[torch.Tensor]) -> torch.Tensor:
         """[H] float64, over all tokens of the text."""
         total = torch.zeros(block.ln_output.normalized_shape[0], dtype=torch.float64)
@@ -287,9 +306,13 @@ class Calibration:
 def stood_in(block: HybridBlock, decision: LayerDecision) -> Iterator[None]:
     """The layer as the decision leaves it, while the block lasts."""
     own = {name: getattr(block, name) for name in ("mamba", "attention", "gate")}
+    projections = {name: getattr(own[name], "out_proj", None) for name in BRANCHES_OF["both"]}
     try:
         stand_in(block, decision)
         yield
     finally:
         for name, module in own.items():
             setattr(block, name, module)
+        for name, projection in projections.items():
+            if projection is not None:
+                own[name].out_proj = projection

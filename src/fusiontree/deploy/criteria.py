@@ -1,4 +1,5 @@
-"""How much each branch of each layer is worth, by five measures; the least worth goes first.
+"""How much each branch of each layer is worth, by six measures; the least worth goes first. Where removals are
+measured, single heads are ranked beside whole branches.
 
 - `gate`: the mean weight that the gate gives the branch.
 - `contribution`: the mean norm of gate times output, as a share of both branches'.
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 
 from fusiontree.deploy.calibration import Calibration, CalibrationText
-from fusiontree.deploy.reference import BRANCHES_OF, kind_without
+from fusiontree.deploy.cuts import BRANCHES_OF, Removal
 from fusiontree.models import HybridLanguageModel
 from fusiontree.ops import linear_cross_entropy
 
@@ -29,7 +30,11 @@ CRITERIA = ("gate", "contribution", "ablation", "recall", "trained", "random")
 #: Those that measure removals, and rank anew after each.
 MEASURED = ("ablation", "recall")
 
-#: A branch of a layer.
+#: Heads of a branch that are taken out a few at a time, by the name that a place has for them.
+HEAD_PARTS = {"mamba heads": "mamba", "local heads": "attention", "global heads": "attention"}
+_MAMBA_PARTS = 8  # Mamba heads go by eighths of a branch: they are many
+
+#: A part of a layer: a branch by its name, or one of `HEAD_PARTS`.
 Place = tuple[int, str]
 Scores = dict[Place, float]
 
@@ -87,15 +92,65 @@ def contribution_scores(evidence: list[dict[str, float]], places: list[Place]) -
     return {(layer, name): evidence[layer].get(f"{name}_contribution", 1.0) for layer, name in places}
 
 
-def ablation_scores(calibration: Calibration, progress: Callable[[str], None]) -> Scores:
-    """The rise of the loss when the branch alone is replaced by its mean, in nats per token; with the rise of the text
-    read twice, where that is measured."""
+def ablation_scores(
+    calibration: Calibration, progress: Callable[[str], None], heads: dict[Place, list[Removal]] | None = None
+) -> Scores:
+    """The rise of the loss when a branch alone is replaced by its mean, in nats per token; with the rise of the text
+    read twice, where that is measured. Of `head_order`'s places, the same of the heads that would go first."""
+    first = {place: Removal(*place) for place in branches(calibration)}
+    first |= {place: removals[0] for place, removals in (heads or {}).items()}
     scores = {}
-    for layer, name in branches(calibration):
-        progress(f"ablation: layer {layer}, {name}")
-        cut = calibration.remove(calibration.parent, layer, kind_without(calibration.blocks[layer].branch, name))
-        scores[layer, name] = cut.rise_from(calibration.parent)
+    for (layer, part), removal in first.items():
+        progress(f"ablation: layer {layer}, {part}")
+        scores[layer, part] = calibration.remove(calibration.parent, removal).rise_from(calibration.parent)
     return scores
+
+
+def head_order(calibration: Calibration) -> dict[Place, list[Removal]]:
+    """Heads of each layer's branches, in the steps in which they would go: those whose contribution varies least first.
+
+    What a head adds to its branch's output y is W_h y_h; once its mean stands in for it, the variance of that is what
+    is missing. Attention heads go with all that share their keys, Mamba heads by eighths of a branch.
+    """
+    found: dict[Place, list[Removal]] = {}
+    for layer, name in branches(calibration):
+        branch = getattr(calibration.blocks[layer], name)
+        if getattr(branch, "version", 2) == 1:
+            continue  # Mamba-1 has no heads
+        variance = _head_variance(calibration, layer, name)
+        for part, heads, group, step in _parts(branch, name):
+            worth = variance[heads].view(-1, group).sum(1)
+            ordered = [heads[group * index : group * (index + 1)] for index in worth.argsort(stable=True).tolist()]
+            steps = [ordered[start : start + step] for start in range(0, len(ordered), step)]
+            # The last of a branch's heads go with the branch.
+            if steps and len(steps[0]) * group < branch.num_heads:
+                found[layer, part] = [Removal(layer, name, tuple(sorted(sum(some, [])))) for some in steps]
+    return found
+
+
+def _parts(branch: Any, name: str) -> list[tuple[str, list[int], int, int]]:
+    """(name of the part, its heads, how many of them go together, how many such groups go in a step)."""
+    every = list(range(branch.num_heads))
+    if name == "mamba":
+        return [("mamba heads", every, 1, max(1, len(every) // _MAMBA_PARTS))]
+    group, local = branch.num_heads // branch.num_kv_heads, branch.num_heads - branch.global_heads
+    return [("local heads", every[:local], group, 1), ("global heads", every[local:], group, 1)]
+
+
+@torch.no_grad()
+def _head_variance(calibration: Calibration, layer: int, name: str) -> torch.Tensor:
+    """[heads]: variance of what each head adds to the branch's output, summed over channels."""
+    block = calibration.blocks[layer]
+    branch, tokens = getattr(block, name), calibration.text.input_ids.numel()
+    total = square = torch.zeros((), dtype=torch.float64)
+    for y in calibration.head_outputs(block, name, calibration.parent.inputs[layer]):
+        heads = y.flatten(0, 1).unflatten(-1, (branch.num_heads, -1)).float().cpu()
+        total = total + heads.double().sum(0)
+        square = square + torch.einsum("nhp,nhq->hpq", heads, heads).double()
+    mean = total / tokens
+    covariance = square / tokens - mean[:, :, None] * mean[:, None, :]
+    weight = branch.out_proj.weight.double().cpu().unflatten(1, (branch.num_heads, -1))
+    return torch.einsum("ohp,hpq,ohq->h", weight, covariance, weight).clamp_min(0)
 
 
 def random_scores(places: list[Place], seed: int) -> Scores:

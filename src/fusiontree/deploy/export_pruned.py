@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from fusiontree.artifacts import PrunePlan, RunManifest, atomic_directory
+from fusiontree.artifacts import LayerDecision, PrunePlan, RunManifest, atomic_directory
 from fusiontree.deploy.costs import Cost, measure_costs
 from fusiontree.deploy.folding import fold
 from fusiontree.deploy.reference import check_plan, reference_parent
@@ -59,7 +61,11 @@ def export(
     costs = None
     if context is not None:
         costs = measure_costs({"parent": model, "export": cut}, context=context, progress=progress)
-    manifest = RunManifest.collect({"plan": plan.model_dump(mode="json", exclude={"layers"})}, parent_run=parent)
+    settings: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude={"layers"})}
+    if costs is not None:
+        measured = {name: asdict(cost) for name, cost in costs.items()}
+        settings["costs"] = {"context": context, "device": str(model.device), **measured}
+    manifest = RunManifest.collect(settings, parent_run=parent)
     progress("writing")
     try:
         with atomic_directory(destination) as folder:
@@ -104,10 +110,10 @@ def _card(
 ) -> str:
     """The model card: what was cut, and what that measured."""
     layers = "".join(
-        f"| {index} | {kept.keep} | {'learned' if kept.gate is None else 'constant'} | {kept.reason} |\n"
+        f"| {index} | {_kept(kept)} | {'learned' if kept.gate is None else 'constant'} | {kept.reason} |\n"
         for index, kept in enumerate(plan.layers)
     )
-    has_constants = any(layer.constant is not None for layer in plan.layers)
+    has_constants = any(layer.has_constants for layer in plan.layers)
     stand_in = "constants that the plan recorded" if has_constants else "zeros: the plan recorded no constants"
     parts = [
         "---\nlibrary_name: fusiontree\npipeline_tag: text-generation\ntags: [fusiontree, pruned]\n---\n",
@@ -125,6 +131,11 @@ def _card(
         parts.append(f"The plan expected, on its own measurements: {expected}.\n")
     parts.append(f'```python\nimport fusiontree\n\nmodel = fusiontree.load("{destination.name}")\n```\n')
     return "\n".join(parts)
+
+
+def _kept(decision: LayerDecision) -> str:
+    heads = [f"{name} heads {', '.join(map(str, removed))}" for name, removed in decision.heads.items()]
+    return decision.keep + (f" without {' and '.join(heads)}" if heads else "")
 
 
 def _figures(

@@ -3,27 +3,23 @@
 With the branch outputs h, their weights w (g and 1 - g, or 1 each without a gate) and constants c for what is removed:
 the kept branch's output becomes h - c, so that f = c + w * (h - c) has lost its first term to `fusion_proj`'s bias, and
 z = alignment([h ; c]) has lost (W_h + W_c) c to the alignment's biases (those of its shortcut too, which is a part of
-the same matrix). A frozen gate is a weight per channel, which moves into the map before or behind it.
+the same matrix). A frozen gate is a weight per channel, which moves into the map before or behind it. Of a head that is
+removed, the output projection's columns times its constant go to the branch's own bias.
 
 Shapes: H hidden.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fusiontree.artifacts import LayerDecision, PrunePlan
-from fusiontree.deploy.reference import (
-    BRANCHES_OF,
-    ConstantGate,
-    blocks_of,
-    check_plan,
-    constants_of,
-)
+from fusiontree.deploy.cuts import BRANCHES_OF, Tensors, drop_heads, layer_heads_of
+from fusiontree.deploy.reference import ConstantGate, blocks_of, check_plan, constants_of
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.models.hybrid_block import HybridBlock
-
-_Tensors = dict[str, torch.Tensor]
 
 
 def fold(model: HybridLanguageModel, plan: PrunePlan) -> HybridLanguageModel:
@@ -56,18 +52,20 @@ def cut_config(config: HybridLanguageModelConfig, plan: PrunePlan) -> HybridLang
     ]
     # A layer without branches has no gate either way: it needs none of the list to say so.
     needs_list = any(not gate and kept != "constant" for gate, kept in zip(gates, plan.layer_branches, strict=True))
-    fields = {"layer_branches": plan.layer_branches, "layer_gates": gates if needs_list else None}
+    fields: dict[str, Any] = {"layer_branches": plan.layer_branches, "layer_gates": gates if needs_list else None}
+    fields["layer_heads"] = layer_heads_of(config, plan.layers)
     return HybridLanguageModelConfig.from_dict(config.to_dict() | fields)
 
 
 @torch.no_grad()
-def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: _Tensors) -> _Tensors:
+def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: Tensors) -> Tensors:
     constants = constants_of(block, decision)
     kept = BRANCHES_OF[decision.keep]
     is_frozen = decision.gate is not None and block.gate is not None
-    if not constants and not is_frozen:
+    if not constants and not is_frozen and not decision.heads:
         return layer
     exact = {name: value.double() if value.is_floating_point() else value for name, value in layer.items()}
+    drop_heads(block, decision, exact)
     constants = {name: value.to(block.ln_output.weight.device) for name, value in constants.items()}
     if not kept:
         constant_H = _constant_layer(block, decision, exact, constants)
@@ -105,7 +103,7 @@ def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: _Tensors) ->
 
 
 def _constant_layer(
-    block: HybridBlock, decision: LayerDecision, exact: _Tensors, constants: dict[str, torch.Tensor]
+    block: HybridBlock, decision: LayerDecision, exact: Tensors, constants: dict[str, torch.Tensor]
 ) -> torch.Tensor:
     """[H]: what a layer adds whose branches are all constant, by the block's own maps in float64."""
     # float64 copies of the maps behind the branches; the block itself stays as it is.

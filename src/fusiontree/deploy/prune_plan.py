@@ -1,8 +1,8 @@
 """From a trained model and some text to a prune plan: what to cut, in which order, until a budget is met.
 
 Every criterion ranks the branches of all layers, and the least worth goes first; those that measure removals rank anew
-after each, since removals interact. After every removal the constants of all removed branches are recorded once more,
-in the state that the model is then in, and the loss is measured.
+after each, since removals interact, and can rank single heads beside whole branches. After every removal the constants
+of all that was removed are recorded once more, in the state that the model is then in, and the loss is measured.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from fusiontree.artifacts import CutStep, GateStatistics, LayerDecision, PrunePlan
+from fusiontree.artifacts import Branch, CutStep, GateStatistics, LayerDecision, PrunePlan
 from fusiontree.deploy import criteria
 from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, blank, shortfall
 from fusiontree.deploy.calibration import Calibration, CalibrationText, Joint
 from fusiontree.deploy.costs import DEFAULT_CONTEXT, measure_costs
 from fusiontree.deploy.criteria import CRITERIA, Place, Scores
-from fusiontree.deploy.reference import BRANCHES_OF, kind_without, model_fingerprint
+from fusiontree.deploy.cuts import BRANCHES_OF, Removal
+from fusiontree.deploy.reference import model_fingerprint
 from fusiontree.errors import InputError, nearest
 from fusiontree.models import HybridLanguageModel
 from fusiontree.train.monitor_gate import GateMonitor
@@ -35,6 +36,7 @@ class PlanSettings:
         criterion: of `CRITERIA`.
         targets: as `parse_targets` gives them; at least one.
         empty_layers: whether a layer may lose both branches.
+        heads: whether single heads may go too; for criteria that measure removals (`MEASURED`).
         freeze_gates: also freeze gates to their means while the loss rises by no more than this, in nats; None: none.
         context: tokens at which time and state are counted.
         rounds: of timing.
@@ -46,6 +48,7 @@ class PlanSettings:
     criterion: str = "ablation"
     targets: dict[str, float] = field(default_factory=dict)
     empty_layers: bool = False
+    heads: bool = False
     freeze_gates: float | None = None
     context: int = DEFAULT_CONTEXT
     rounds: int = 3
@@ -57,6 +60,11 @@ class PlanSettings:
             close = nearest(self.criterion, CRITERIA)
             hint = f"did you mean {close}?" if close else f"there are {', '.join(CRITERIA)}"
             raise InputError(f"there is no criterion {self.criterion!r}; {hint}")
+        if self.heads and self.criterion not in criteria.MEASURED:
+            raise InputError(
+                f"the criterion {self.criterion} ranks whole branches: to cut single heads, whose removal has to be "
+                f"measured, take {' or '.join(criteria.MEASURED)}"
+            )
         if not self.targets:
             raise InputError("name a target, such as decode=1.4x, memory=0.75x or max_loss_increase=0.05")
 
@@ -85,7 +93,11 @@ def make_plan(
     calibration = Calibration(model, text, measures_recall=settings.criterion == "recall")
     if costs is None:
         costs = CostModel.measured(
-            model, context=settings.context, rounds=settings.rounds, progress=lambda what: progress(f"costs: {what}")
+            model,
+            context=settings.context,
+            rounds=settings.rounds,
+            progress=lambda what: progress(f"costs: {what}"),
+            heads=settings.heads,
         )
     return _Planner(calibration, costs, settings, source, progress).plan()
 
@@ -142,7 +154,7 @@ def _measure(
 ) -> dict[str, float]:
     """What the whole cut model costs, measured beside its parent."""
     model = calibration.model
-    models = {"parent": model, "cut": blank(model, joint.kinds, joint.frozen)}
+    models = {"parent": model, "cut": blank(model, joint.cuts)}
     found = measure_costs(models, context=context, rounds=rounds, progress=progress)
     return found["cut"].against(found["parent"])
 
@@ -189,6 +201,7 @@ class _Planner:
         self.wanted = [name for name in settings.targets if name != LOSS]
         self.steps: list[CutStep] = []
         self.evidence = criteria.gate_evidence(calibration)
+        self.heads = criteria.head_order(calibration) if settings.heads else {}
         self.scores = self._score()
         self.first_scores = dict(self.scores)
         self.cheapest = math.inf
@@ -196,7 +209,7 @@ class _Planner:
     def plan(self) -> PrunePlan:
         joint, expected = self._cut_to_budget()
         joint = self._freeze_gates(joint)
-        if joint.frozen:
+        if joint.cuts.frozen:
             expected = self._measured(joint)
         return PrunePlan(
             criterion=self.settings.criterion,
@@ -218,10 +231,10 @@ class _Planner:
             case "contribution":
                 return criteria.contribution_scores(self.evidence, places)
             case "ablation" | "recall":
-                return criteria.ablation_scores(calibration, self.progress)
+                return criteria.ablation_scores(calibration, self.progress, self.heads)
             case "trained":
-                kinds = calibration.parent.kinds
-                prices = {place: self.costs.saving(kinds, place, self.wanted) for place in places}
+                cuts = calibration.parent.cuts
+                prices = {place: self.costs.saving(cuts, Removal(*place), self.wanted) for place in places}
                 return criteria.trained_scores(calibration, prices, seed=self.settings.seed, progress=self.progress)
             case _:
                 return criteria.random_scores(places, self.settings.seed)
@@ -233,7 +246,7 @@ class _Planner:
         """
         joint = self.calibration.parent
         while True:
-            reached = self.costs.reached(joint.kinds)
+            reached = self.costs.reached(joint.cuts)
             if self.wanted and not shortfall(self.settings.targets, reached):
                 if self.settings.is_verified:
                     reached = self._measured(joint)
@@ -244,52 +257,68 @@ class _Planner:
                 if not self.wanted and self.steps:
                     return joint, self._measured(joint)
                 raise InputError(self._impossible(joint))
-            (layer, branch), joint = found
+            removal, joint = found
             step = CutStep(
-                layer=layer, branch=branch, loss_increase=self._rise(joint), saving=self.costs.reached(joint.kinds)
+                layer=removal.layer,
+                branch=cast("Branch", removal.branch),
+                heads=list(removal.heads),
+                loss_increase=self._rise(joint),
+                saving=self.costs.reached(joint.cuts),
             )
             self.steps.append(step)
-            self.progress(f"removed {branch} of layer {layer}: loss {step.loss_increase:+.4f}")
+            self.progress(f"removed {_words(removal)}: loss {step.loss_increase:+.4f}")
 
     def _measured(self, joint: Joint) -> dict[str, float]:
         return _measure(self.calibration, joint, self.costs.context, self.settings.rounds, self.progress)
 
-    def _next(self, joint: Joint) -> tuple[Place, Joint] | None:
-        """The next branch to remove, and the model without it; None where none may go any more.
+    def _next(self, joint: Joint) -> tuple[Removal, Joint] | None:
+        """The next branch or heads to remove, and the model without; None where none may go any more.
 
         Criteria that rank once and for all give the order. Where removals are measured it is the cheapest rise of the
         loss for what it saves, and a rise measured in an earlier state only orders the candidates: the best of those
         measured anew is taken once it comes before the old value of the next (lazy greedy; Minoux 1978).
         """
         ranks_anew = self.settings.criterion in criteria.MEASURED
-        left = [place for place in self.scores if self._may_go(joint, place)]
-        rank = {place: self._price(joint, place) if ranks_anew else self.scores[place] for place in left}
+        left = {place: removal for place in self.scores if (removal := self._removal(joint, place)) is not None}
+        rank = {
+            place: self._price(joint, place, removal) if ranks_anew else self.scores[place]
+            for place, removal in left.items()
+        }
         best: tuple[Place, Joint] | None = None
         self.cheapest = math.inf  # the smallest rise of the loss that this search sees
         for place in sorted(left, key=lambda place: rank[place]):
             if best is not None and (not ranks_anew or rank[best[0]] <= rank[place]):
                 break
-            layer, branch = place
-            self.progress(f"measuring layer {layer} without {branch}")
-            found = self.calibration.remove(joint, layer, kind_without(joint.kinds[layer], branch))
+            self.progress(f"measuring without {_words(left[place])}")
+            found = self.calibration.remove(joint, left[place])
             self.cheapest = min(self.cheapest, self._rise(found))
             if ranks_anew:
                 self.scores[place] = found.rise_from(joint)
-                rank[place] = self._price(joint, place)
+                rank[place] = self._price(joint, place, left[place])
             if self.limit is not None and self._rise(found) > self.limit:
                 continue
             if best is None or rank[place] < rank[best[0]]:
                 best = place, found
-        return best
+        return None if best is None else (left[best[0]], best[1])
 
-    def _may_go(self, joint: Joint, place: Place) -> bool:
-        layer, branch = place
+    def _removal(self, joint: Joint, place: Place) -> Removal | None:
+        """What would go next of a part of a layer; None where nothing may."""
+        layer, part = place
         names = BRANCHES_OF[joint.kinds[layer]]
-        return branch in names and (len(names) > 1 or self.settings.empty_layers)
+        if part in BRANCHES_OF["both"]:
+            return Removal(layer, part) if part in names and (len(names) > 1 or self.settings.empty_layers) else None
+        branch = criteria.HEAD_PARTS[part]
+        if branch not in names:
+            return None
+        gone = joint.cuts.heads_of(layer, branch)
+        removal = next((found for found in self.heads[place] if not set(found.heads) & set(gone)), None)
+        own = self.calibration.model.config.heads(layer)
+        count = own.mamba if branch == "mamba" else own.queries
+        return removal if removal is not None and len(gone) + len(removal.heads) < count else None
 
-    def _price(self, joint: Joint, place: Place) -> float:
-        """Of removing a branch: the rise of the loss for what it saves."""
-        rise, saving = self.scores[place], max(1e-6, self.costs.saving(joint.kinds, place, self.wanted))
+    def _price(self, joint: Joint, place: Place, removal: Removal) -> float:
+        """Of a removal: the rise of the loss for what it saves."""
+        rise, saving = self.scores[place], max(1e-6, self.costs.saving(joint.cuts, removal, self.wanted))
         return rise / saving if rise > 0 else rise * saving
 
     def _rise(self, joint: Joint) -> float:
@@ -319,20 +348,26 @@ class _Planner:
 
     def _decision(self, layer: int, decision: LayerDecision) -> LayerDecision:
         evidence = dict(self.evidence[layer])
-        kinds = self.calibration.parent.kinds
-        for branch in BRANCHES_OF[kinds[layer]]:
-            evidence[f"{branch}_{self.settings.criterion}"] = self.first_scores[layer, branch]
-            evidence[f"{branch}_saving"] = self.costs.saving(kinds, (layer, branch), self.wanted)
-        removed = [
+        parent = self.calibration.parent
+        first = {place: removals[0] for place, removals in self.heads.items()}
+        for place, score in self.first_scores.items():
+            if place[0] == layer:
+                name, removal = place[1].replace(" ", "_"), first.get(place, Removal(*place))
+                evidence[f"{name}_{self.settings.criterion}"] = score
+                evidence[f"{name}_saving"] = self.costs.saving(parent.cuts, removal, self.wanted)
+        reasons = [
             f"{step.branch} removed in step {number}"
             for number, step in enumerate(self.steps, 1)
-            if step.layer == layer
+            if step.layer == layer and not step.heads
         ]
-        if not removed:
-            removed = ["kept" if kinds[layer] == "both" else "has one branch already"]
+        for branch, heads in decision.heads.items():
+            own = getattr(self.calibration.blocks[layer], branch)
+            reasons.append(f"{len(heads)} of {own.num_heads} {branch} heads removed")
+        if not reasons:
+            reasons = ["kept" if parent.kinds[layer] == "both" else "has one branch already"]
         if decision.gate is not None:
-            removed.append("gate frozen")
-        return decision.model_copy(update={"reason": ", ".join(removed), "evidence": evidence})
+            reasons.append("gate frozen")
+        return decision.model_copy(update={"reason": ", ".join(reasons), "evidence": evidence})
 
     def _impossible(self, joint: Joint) -> str:
         """Why the budget cannot be met, and what can."""
@@ -352,5 +387,11 @@ class _Planner:
                 f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase"
             )
         where = "without any branch" if self.settings.empty_layers else "with one branch left in every layer"
+        where += ", and one step of its heads" if self.settings.heads else ""
         more = "" if self.settings.empty_layers else ", or let layers lose both branches (--empty-layers)"
         return f"{asked} cannot be met: {where} it is {nearest_values}; ask for less{more}"
+
+
+def _words(removal: Removal) -> str:
+    heads = f"{len(removal.heads)} heads of " if removal.heads else ""
+    return f"{heads}{removal.branch} of layer {removal.layer}"

@@ -1,4 +1,4 @@
-"""What a prune plan means: the parent itself, with constants where branches are removed and gates are frozen.
+"""What a prune plan means: the parent itself, with constants where branches or heads are removed and gates are frozen.
 
 Shapes: B batch, T tokens, H hidden.
 """
@@ -13,19 +13,12 @@ from typing import cast
 import torch
 import torch.nn as nn
 
-from fusiontree.artifacts import BranchKind, LayerDecision, PrunePlan
+from fusiontree.artifacts import LayerDecision, PrunePlan
+from fusiontree.deploy.cuts import BRANCHES_OF, check_heads, hold_heads
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.models.hybrid_block import HybridBlock
 from fusiontree.train.checkpoint import SHAPE_FIELDS
-
-#: What each kind of layer has, in the order in which the alignment reads them.
-BRANCHES_OF: dict[str, tuple[str, ...]] = {
-    "both": ("mamba", "attention"),
-    "mamba": ("mamba",),
-    "attention": ("attention",),
-    "constant": (),
-}
 
 
 class ConstantBranch(nn.Module):
@@ -62,12 +55,6 @@ def blocks_of(model: HybridLanguageModel) -> list[HybridBlock]:
 def removed_branches(block: HybridBlock, decision: LayerDecision) -> list[str]:
     """The branches that the decision takes from a layer, Mamba first."""
     return [name for name in BRANCHES_OF[block.branch] if name not in BRANCHES_OF[decision.keep]]
-
-
-def kind_without(kind: str, branch: str) -> BranchKind:
-    """What a layer of that kind is without one of its branches."""
-    left = tuple(name for name in BRANCHES_OF[kind] if name != branch)
-    return cast("BranchKind", next(other for other, names in BRANCHES_OF.items() if names == left))
 
 
 def constants_of(block: HybridBlock, decision: LayerDecision) -> dict[str, torch.Tensor]:
@@ -121,6 +108,7 @@ def check_plan(model: HybridLanguageModel, plan: PrunePlan, where: str = "the pl
                 raise InputError(
                     f"{where} gives {len(values)} values as {name} of layer {index} where {wanted} are needed"
                 )
+        check_heads(block, decision, f"{where} of layer {index}")
         if decision.gate is not None and not all(0 < value < 1 for value in decision.gate):
             raise InputError(f"{where} freezes a gate of layer {index} outside of 0 to 1")
 
@@ -130,13 +118,14 @@ def stand_in(block: HybridBlock, decision: LayerDecision) -> None:
     like = block.ln_output.weight
     for name, constant_H in constants_of(block, decision).items():
         setattr(block, name, ConstantBranch(constant_H.to(like)))
+    hold_heads(block, decision)
     if decision.gate is not None and block.gate is not None:
         # As a part of the module it is found by everything that reads a block's gate.
         block.gate = ConstantGate(torch.tensor(decision.gate).to(like))  # type: ignore[assignment]
 
 
 def reference_parent(model: HybridLanguageModel, plan: PrunePlan) -> HybridLanguageModel:
-    """A copy of the model in which each removed branch says its recorded constant and each frozen gate its own.
+    """A copy of the model in which each removed branch or head says its recorded constant and each frozen gate its own.
 
     It is what an export has to equal (`export`), computed by the parent's own equation and as slowly as that.
 

@@ -29,23 +29,23 @@ _ROW_COUNTS = ("lengths", "next_position", "read")
 
 def cache_geometry(config: HybridLanguageModelConfig) -> list[dict[str, int]]:
     """Per layer, the sizes of its state; a part the layer does not have is absent."""
-    group = config.num_heads // config.num_kv_heads
     layers = []
     for index in range(config.num_layers):
         sizes: dict[str, int] = {}
-        branch = config.branch(index)
+        branch, heads = config.branch(index), config.heads(index)
         if branch in ("both", "mamba"):
-            inner = config.mamba_inner_size
             if config.mamba_version == 2:
+                inner = heads.mamba * config.mamba_head_dim
                 sizes |= {"conv": inner + 2 * config.mamba_state_size, "taps": config.conv_kernel - 1}
-                sizes |= {"scan_heads": inner // config.mamba_head_dim, "scan_width": config.mamba_head_dim}
+                sizes |= {"scan_heads": heads.mamba, "scan_width": config.mamba_head_dim}
             else:
+                inner = config.mamba_inner_size
                 sizes |= {"conv": inner, "taps": config.conv_kernel - 1, "scan_heads": inner, "scan_width": 0}
             sizes["scan_state"] = config.mamba_state_size
         if branch in ("both", "attention"):
             sizes |= {"head_dim": config.head_dim, "window": config.layer_window(index)}
-            sizes["global_kv_heads"] = config.global_heads // group
-            sizes["local_kv_heads"] = config.num_kv_heads - config.global_heads // group
+            sizes["global_kv_heads"] = heads.global_keys
+            sizes["local_kv_heads"] = heads.keys - heads.global_keys
         layers.append(sizes)
     return layers
 

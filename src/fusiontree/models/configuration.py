@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
 from fusiontree.errors import InputError, nearest
+from fusiontree.models.layer_heads import LayerHeads, check_layer_heads, heads_of_layer
 
 BRANCHES = ("both", "mamba", "attention", "constant")
 
@@ -70,6 +72,9 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         layer_branches: per layer "both", "mamba", "attention" or "constant"; None means "both" everywhere.
         layer_gates: per layer whether a gate mixes the branches; without one their outputs are added, as an export does
             that folds a constant gate into the weights around it. None means everywhere.
+        layer_heads: per layer None, or how many heads it keeps: a mapping of "mamba" (heads of Mamba-2), "local" and
+            "global" (query heads, in whole groups that share a key/value head), each all of them where it is left out.
+            None means all heads everywhere.
         return_logits_with_loss: return logits beside the loss too (some trainers read them; costs [B,T,V]).
 
     Raises:
@@ -108,6 +113,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     drop_branch_prob: float = 0.0
     layer_branches: list[str] | None = None
     layer_gates: list[bool] | None = None
+    layer_heads: list[dict[str, int] | None] | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     return_logits_with_loss: bool = False
@@ -130,6 +136,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             self.layer_branches = list(self.layer_branches)
         if self.layer_gates is not None:
             self.layer_gates = list(self.layer_gates)
+        if isinstance(self.layer_heads, (list, tuple)):
+            self.layer_heads = [dict(entry) if isinstance(entry, Mapping) else entry for entry in self.layer_heads]
         self._validate()
         super().__post_init__(**kwargs)
 
@@ -237,6 +245,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
                 f"`layer_gates` must hold true or false for each of the {self.num_layers} layers, got "
                 f"{self.layer_gates!r}",
             )
+        if self.layer_heads is not None:
+            check_layer_heads(self)
 
     @property
     def head_dim(self) -> int:
@@ -255,6 +265,10 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     def has_gate(self, layer: int) -> bool:
         """Whether layer `layer` has a gate."""
         return self.branch(layer) != "constant" and (self.layer_gates is None or self.layer_gates[layer])
+
+    def heads(self, layer: int) -> LayerHeads:
+        """How many heads layer `layer` has, of each kind."""
+        return heads_of_layer(self, layer)
 
     def layer_window(self, layer: int) -> int:
         """Window of layer `layer`'s local heads, in tokens."""

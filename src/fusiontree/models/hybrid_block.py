@@ -148,7 +148,8 @@ class HybridBlock(nn.Module):
         else:
             # In the order of the equation, which is that of their random initialisation.
             self.ln_input = nn.LayerNorm(hidden, eps=config.norm_eps)
-            self.mamba = MambaBlock(config) if branch in ("both", "mamba") else None
+            heads = config.heads(layer).mamba or None  # version 1 counts none
+            self.mamba = MambaBlock(config, heads) if branch in ("both", "mamba") else None
             self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
             self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
             self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None

@@ -22,7 +22,8 @@ from fusiontree.ops import (
 
 
 class LocalGlobalAttention(nn.Module):
-    """Grouped-query attention with `num_heads - global_heads` local heads, then `global_heads` global ones.
+    """Grouped-query attention with `num_heads - global_heads` local heads, then `global_heads` global ones, less those
+    that `layer_heads` says were cut.
 
     Local query i sees the keys of its document at i-W+1 … i. Rotary positions come from one table shared by all layers.
     """
@@ -30,9 +31,9 @@ class LocalGlobalAttention(nn.Module):
     def __init__(self, config: HybridLanguageModelConfig, layer: int):
         super().__init__()
         self.head_dim = config.head_dim
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.global_heads = config.global_heads
-        self.global_kv_heads = config.global_heads * config.num_kv_heads // config.num_heads
+        heads = config.heads(layer)
+        self.num_heads, self.num_kv_heads = heads.queries, heads.keys
+        self.global_heads, self.global_kv_heads = heads.globals, heads.global_keys
         self.window = config.layer_window(layer)
         self.qkv_proj = nn.Linear(
             config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False

@@ -29,19 +29,23 @@ class MambaBlock(nn.Module):
 
     `A_log`, `D` and `dt_bias` stay float32 when the module is cast to a narrower type: decays are exponentials of
     them, and rounding them changes how far the model remembers.
+
+    Args:
+        num_heads: of version 2, where some were cut; None: all.
     """
 
-    def __init__(self, config: HybridLanguageModelConfig):
+    def __init__(self, config: HybridLanguageModelConfig, num_heads: int | None = None):
         super().__init__()
         self.version = config.mamba_version
-        self.inner_size = d = config.mamba_inner_size
+        d = config.mamba_inner_size
         decays: tuple[int, ...]
         self.state_size = N = config.mamba_state_size
         self.norm_eps = config.norm_eps
         hidden = config.hidden_size
         if self.version == 2:
             self.head_dim = config.mamba_head_dim
-            self.num_heads = d // self.head_dim
+            self.num_heads = d // self.head_dim if num_heads is None else num_heads
+            d = self.num_heads * self.head_dim
             channels, decays = d + 2 * N, (self.num_heads,)
             self.in_proj = nn.Linear(hidden, d + channels + self.num_heads, bias=False)
             self.norm_weight = nn.Parameter(torch.ones(d))
@@ -51,6 +55,7 @@ class MambaBlock(nn.Module):
             self.in_proj = nn.Linear(hidden, 2 * d, bias=False)
             self.x_proj = nn.Linear(d, self.dt_rank + 2 * N, bias=False)
             self.dt_proj = nn.Linear(self.dt_rank, d, bias=False)
+        self.inner_size = d
         self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel))
         self.conv_bias = nn.Parameter(torch.empty(channels))
         self.A_log = nn.Parameter(torch.empty(decays, dtype=torch.float32))

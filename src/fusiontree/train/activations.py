@@ -55,10 +55,14 @@ def estimate_activations(settings: RunSettings, config: HybridLanguageModelConfi
 
 def _activations_at(settings: RunSettings, config: HybridLanguageModelConfig, stage: Stage) -> Activations:
     length = min(stage.length, TRACED_LENGTH)
-    kinds = Counter((config.branch(i), config.layer_window(i)) for i in range(config.num_layers))
+    # The first layer of each kind stands for the others.
+    first: dict[tuple, int] = {}
+    kinds: Counter[int] = Counter()
+    for index in range(config.num_layers):
+        kinds[first.setdefault((config.branch(index), config.layer_window(index), config.heads(index)), index)] += 1
     kept = layer = last = grown = 0
-    for (branch, window), count in kinds.items():
-        one, two = (_trace(settings, config, branch, window, layers, stage.batch_size, length) for layers in (1, 2))
+    for index, count in kinds.items():
+        one, two = (_trace(settings, config, index, layers, stage.batch_size, length) for layers in (1, 2))
         a_layer = two.kept - one.kept
         # What the model holds outside its layers is counted with the first kind alone.
         kept += a_layer * count + (one.kept - a_layer if kept == 0 else 0)
@@ -100,17 +104,18 @@ class _Trace:
 def _trace(
     settings: RunSettings,
     config: HybridLanguageModelConfig,
-    branch: str,
-    window: int,
+    layer: int,
     layers: int,
     rows: int,
     length: int,
 ) -> _Trace:
+    """A model of so many layers like the given one."""
     fields = config.to_diff_dict() | {
         "num_layers": layers,
-        "layer_branches": [branch] * layers,
+        "layer_branches": [config.branch(layer)] * layers,
         "layer_gates": None,
-        "window_size": window,
+        "layer_heads": [config.heads(layer).entry()] * layers,
+        "window_size": config.layer_window(layer),
         "attention_type": "local_global",
         "num_kv_heads": config.num_kv_heads,
         "mamba_state_size": config.mamba_state_size,

@@ -92,14 +92,14 @@ class FlopCount:
         # Operations of one visible pair, by window; None: the whole document.
         self._per_pair: defaultdict[int | None, float] = defaultdict(float)
         for layer in range(config.num_layers):
-            branch = config.branch(layer)
+            branch, heads = config.branch(layer), config.heads(layer)
             share = kept if branch == "both" else 1.0
-            if branch != "attention":
-                self._per_token += share * 4 * config.mamba_inner_size * config.mamba_state_size
-            if branch != "mamba":
-                per_head = share * 4 * config.head_dim
-                self._per_pair[config.layer_window(layer)] += per_head * (config.num_heads - config.global_heads)
-                self._per_pair[None] += per_head * config.global_heads
+            if branch in ("both", "mamba"):
+                inner = heads.mamba * config.mamba_head_dim or config.mamba_inner_size  # version 1 counts no heads
+                self._per_token += share * 4 * inner * config.mamba_state_size
+            per_head = share * 4 * config.head_dim
+            self._per_pair[config.layer_window(layer)] += per_head * heads.local
+            self._per_pair[None] += per_head * heads.globals
 
     def __call__(self, batches: Sequence[Batch]) -> float:
         """Operations of one step of this process's micro-batches; padding counts as the document that it poses as."""
