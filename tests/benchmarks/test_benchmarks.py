@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -377,3 +378,11 @@ def test_serving_answers_right_under_load_and_records_what_it_costs(tmp_path: Pa
     assert state["llama"] == 2 * 2 * 128 * 600 * 4 and state["fusiontree"] < state["llama"]
     assert "| at once to one by one |" in path.with_suffix(".md").read_text()
     assert str(tmp_path) not in path.read_text()
+
+
+def test_quantized_prints_bytes_and_speed_of_each_form() -> None:
+    done = run_script("quantized.py", *TINY, "--context", "16", "--steps", "2", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    sizes = {name: float(size) for name, size in re.findall(r"^\| (\w+) \| ([\d.]+) \|", done.stdout, re.M)}
+    assert sizes.keys() == {"float32", "int8", "int4"}
+    assert sizes["int8"] < sizes["float32"] and sizes["int4"] < sizes["float32"]
