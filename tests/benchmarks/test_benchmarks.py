@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -424,3 +425,11 @@ def test_the_recipe_in_small_is_trained_killed_resumed_judged_and_used(tmp_path:
     assert [step for step, *_ in record["gates"]] == [1, 10, 20]
     assert all(len(seconds) == 1 for seconds in record["seconds_per_step"].values())
     assert "The history of" in (tmp_path / "pretrain_small.md").read_text()
+
+
+def test_quantized_prints_bytes_and_speed_of_each_form() -> None:
+    done = run_script("quantized.py", *TINY, "--context", "16", "--steps", "2", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    sizes = {name: float(size) for name, size in re.findall(r"^\| (\w+) \| ([\d.]+) \|", done.stdout, re.M)}
+    assert sizes.keys() == {"float32", "int8", "int4"}
+    assert sizes["int8"] < sizes["float32"] and sizes["int4"] < sizes["float32"]
