@@ -143,6 +143,20 @@ def test_memory_decides_how_many_run(model: HybridLanguageModel) -> None:
     assert client.submit_and_run([5] * 20, 8).finish_reason == "length"
 
 
+def test_the_idle_rows_of_compiled_steps_count(model: HybridLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program is for 1, 2, 4 or 8 rows here; whatever runs, the buffers stay within the budget."""
+    monkeypatch.setattr(type(model), "decodes_compiled", True)
+    budget = 6 * state_bytes(model.config, torch.float32, 1024)
+    client = Client(model, state_bytes=budget, max_rows=8)
+    draw = random.Random(2)
+    for _ in range(8):
+        client.submit(draw_prompt(draw, 9), 5)
+    client.run()
+    assert 1 < client.scheduler.counts.peak_rows <= 3
+    assert client.scheduler.counts.peak_bytes <= budget
+    assert all(deltas[-1].finish_reason == "length" for deltas in client.deltas.values())
+
+
 def test_the_bytes_of_a_row_are_those_of_its_tensors(any_model: HybridLanguageModel) -> None:
     from fusiontree import HybridCache
 
@@ -172,6 +186,16 @@ def test_reading_on_from_a_snapshot_on_the_grid_repeats_the_same_bits(any_model:
     # The same prompt once more needs no reading at all.
     again = warm.submit_and_run(second, 20)
     assert again.cached_tokens == 57 and again.generated == hit.generated
+
+
+def test_a_snapshot_on_the_way_has_no_logits_of_the_one_it_goes_on_from(model: HybridLanguageModel) -> None:
+    prompt = draw_prompt(random.Random(3), 24)
+    warm = Client(model, prefix_bytes=10**7, snapshot_interval=16)
+    warm.submit_and_run(prompt[:8], 2)  # ends on the grid, and is kept with its logits
+    warm.submit_and_run(prompt, 2)  # goes on from there, and leaves a snapshot of 16 tokens
+    found = warm.scheduler.prefixes.find([*prompt[:16], 1])
+    assert found is not None and found.tokens == 16 and found.logits is None
+    assert warm.submit_and_run(prompt[:16], 12).generated == Client(model).submit_and_run(prompt[:16], 12).generated
 
 
 def test_snapshots_off_the_grid_are_as_good_up_to_rounding(model: HybridLanguageModel) -> None:

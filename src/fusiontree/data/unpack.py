@@ -35,6 +35,7 @@ from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 2  # of the copies: in version 1, damaged members were kept up to where the damage was noticed
 _BLOCK_BYTES = 1 << 20
 _ARROW_FOLDER_FILES = ("state.json", "dataset_info.json")
 
@@ -66,7 +67,7 @@ def unpacked(path: str, text_key: str, cache_dir: str | None = None) -> str:
     folder = Path(cache_folder(cache_dir))
     column = "" if lines is _packed_lines else text_key
     place = hashlib.sha256(os.fsencode(os.path.realpath(path)) + b"\0" + column.encode()).hexdigest()[:24]
-    content = hashlib.sha256(repr(stamp).encode()).hexdigest()[:16]
+    content = hashlib.sha256(repr((_FORMAT, stamp)).encode()).hexdigest()[:16]
     # The ending says how the lines are to be read; that of a packed file is the second last.
     target = folder / f"{place}-{content}{'.txt' if is_text(path) else '.jsonl'}"
     if target.exists():

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Sequences
 
 from fusiontree.deploy.scheduler import Scheduler
 from fusiontree.deploy.sequences import Sequence
+from fusiontree.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,10 @@ class Engine:
         if self.draining:
             raise Draining
         scheduler = self.scheduler
-        if scheduler.waiting + scheduler.running + len(sequences) > scheduler.settings.max_rows + self.max_queue:
+        places = scheduler.settings.max_rows + self.max_queue
+        if len(sequences) > places:
+            raise InputError(f"{len(sequences)} texts are asked for, but no more than {places} may run and wait here")
+        if scheduler.waiting + scheduler.running + len(sequences) > places:
             raise QueueFull(self._retry_after())
         try:
             for sequence in sequences:

@@ -52,6 +52,10 @@ def blocks_of(model: HybridLanguageModel) -> list[HybridBlock]:
     return cast("list[HybridBlock]", list(model.layers))
 
 
+#: Without a value they leave the fingerprint as it was before there were any.
+_LATER_FIELDS = {"layer_heads"}
+
+
 def removed_branches(block: HybridBlock, decision: LayerDecision) -> list[str]:
     """The branches that the decision takes from a layer, Mamba first."""
     return [name for name in BRANCHES_OF[block.branch] if name not in BRANCHES_OF[decision.keep]]
@@ -67,7 +71,9 @@ def constants_of(block: HybridBlock, decision: LayerDecision) -> dict[str, torch
 
 def model_fingerprint(model: HybridLanguageModel) -> str:
     """Hexadecimal digest of the sizes and weights: what a plan is bound to. The same on every device."""
-    digest = hashlib.sha256(json.dumps([str(getattr(model.config, name)) for name in SHAPE_FIELDS]).encode())
+    fields = [(name, getattr(model.config, name)) for name in SHAPE_FIELDS]
+    known = [str(value) for name, value in fields if value is not None or name not in _LATER_FIELDS]
+    digest = hashlib.sha256(json.dumps(known).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().data)

@@ -20,12 +20,10 @@ from fusiontree.data.tokenizer import vocab_size_of
 from fusiontree.deploy.prefix import PrefixStore
 from fusiontree.deploy.sampling import Choice, TokenSampler, choose_tokens
 from fusiontree.deploy.sequences import Delta, Sequence
-from fusiontree.deploy.slots import Slots, length_class, program_rows, state_bytes
+from fusiontree.deploy.slots import LEAST_ROOM, Slots, length_class, program_padding, program_rows, state_bytes
 from fusiontree.deploy.text import StopText, TextDecoder
 from fusiontree.errors import InputError
 from fusiontree.models import HybridCache, HybridLanguageModel
-
-_LEAST_ROOM = 64  # tokens; what a new state has room for anyhow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +155,9 @@ class Scheduler:
     @property
     def state_bytes(self) -> int:
         """Bytes of the states of running sequences, as allocated."""
-        reading = sum(sequence.state.nbytes for sequence in list(self._reading) if sequence.state is not None)
+        # Read by the server's thread too, while this one goes on.
+        states = [sequence.state for sequence in list(self._reading)]
+        reading = sum(state.nbytes for state in states if state is not None)
         return reading + sum(slots.nbytes for slots in list(self._classes.values()))
 
     # From the thread that calls `step`.
@@ -180,7 +180,7 @@ class Scheduler:
     @torch.no_grad()
     def warm_up(self) -> None:
         """Make the programs of compiled steps now, which takes a minute or so for each of at most four on CPU."""
-        state, most = HybridCache(self._model.config, capacity=_LEAST_ROOM), self.settings.max_rows
+        state, most = HybridCache(self._model.config, capacity=LEAST_ROOM), self.settings.max_rows
         self._model.backbone(torch.zeros(1, 1, dtype=torch.long, device=self._model.device), past_key_values=state)
         for rows in sorted({program_rows(rows, most) for rows in range(1, most + 1)}):
             slots: Slots[None] = Slots(self._model, length_class(1), most)
@@ -231,7 +231,9 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self.running < self.settings.max_rows:
             needed = self._reserve_of(self._waiting[0])
-            if not self._fits(self._reserved + needed):
+            # Compiled steps come in few numbers of rows, which idle rows fill up.
+            padding = program_padding(self.settings.max_rows) if self._model.decodes_compiled and self.running else 1
+            if not self._fits((self._reserved + needed) * padding):
                 return
             sequence = self._waiting.popleft()
             sequence.started = time.monotonic()
@@ -253,7 +255,7 @@ class Scheduler:
 
     def _open(self, sequence: Sequence) -> None:
         """An empty state, or that of the longest prefix which is known."""
-        room = max(_LEAST_ROOM, len(sequence.prompt))  # equal in both cases, so that the same is computed
+        room = max(LEAST_ROOM, len(sequence.prompt))  # equal in both cases, so that the same is computed
         found = self.prefixes.find(sequence.prompt) if self.settings.prefix_bytes else None
         if found is None:
             sequence.state = HybridCache(self._model.config, capacity=room)
@@ -270,6 +272,7 @@ class Scheduler:
         input_ids = torch.tensor([sequence.prompt[start:stop]], device=self._model.device)
         if stop < len(sequence.prompt):
             self._model.backbone(input_ids, past_key_values=sequence.state, use_cache=True)
+            sequence.logits = None  # those of a snapshot that this goes on from
         else:
             output = self._model(input_ids, past_key_values=sequence.state, use_cache=True, logits_to_keep=1)
             sequence.logits = output.logits[0, -1].float()

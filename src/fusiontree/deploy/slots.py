@@ -14,7 +14,7 @@ from fusiontree.models.cache import cache_geometry
 _SHORTEST_CLASS = 1024
 _CLASS_FACTOR = 4
 _LEAST_ROWS = 4
-_LEAST_ROOM = 64  # tokens
+LEAST_ROOM = 64  # tokens that a new state has room for anyhow
 
 
 def length_class(tokens: int) -> int:
@@ -27,11 +27,15 @@ def length_class(tokens: int) -> int:
 
 def program_rows(rows: int, max_rows: int) -> int:
     """The rows of the compiled step that takes so many: of four numbers, as a program is kept for no more of them."""
-    factor = next(factor for factor in range(2, max_rows + 2) if factor**3 >= max_rows)
-    size = 1
+    factor, size = program_padding(max_rows), 1
     while size < rows:
         size *= factor
     return max(rows, min(size, max_rows))
+
+
+def program_padding(max_rows: int) -> int:
+    """The rows of a compiled step are fewer than so many times those that it is for."""
+    return next(factor for factor in range(2, max_rows + 2) if factor**3 >= max_rows)
 
 
 def state_bytes(config: HybridLanguageModelConfig, dtype: torch.dtype, tokens: int) -> int:
@@ -71,7 +75,8 @@ class Slots(Generic[Owner]):
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._state is None else self._state.nbytes
+        state = self._state  # asked for by the server's thread too
+        return 0 if state is None else state.nbytes
 
     def spare_bytes(self, state: HybridCache) -> int:
         """Bytes by which `add` would grow the buffers for a row like that of `state`, spare room included."""
@@ -109,7 +114,7 @@ class Slots(Generic[Owner]):
         """Doubles like the rows."""
         if tokens <= self._room:
             return self._room
-        return min(self.bound, max(_LEAST_ROOM, 1 << (tokens - 1).bit_length()))
+        return min(self.bound, max(LEAST_ROOM, 1 << (tokens - 1).bit_length()))
 
     def remove(self, row: int) -> None:
         """The last row takes the place of `row`."""
