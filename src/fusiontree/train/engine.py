@@ -26,7 +26,7 @@ from fusiontree.train.evaluation import TokenLoss, evaluate_loader
 from fusiontree.train.guards import StepGuard
 from fusiontree.train.launch import close_accelerator, open_accelerator
 from fusiontree.train.loggers import JsonlLog, ProgressView
-from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals
+from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals, coefficients_at
 from fusiontree.train.meter import StepMeter
 from fusiontree.train.monitor_gate import GateMonitor, mean_gate
 from fusiontree.train.optim import learning_rate_at
@@ -103,7 +103,7 @@ class TrainingEngine:
         self.parallel = open_parallel(self.accelerator, model, settings)
         self.loss = HybridModelLoss(settings.loss, teacher)
         self.monitor = GateMonitor(settings.gate_monitor, model.config.num_layers, model.config.layer_branches)
-        self.meter = StepMeter(settings.loss, throughput)
+        self.meter = StepMeter(throughput)
         self.guard = StepGuard(settings.training)
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -133,6 +133,8 @@ class TrainingEngine:
         teacher = None
         if settings.loss.teacher is not None:
             teacher = load_teacher(settings.loss.teacher, self.tokenizer, config.vocab_size, self.accelerator.device)
+            if settings.loss.hidden_coeff:
+                teacher.require_layers_of(config)
         return state, model, teacher
 
     @property
@@ -285,7 +287,8 @@ class TrainingEngine:
         return micro_batches, StepTotals.of(counts[:3])
 
     def _finish_step(self, values: list[float], totals: StepTotals, seconds: float, with_details: bool) -> None:
-        self.meter.add(values, totals, learning_rate_at(self.step, self.settings.training), seconds)
+        rate = learning_rate_at(self.step, self.settings.training)
+        self.meter.add(values, totals, rate, seconds, self.loss.coefficients)
         if with_details:
             self._record_gates(int(totals.tokens))
         loss = self.meter.newest["loss"] or 0.0
@@ -299,6 +302,7 @@ class TrainingEngine:
     ) -> torch.Tensor:
         """Add up the gradients of a step; returns this process's loss terms, gate sum and gate weight."""
         seed_step(self.settings.seed, step, self.processes.index)
+        self.loss.coefficients = coefficients_at(step, self.settings.training.max_steps, self.settings.loss)
         sums = torch.zeros(len(TERMS) + 2, device=self.processes.device)
         for index, micro_batch in enumerate(micro_batches):
             batch = micro_batch.to(self.processes.device, non_blocking=True)
@@ -370,6 +374,8 @@ class TrainingEngine:
 
     def _log(self) -> None:
         row = self.meter.close_row(self.step) | self._length() | {"skipped_steps": self.guard.skipped}
+        if self.settings.loss.commit_from is not None:
+            row |= {f"{name}_coeff": self.loss.coefficients[name] for name in ("load_balance", "entropy")}
         if self.processes.is_main:
             self._write(self.metrics, row)
         remaining = self.settings.training.max_steps - self.step
