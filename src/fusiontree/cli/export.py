@@ -45,4 +45,6 @@ def export(
     is_cut = heads > 0 or any(kind != "both" for kind in kinds)
     if is_cut and not any(layer.has_constants for layer in loaded_plan.layers):
         print(f"{plan} records no constants, so zeros stand in: `fusiontree plan` records what branches say on average")
+    if loaded_plan.model is None:
+        print(f"{plan} has no fingerprint of the model that it was made for: that it was this one is taken on trust")
     print(out)

@@ -6,8 +6,6 @@ Shapes: B batch, T tokens, H hidden.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from typing import cast
 
 import torch
@@ -18,7 +16,7 @@ from fusiontree.deploy.cuts import BRANCHES_OF, check_heads, hold_heads
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.models.hybrid_block import HybridBlock
-from fusiontree.train.checkpoint import SHAPE_FIELDS
+from fusiontree.train.checkpoint import weights_fingerprint
 
 
 class ConstantBranch(nn.Module):
@@ -67,11 +65,7 @@ def constants_of(block: HybridBlock, decision: LayerDecision) -> dict[str, torch
 
 def model_fingerprint(model: HybridLanguageModel) -> str:
     """Hexadecimal digest of the sizes and weights: what a plan is bound to. The same on every device."""
-    digest = hashlib.sha256(json.dumps([str(getattr(model.config, name)) for name in SHAPE_FIELDS]).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:32]
+    return weights_fingerprint(model.config, sorted(model.named_parameters()))
 
 
 def check_plan(model: HybridLanguageModel, plan: PrunePlan, where: str = "the plan") -> None:

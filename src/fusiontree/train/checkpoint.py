@@ -13,9 +13,10 @@ parameter's name, so that another engine and any number of processes can go on.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +133,27 @@ def save_checkpoint(
         processes.on_all(write_share)
         processes.on_main(finish)
     return path
+
+
+def weights_fingerprint(config: HybridLanguageModelConfig, parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hexadecimal digest of sizes and weights: what a plan is bound to. The same on every device.
+
+    Args:
+        parameters: (name, value) of each, in the order of the names.
+    """
+    digest = hashlib.sha256(json.dumps([str(getattr(config, name)) for name in SHAPE_FIELDS]).encode())
+    for name, parameter in parameters:
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def saved_fingerprint(path: Path, model: HybridLanguageModel) -> str:
+    """`weights_fingerprint` of a checkpoint directory of this model, whose own weights may be spread over processes."""
+    files = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+    place = {name: file for file in files for name in file.keys()}
+    names = sorted(name for name, _ in model.named_parameters())
+    return weights_fingerprint(model.config, ((name, place[name].get_tensor(name)) for name in names))
 
 
 @contextmanager

@@ -19,7 +19,14 @@ from fusiontree.data.batch import Batch
 from fusiontree.data.loader import Loader, build_loader
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
-from fusiontree.train.checkpoint import TrainingState, load_model, load_moments, load_state, save_checkpoint
+from fusiontree.train.checkpoint import (
+    TrainingState,
+    load_model,
+    load_moments,
+    load_state,
+    save_checkpoint,
+    saved_fingerprint,
+)
 from fusiontree.train.checkpoint_files import BEST, point, remove_unfinished
 from fusiontree.train.diagnosis import first_not_finite
 from fusiontree.train.evaluation import TokenLoss, evaluate_loader
@@ -453,7 +460,8 @@ class TrainingEngine:
         if self.best is not None and self.best["step"] == self.step:
             point(self.run_directory / BEST, path)
         if self.settings.gate_monitor.enabled and self.settings.gate_monitor.export_plan:
-            self.monitor.plan(source=str(self.run_directory)).save(self.run_directory / "prune_plan.json")
+            model = saved_fingerprint(path, self.parallel.module)
+            self.monitor.plan(str(self.run_directory), model).save(self.run_directory / "prune_plan.json")
 
     def _announce(self) -> None:
         t = self.settings.training
