@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fusiontree
-from fusiontree.artifacts import HealReport, PrunePlan, RunManifest
+from fusiontree.artifacts import HealReport, LayerDecision, PrunePlan, RunManifest
 from fusiontree.cli import main
 from fusiontree.deploy import reference_parent
 from tiny_models import save_tiny_model
@@ -98,6 +98,23 @@ def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys:
     assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert main(["heal", str(out), "training.max_steps=2", f"output_dir={tmp_path / 'healed'}"]) == 0
     assert fusiontree.load(tmp_path / "healed", device="cpu").config.layer_heads == cut.config.layer_heads
+
+
+def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False]}
+    folder, file, out = save_tiny_model(tmp_path / "model", None, **fields), tmp_path / "plan.json", tmp_path / "merged"
+    layers = [LayerDecision(keep=kind, reason="as it is") for kind in fields["layer_branches"]]
+    PrunePlan(criterion="none", thresholds={}, source="test", layers=layers).save(file)
+    assert main(["export", str(folder), str(file), str(out), "--merge", "--context", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "maps merged in 2" in shown and "has no fingerprint" in shown
+    assert "linear maps are merged in layers 0, 1" in (out / "README.md").read_text()
+    before, after = (fusiontree.load(path, device="cpu") for path in (folder, out))
+    assert after.config.layer_merges == ["z", "hz"]
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        want, got = before(ids).logits, after(ids).logits
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
 
 
 def test_healing_starts_from_the_export_and_reports(

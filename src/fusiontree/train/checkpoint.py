@@ -48,7 +48,7 @@ SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "global_heads", "window_size"),
     *("attention_type", "mamba_version", "mamba_expand", "mamba_head_dim", "mamba_state_size", "conv_kernel"),
     *("gate_rank", "use_alignment", "srte_encoding", "srte_rank", "rope_theta", "norm_eps", "layer_branches"),
-    *("layer_gates", "layer_heads", "tie_word_embeddings"),
+    *("layer_gates", "layer_heads", "layer_merges", "tie_word_embeddings"),
 )
 
 

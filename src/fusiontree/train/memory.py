@@ -35,6 +35,8 @@ _COMPONENTS = {
     "gate": "gates",
     "fusion_proj": "fusion projections",
     "small_mlp": "small MLPs",
+    "merged": "merged maps",
+    "constant": "constants",
     "ln_input": "norms",
     "ln_output": "norms",
 }
@@ -178,6 +180,7 @@ def _trace(
         "num_layers": layers,
         "layer_branches": [config.branch(layer)] * layers,
         "layer_gates": None,
+        "layer_merges": None,
         "layer_heads": [config.heads(layer).entry()] * layers,
         "window_size": config.layer_window(layer),
         "attention_type": "local_global",
