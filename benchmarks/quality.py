@@ -23,7 +23,7 @@ import torch
 import yaml
 from candidates import MODELS, OURS, SIZES, build
 from packed_text import load_streams, pack
-from training_run import Recipe, train
+from training_run import OPTIMIZERS, Recipe, train
 from variants import VARIANTS
 
 from fusiontree.eval.peers import count_parameters
@@ -47,6 +47,8 @@ def identity(name: str, learning_rate: float, variant: str | None, options: argp
         "size": options.size,
         "data": data,
     }
+    if options.optimizer != "adamw":  # which the records do not name
+        run["optimizer"] = options.optimizer
     if name == OURS:
         return run | {"overrides": options.ours} | ({"variant": variant} if variant else {})
     return run | {"state_size": options.state_size}
@@ -59,7 +61,8 @@ def report(path: Path, *, steps: int, size: str) -> str:
     for record in runs:
         overrides = " ".join(f"{k}={v}" for k, v in record["run"].get("overrides", {}).items())
         variant = f": {record['run']['variant']}" if "variant" in record["run"] else ""
-        title = f"{record['title']}{variant} {overrides}".strip()
+        optimizer = f", {record['run']['optimizer']}" if "optimizer" in record["run"] else ""
+        title = f"{record['title']}{variant} {overrides}".strip() + optimizer
         groups.setdefault((title, record["run"]["dtype"], record["run"]["seed"]), []).append(record)
     rows = []
     for (title, dtype, seed), group in groups.items():
@@ -91,6 +94,7 @@ def equal_time(runs: list[dict]) -> list[str]:
     learning rate had not come down by then, so the figure is an upper bound of what a run of that length reaches.
     """
     ours = [r for r in runs if r["run"]["model"] == OURS and not r["run"]["overrides"] and "variant" not in r["run"]]
+    ours = [r for r in ours if "optimizer" not in r["run"]]
     lines = []
     for mine in ours:
         for peer in runs:
@@ -161,6 +165,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--micro-batch", type=int, default=4, help="rows at a time; speed and memory only")
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--state-size", type=int, default=64, help="of the peers' Mamba layers")
     parser.add_argument("--chunk-size", type=int, default=32, help="of the peers' scans; speed only")
     parser.add_argument("--seed", type=int, default=0)
@@ -223,6 +228,7 @@ def main(argv: list[str]) -> None:
             seed=options.seed,
             dtype=options.dtype,
             device=options.device,
+            optimizer=options.optimizer,
         )
         code = {"revision": revision} if name == OURS else {}
         key = hashlib.sha256(json.dumps(run | code, sort_keys=True).encode()).hexdigest()[:12]
@@ -238,7 +244,8 @@ def main(argv: list[str]) -> None:
             "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
             f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
-            + (f" --variants '{variant}'" if variant else ""),
+            + (f" --variants '{variant}'" if variant else "")
+            + (f" --optimizer {options.optimizer}" if options.optimizer != "adamw" else ""),
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import records
 import torch
-from training_run import BETAS, Recipe, parameter_groups, update
+from training_run import Recipe, build_optimizers, update
 
 from fusiontree.data.batch import Batch
 from fusiontree.eval.mqar import MQARTask, mqar_accuracy
@@ -123,7 +123,7 @@ def train(branches: str, task: Task, recipe: Recipe) -> dict:
     numbers), its `curve` [[step, accuracy]], and for passkeys the `grid`. A step reads `batch_size` rows of the task
     as it is asked, and as many tokens of shorter rows."""
     model = build(branches, task, recipe.seed)
-    optimizer = torch.optim.AdamW(parameter_groups(model), betas=BETAS, fused=True)
+    optimizers = build_optimizers(model, recipe.optimizer)
     curve, started, loss = [], time.process_time(), torch.tensor(0.0)
     for step in range(1, recipe.steps + 1):
         easy = next(
@@ -133,7 +133,7 @@ def train(branches: str, task: Task, recipe: Recipe) -> dict:
         with recipe.autocast():
             loss = model(batch.input_ids, position_ids=batch.position_ids, labels=batch.labels).loss
         loss.backward()
-        update(model, optimizer, recipe.rate(step))
+        update(model, optimizers, recipe.rate(step))
         if step % max(1, recipe.steps // 20) == 0:
             curve.append([step, round(accuracy(model, task, recipe, TEST_ROWS // 10), 3)])
             print(f"{branches} {recipe.learning_rate:g} step {step} loss {loss.item():.3f} {curve[-1][1]}", flush=True)

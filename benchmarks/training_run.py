@@ -19,6 +19,7 @@ EVAL_EVERY = 50
 CURVE_ROWS = 32  # rows of the validation set that the curve is measured on; the last figure uses all of them
 UNDECAYED = ("A_log", "D", "dt_bias")
 WEIGHT_DECAY, BETAS, CLIP = 0.1, (0.9, 0.95), 1.0
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Recipe:
     seed: int
     dtype: str
     device: str = "cpu"
+    optimizer: str = "adamw"
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bf16" else nullcontext()
@@ -52,6 +54,19 @@ def parameter_groups(model: nn.Module) -> list[dict]:
         is_matrix = parameter.ndim >= 2 and name.rpartition(".")[2] not in UNDECAYED
         (decayed if is_matrix else others).append(parameter)
     return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+
+
+def build_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the linear maps but the head and AdamW for the rest, as `training.optimizer` has it."""
+    linear = {id(m.weight) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    groups, maps = parameter_groups(model), []
+    if name == "muon":
+        maps = [p for p in groups[0]["params"] if id(p) in linear]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in linear]
+    adamw = torch.optim.AdamW(groups, betas=BETAS, fused=True)
+    if not maps:
+        return [adamw]
+    return [torch.optim.Muon(maps, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def count_labels(rows: Rows) -> int:
@@ -84,13 +99,14 @@ def accumulate(candidate: Candidate, batch: Rows, recipe: Recipe) -> float:
     return total
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """One step of the optimizer with the gradients at hand, clipped and then dropped."""
+def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
+    """One step of the optimizers with the gradients at hand, clipped and then dropped."""
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 class RepeatedStep:
@@ -105,13 +121,13 @@ class RepeatedStep:
         self.recipe = Recipe(
             learning_rate=1e-4, steps=1000, warmup=1, batch_size=batch, micro_batch=batch, seed=0, dtype=dtype
         )
-        self.optimizer = torch.optim.AdamW(parameter_groups(candidate.model), betas=BETAS, fused=True)
+        self.optimizers = build_optimizers(candidate.model, self.recipe.optimizer)
 
     def __call__(self) -> tuple[float, float]:
         """Seconds and CPU seconds of forward, loss, backward, clipping and AdamW."""
         started, started_cpu = time.perf_counter(), time.process_time()
         accumulate(self.candidate, self.rows, self.recipe)
-        update(self.candidate.model, self.optimizer, self.recipe.learning_rate)
+        update(self.candidate.model, self.optimizers, self.recipe.learning_rate)
         return time.perf_counter() - started, time.process_time() - started_cpu
 
 
@@ -127,12 +143,13 @@ def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Ro
         where the machine is shared.
     """
     model = candidate.model.to(recipe.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model), betas=BETAS, fused=True)
+    optimizers = build_optimizers(model, recipe.optimizer)
     state = {"step": 0, "curve": [], "wall": 0.0, "cpu": 0.0}
     if unfinished.exists():
         stored = torch.load(unfinished, map_location=recipe.device, weights_only=True)
         model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
+        for optimizer, its_state in zip(optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
         state = stored["state"]
         print(f"{candidate.title}: going on from step {state['step']}", flush=True)
     source, loss, tokens = batches(train_rows, recipe.batch_size, seed=recipe.seed), 0.0, 0
@@ -143,7 +160,7 @@ def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Ro
             continue
         wall, cpu = time.perf_counter(), time.process_time()
         loss = accumulate(candidate, batch, recipe)
-        update(model, optimizer, recipe.rate(step))
+        update(model, optimizers, recipe.rate(step))
         state["wall"] += time.perf_counter() - wall
         state["cpu"] += time.process_time() - cpu
         state["step"] = step
@@ -153,7 +170,8 @@ def train(candidate: Candidate, recipe: Recipe, train_rows: Rows, valid_rows: Ro
             if step < recipe.steps:
                 point = validation_loss(candidate, valid_rows.select(slice(0, CURVE_ROWS)), recipe)
                 state["curve"].append([step, round(point, 4)])
-            _store(unfinished, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state})
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            _store(unfinished, {"model": model.state_dict(), "optimizers": states, "state": state})
         if step % 10 == 0 or step == recipe.steps:
             last = f" val {state['curve'][-1][1]:.3f}" if state["curve"] else ""
             rate = f"{tokens / state['wall']:.0f} tok/s, {tokens / state['cpu']:.0f} per CPU second"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from fusiontree.artifacts import (
     Artifact,
     DistanceAnswers,
@@ -271,7 +272,7 @@ def run_full_disk(root: Path, kind: str) -> dict[str, list[str]]:
     with atomic_directory(root / "directory") as directory:
         (directory / "small").write_text("old")
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(root), kind], capture_output=True, text=True, check=True, timeout=120
+        [warm.python(), "-c", FULL_DISK, str(root), kind], capture_output=True, text=True, check=True, timeout=120
     )
     assert (root / "file").read_text() == "old"
     assert [p.name for p in (root / "directory").iterdir()] == ["small"]

@@ -9,10 +9,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,7 +70,7 @@ def test_links_lead_somewhere():
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_blocks(page, tmp_path):
     for block in blocks(page, "python"):
-        result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run([warm.python(), "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
 
 
@@ -92,7 +93,7 @@ def test_commands(page, tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(Path(warm.fusiontree()).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     for block in blocks(page, "bash"):
         for command in block.replace("\\\n", " ").strip().splitlines():

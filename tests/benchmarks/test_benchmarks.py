@@ -6,11 +6,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
@@ -20,7 +21,7 @@ TINY = ("--size", "tiny", "--threads", "1", "--dtype", "float32")
 def run_script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True, env=environment
+        [warm.python(), BENCHMARKS / name, *map(str, arguments)], capture_output=True, text=True, env=environment
     )
 
 
@@ -65,6 +66,10 @@ def test_quality_records_each_run_once_and_reports_them(
 
     quality.main([*where, "--report"])
     assert f"| Llama | 0 | float32 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
+
+    quality.main([*settings, "--models", "llama", "--optimizer", "muon"])
+    *_, muon = (json.loads(line) for line in path.read_text().splitlines())
+    assert muon["run"] == llama["run"] | {"optimizer": "muon"} and muon["val_loss"] != llama["val_loss"]
 
     path.write_text(json.dumps(ours | {"revision": "0" * 12}) + "\n")
     with pytest.raises(SystemExit, match="revision 000000000000"):

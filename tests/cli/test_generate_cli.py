@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from fusiontree import generate, load
 from fusiontree.cli import main
 from tiny_models import save_tiny_model
@@ -57,7 +58,7 @@ def test_draws_are_those_of_the_python_interface(folder: Path, capsys: pytest.Ca
 
 
 def test_text_comes_as_it_is_made(folder: Path) -> None:
-    command = [SCRIPT, "generate", folder, "-p", PROMPT, "-n", "100000", "--greedy", "--device", "cpu"]
+    command = [warm.fusiontree(), "generate", folder, "-p", PROMPT, "-n", "100000", "--greedy", "--device", "cpu"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
@@ -105,6 +106,7 @@ def test_a_prompt_longer_than_a_learned_table(corpus: Path, tmp_path: Path, caps
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_step_gives_the_same_text(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """In a process of its own, as compiling leaves settings and threads behind."""

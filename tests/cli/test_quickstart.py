@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import warm
 from fusiontree import load
 from fusiontree.artifacts import EvalReport
 from fusiontree.cli import main
@@ -58,7 +59,12 @@ class Page(HTMLParser):
 def start(folder: Path, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "FUSIONTREE_CACHE": str(folder / "cache")}
     return subprocess.run(
-        [SCRIPT, "quickstart", *arguments], cwd=folder, capture_output=True, text=True, timeout=timeout, env=environment
+        [warm.fusiontree(), "quickstart", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+import warm
 from fusiontree.cli import main
 
 Train = Callable[..., tuple[int, str, str]]
@@ -49,7 +50,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_leaves_its_directory(config: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fusiontree", "train", "--config", str(config)], capture_output=True, text=True
+        [warm.python(), "-m", "fusiontree", "train", "--config", str(config)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -85,7 +86,7 @@ def test_gradient_checkpointing_changes_no_loss(config: Path, tmp_path: Path, sc
     dropped = ["model.dropout=0.1", "model.drop_branch_prob=0.5", "training.save_interval=0"]
     for name, chosen in (("plain", "off"), ("recomputed", scope)):
         settings = [*dropped, f"training.gradient_checkpointing={chosen}", f"output_dir={tmp_path / name}"]
-        command = [sys.executable, "-m", "fusiontree", "train", "--config", str(config), *settings]
+        command = [warm.python(), "-m", "fusiontree", "train", "--config", str(config), *settings]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     plain, recomputed = metrics(tmp_path / "plain"), metrics(tmp_path / "recomputed")
@@ -99,7 +100,7 @@ def test_a_terminal_gets_a_live_line(config: Path, tmp_path: Path) -> None:
     """A pseudo-terminal stands in for one; the display is redrawn there."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusiontree", "train", "--config", str(config), "training.eval_interval=0"],
+        [warm.python(), "-m", "fusiontree", "train", "--config", str(config), "training.eval_interval=0"],
         stderr=follower,
         stdout=follower,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "160"},

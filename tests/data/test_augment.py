@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from itertools import islice
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonl_files import write_jsonl
 
+import warm
 from fusiontree.config import InputError
 from fusiontree.data.augment import (
     CHINESE,
@@ -342,6 +342,6 @@ print(json.dumps([batch.input_ids.tolist() for batch in islice(loader, 20)]))
 
 def test_another_process_writes_the_same(make_loader, tokenizer, corpus, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    command = [sys.executable, "-c", FIRST_BATCHES, corpus[0], str(tmp_path / "tokenizer")]
+    command = [warm.python(), "-c", FIRST_BATCHES, corpus[0], str(tmp_path / "tokenizer")]
     there = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert there == [batch.input_ids.tolist() for batch in islice(make_loader(paths=corpus[:1], **AUGMENTED), 20)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonl_files import text_of, write_jsonl
 
+import warm
 from fusiontree.data import DataSettings, LazyDataset, build_loader
 from fusiontree.data.corpus import Corpus
 from fusiontree.data.loader import Loader
@@ -140,7 +140,7 @@ def runs(tmp_path_factory, tokenizer) -> dict[int, Run]:
     ]
     shapes = [(n, {"batch_size": BATCH[n], "max_seq_length": LENGTH, "seed": SEED}) for n in BATCH]
     subprocess.run(
-        [sys.executable, "-c", RANKS, json.dumps(jobs), json.dumps(shapes), str(folder)], check=True, timeout=200
+        [warm.python(), "-c", RANKS, json.dumps(jobs), json.dumps(shapes), str(folder)], check=True, timeout=200
     )
     return {world_size: Run(folder, world_size) for world_size in BATCH}
 

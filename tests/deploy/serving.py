@@ -8,12 +8,13 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import openai
+
+import warm
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -37,7 +38,7 @@ class ServerProcess:
     """`fusiontree serve MODEL` with some more arguments; its log is kept line by line."""
 
     def __init__(self, model: Path, *arguments: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "fusiontree", "serve", str(model), "--port", "0", "--device", "cpu"]
+        command = [warm.python(), "-m", "fusiontree", "serve", str(model), "--port", "0", "--device", "cpu"]
         self.process = subprocess.Popen(
             [*command, *arguments],
             stderr=subprocess.PIPE,

@@ -23,6 +23,7 @@ from fusiontree.deploy.runtime import InferenceRuntime
 
 PROMPT = "the quick brown fox"
 KEY = "open-sesame"
+PATIENCE = 120.0  # seconds: a machine that is busy with other things is no error
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def client(server: ServerProcess) -> openai.OpenAI:
 
 
 def get(server: ServerProcess, path: str) -> httpx.Response:
-    return httpx.get(server.url + path, headers={"authorization": f"Bearer {server.key}"})
+    return httpx.get(server.url + path, headers={"authorization": f"Bearer {server.key}"}, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def post(server: ServerProcess, content: bytes, path: str = "completions") -> ht
         f"{server.url}/v1/{path}",
         content=content,
         headers={"content-type": "application/json", "authorization": f"Bearer {server.key}"},
+        timeout=PATIENCE,
     )
 
 
@@ -292,7 +294,7 @@ def test_bytes_that_are_no_request(server: ServerProcess, content: bytes) -> Non
 def test_other_paths_and_methods(server: ServerProcess) -> None:
     for method, path, status in (("GET", "/", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405)):
         headers = {"authorization": f"Bearer {server.key}"}
-        response = httpx.request(method, server.url + path, headers=headers)
+        response = httpx.request(method, server.url + path, headers=headers, timeout=PATIENCE)
         assert response.status_code == status
         sentence_of(response)
 
@@ -346,13 +348,14 @@ def test_the_log_holds_figures_and_no_prompts(client: openai.OpenAI, server: Ser
 
 
 def test_without_the_key_nothing_but_health_is_answered(server: ServerProcess) -> None:
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{server.url}/health", timeout=PATIENCE).json() == {"status": "ok"}
     for path in ("/metrics", "/v1/models", "/openapi.json", "/", "/health/"):
-        response = httpx.get(server.url + path)
+        response = httpx.get(server.url + path, timeout=PATIENCE)
         assert response.status_code == 401
         assert "wants an API key" in sentence_of(response)
     for header in ("Bearer wrong", "Bearer", f"Bearer {KEY}2", f"Basic {KEY}", KEY):
-        assert httpx.get(f"{server.url}/v1/models", headers={"authorization": header}).status_code == 401
+        headers = {"authorization": header}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers, timeout=PATIENCE).status_code == 401
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").completions.create(model="tiny", prompt="a", max_tokens=1)
     for key in (KEY, "other-key", "from-environment"):
@@ -399,7 +402,7 @@ def test_a_killed_server_loses_nothing_but_what_ran(folder: Path) -> None:
         time.sleep(4)
         yield b'"tiny", "prompt": "a"}'
 
-    response = httpx.post(f"{server.url}/v1/completions", content=slowly(), timeout=30)
+    response = httpx.post(f"{server.url}/v1/completions", content=slowly(), timeout=PATIENCE)
     assert response.status_code == 408 and "the body did not arrive within 2 seconds" in sentence_of(response)
     stream = client.completions.create(model="tiny", prompt="a", max_tokens=4000, temperature=0, stream=True)
     next(iter(stream))

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 import fusiontree
+import warm
 
 STEPS = 20
 WORKER = Path(__file__).with_name("engines_worker.py")
@@ -97,6 +97,7 @@ def runs(settings, tmp_path_factory) -> Path:
     taught = {"teacher": str(directory / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
     for engine in ("ddp", "zero2", "fsdp2"):
         job(f"{engine}-taught", engine, training={"max_steps": 3, "eval_interval": 0}, loss=taught)
+    job("ddp-muon", "ddp", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"})
     # One run handed from engine to engine every five steps; the last leg is one process.
     before = directory / "ddp" / "checkpoints" / "step_00000005"
     for step, engine in ((10, "zero3"), (15, "fsdp2"), (20, "zero2")):
@@ -108,7 +109,7 @@ def runs(settings, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("jobs") / "jobs.json"
     file.write_text(json.dumps(jobs))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(WORKER), str(file)],
+        [*warm.torchrun(), str(WORKER), str(file)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -185,6 +186,14 @@ def test_distillation_is_that_of_one_process(runs: Path, alone, engine: str) -> 
     require_equal(found, expected)
     for row, other in zip(found, expected, strict=True):
         assert row["distillation_loss"] == pytest.approx(other["distillation_loss"], rel=1e-5) and row["loss"] > 0
+
+
+def test_muon_steps_in_two_processes_as_in_one(runs: Path, alone) -> None:
+    """It turns matrices in bf16: the rounding of the gradients' sums comes out larger."""
+    expected = rows(alone("one-muon", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"}))
+    for row, other in zip(rows(runs / "ddp-muon"), expected, strict=True):
+        assert row["lm_loss"] == pytest.approx(other["lm_loss"], rel=BF16_ROUNDING)
+    assert expected[-1]["lm_loss"] < rows(runs / "ddp")[7]["lm_loss"] + 0.5  # it learns
 
 
 def test_a_run_goes_on_in_another_engine_and_with_another_number_of_processes(runs: Path, alone) -> None:

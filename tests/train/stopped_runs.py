@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
+
+import warm
 
 CLOCK = ("tokens_per_second", "elapsed", "tflops", "mfu", "peak_memory_gib")  # of the machine, not of the run
 
@@ -33,7 +34,7 @@ def stop(sections: dict[str, Any], run: Path, number: signal.Signals, at_step: i
     config = run.parent / f"{run.name}.yaml"
     config.write_text(yaml.safe_dump(sections))
     process = subprocess.Popen(
-        [sys.executable, "-m", "fusiontree", "train", "--config", str(config), "--resume", "auto"],
+        [warm.python(), "-m", "fusiontree", "train", "--config", str(config), "--resume", "auto"],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -70,15 +70,17 @@ def test_only_the_newest_checkpoints_are_kept(run_settings, tmp_path: Path) -> N
 def test_resuming_restores_the_optimizer(run) -> None:
     directory, sections = run
     before = engine(run[1], resume="auto")
-    for group in before.parallel.optimizer.param_groups:
+    for group in before.parallel.optimizers[0].param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            state = before.parallel.optimizer.state[parameter]
+            state = before.parallel.optimizers[0].state[parameter]
             assert state["step"].item() == 2, name
             assert state["exp_avg"].shape == parameter.shape
     saved = load_moments(directory / "checkpoints" / "step_00000002")
-    parameter = before.parallel.optimizer.param_groups[0]["params"][0]
-    name = before.parallel.optimizer.param_groups[0]["names"][0]
-    torch.testing.assert_close(before.parallel.optimizer.state[parameter]["exp_avg_sq"], saved[f"{name}.exp_avg_sq"])
+    parameter = before.parallel.optimizers[0].param_groups[0]["params"][0]
+    name = before.parallel.optimizers[0].param_groups[0]["names"][0]
+    torch.testing.assert_close(
+        before.parallel.optimizers[0].state[parameter]["exp_avg_sq"], saved[f"{name}.exp_avg_sq"]
+    )
 
 
 FILES = ["model.safetensors", "training_state/process-00000.safetensors", "training_state/state.json", "config.json"]

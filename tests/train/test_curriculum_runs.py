@@ -6,7 +6,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
+import warm
 from fusiontree.cli import main
 from fusiontree.errors import InputError
 from fusiontree.train.engine import TrainingEngine
@@ -41,7 +41,7 @@ def test_a_run_goes_through_its_stages(run_settings, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(sections))
     done = subprocess.run(
-        [sys.executable, "-m", "fusiontree", "train", "--config", str(config)], capture_output=True, text=True
+        [warm.python(), "-m", "fusiontree", "train", "--config", str(config)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert "rows of 8 tokens to step 3, 16 tokens to step 7, 6 tokens to step 8, then 24" in done.stderr

@@ -14,7 +14,7 @@ import torch
 from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.data.batch import Batch
 from fusiontree.train.losses import HybridModelLoss, StepTotals
-from fusiontree.train.optim import build_optimizer
+from fusiontree.train.optim import build_optimizers
 from fusiontree.train.settings import LossSettings, TrainingSettings
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -33,7 +33,7 @@ def losses(case: str) -> list[float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = HybridLanguageModel(HybridLanguageModelConfig(**(SIZES | CASES[case]))).train()
-    optimizer = build_optimizer(model, TrainingSettings(learning_rate=3e-3))
+    (optimizer,) = build_optimizers(model, TrainingSettings(learning_rate=3e-3))
     composite, generator, found = HybridModelLoss(LossSettings()), torch.Generator().manual_seed(0), []
     positions = torch.cat([torch.arange(19), torch.arange(45)]).expand(4, -1)
     for _ in range(10):

@@ -21,6 +21,7 @@ import yaml
 from stopped_runs import rows
 
 import fusiontree
+import warm
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
@@ -28,7 +29,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", 
 
 def torchrun(*command: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command],
+        [*warm.torchrun(), *command],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -91,7 +92,7 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_set
         ["bash", str(ROOT / "scripts" / "train.slurm"), config],
         env=ENVIRONMENT
         | {
-            "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{tools}:{Path(warm.python()).parent}:{os.environ['PATH']}",
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_NTASKS": "2",
             "SLURM_JOB_NUM_NODES": "1",

@@ -13,6 +13,7 @@ import torch
 from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
+from fusiontree.errors import InputError
 
 
 def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> None:
@@ -78,6 +79,25 @@ def test_a_row_of_metrics_may_span_a_stop(run_settings, tmp_path: Path, precisio
     assert rows(directories[1], "metrics.jsonl") == rows(directories[0], "metrics.jsonl")
     expected, found = (final(directory) for directory in directories)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_every_schedule_and_muon_go_on_exactly(run_settings, tmp_path: Path, schedule: str) -> None:
+    training = {"optimizer": "muon", "lr_schedule": schedule, "lr_decay_ratio": 0.5, "max_steps": 8}
+    training |= {"save_interval": 3, "eval_interval": 0}
+    straight, stopped = (run_settings(training=training, output_dir=str(tmp_path / name)) for name in ("one", "two"))
+    fusiontree.train(straight)
+    engine = fusiontree.train.engine.TrainingEngine(fusiontree.train.settings.RunSettings.parse(stopped))
+    halt_after(engine, 5)
+    assert engine.run().step == 5
+    assert fusiontree.train(stopped, resume="auto").step == 8
+    assert rows(tmp_path / "two", "metrics.jsonl") == rows(tmp_path / "one", "metrics.jsonl")
+    expected, found = final(tmp_path / "one"), final(tmp_path / "two")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(InputError, match=r"exp_avg has none; training\.optimizer must be what it was"):
+        other = run_settings(training=training | {"optimizer": "adamw", "max_steps": 9}, output_dir=str(tmp_path / "3"))
+        fusiontree.train(other, resume=str(tmp_path / "one"))
 
 
 def test_resuming_from_an_older_checkpoint_drops_what_came_after(run_settings, tmp_path: Path) -> None:

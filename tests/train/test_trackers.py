@@ -19,6 +19,7 @@ from tracked_rows import Rows, by_tag, in_csv, in_metrics, in_tensorboard, in_wa
 from wandb_server import wandb_server
 
 import fusiontree
+import warm
 from fusiontree.errors import InputError
 from fusiontree.train import trackers
 from fusiontree.train.engine import TrainingEngine
@@ -159,7 +160,7 @@ def test_without_a_login_wandb_says_so(run_settings, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(sections))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     done = subprocess.run(
-        [sys.executable, "-m", "fusiontree", "train", "--config", str(config)],
+        [warm.python(), "-m", "fusiontree", "train", "--config", str(config)],
         env=environment | {"HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path)},
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -57,9 +57,9 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
         return Healed(None, result.run, result.stopped_by)
     assert engine.loss.teacher is not None and settings.training.init_from is not None
     # A run that was complete already has not evaluated.
-    after = result.evaluation or engine.evaluate(engine.parallel.model)
+    after = result.evaluation or engine.evaluation.measure(engine.parallel.model)
     export = load_model(Path(settings.training.init_from)).to(engine.processes.device)
-    before, parent = (engine.evaluate(model) for model in (export, engine.loss.teacher.model))
+    before, parent = (engine.evaluation.measure(model) for model in (export, engine.loss.teacher.model))
     assert after is not None and before is not None and parent is not None
     report = HealReport(
         export=settings.training.init_from,

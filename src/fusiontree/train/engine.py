@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -13,32 +12,26 @@ from typing import Any
 
 import torch
 
-from fusiontree.artifacts import RunManifest, checkpoint_name, make_directory
-from fusiontree.config import dump_yaml
 from fusiontree.data.batch import Batch
 from fusiontree.data.loader import Loader, build_loader
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
-from fusiontree.train.checkpoint import (
-    TrainingState,
-    load_model,
-    load_moments,
-    load_state,
-    save_checkpoint,
-    saved_fingerprint,
-)
-from fusiontree.train.checkpoint_files import BEST, point, remove_unfinished
+from fusiontree.train.announce import announce_end, announce_start
+from fusiontree.train.checkpoint import TrainingState, load_model, load_moments, load_state
 from fusiontree.train.diagnosis import first_not_finite
-from fusiontree.train.evaluation import TokenLoss, evaluate_loader
+from fusiontree.train.evaluation import TokenLoss
 from fusiontree.train.guards import StepGuard
 from fusiontree.train.launch import close_accelerator, open_accelerator
-from fusiontree.train.loggers import JsonlLog, ProgressView
-from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals, coefficients_at
+from fusiontree.train.loggers import ProgressView
+from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals
 from fusiontree.train.meter import StepMeter
 from fusiontree.train.monitor_gate import GateMonitor, mean_gate
-from fusiontree.train.optim import learning_rate_at
+from fusiontree.train.optim import learning_rate_at, parameter_groups
 from fusiontree.train.parallel import open_parallel
 from fusiontree.train.processes import Processes
+from fusiontree.train.run_evaluation import RunEvaluation
+from fusiontree.train.run_files import RunFiles
+from fusiontree.train.saving import RunSaver
 from fusiontree.train.settings import RunSettings
 from fusiontree.train.setup import (
     checkpoint_to_resume,
@@ -47,13 +40,13 @@ from fusiontree.train.setup import (
     model_config,
     require_steps_left,
     seed_model,
-    seed_step,
     tokenizer_of,
 )
+from fusiontree.train.step import StepGradients, fetch
 from fusiontree.train.stop import StopRequest
 from fusiontree.train.teacher import Teacher, load_teacher
 from fusiontree.train.throughput import Throughput
-from fusiontree.train.trackers import MetricsLog, check_trackers
+from fusiontree.train.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -102,36 +95,54 @@ class TrainingEngine:
         self.processes = Processes(self.accelerator)
         self.lengths = settings.length_schedule(self.processes.count)
         self.passed_over: list[str] = []
-        self.checkpoint = self.processes.on_main(
+        checkpoint = self.processes.on_main(
             lambda: checkpoint_to_resume(self.run_directory, resume, self.passed_over.append)
         )
-        state, model, teacher = self.processes.on_all(self._load)
-        throughput = Throughput(model, self.processes.device, settings)  # counts the whole model: before it is sharded
+        state, model, teacher = self.processes.on_all(lambda: self._load(checkpoint))
+        # Of the whole model: before it is sharded.
+        self.groups = parameter_groups(model, settings.training)
+        throughput = Throughput(model, self.processes.device, settings)
         self.parallel = open_parallel(self.accelerator, model, settings)
         self.loss = HybridModelLoss(settings.loss, teacher)
         self.monitor = GateMonitor(settings.gate_monitor, model.config.num_layers, model.config.layer_branches)
+        self.gradients = StepGradients(
+            settings, self.processes, parallel=self.parallel, loss=self.loss, monitor=self.monitor
+        )
         self.meter = StepMeter(throughput)
         self.guard = StepGuard(settings.training)
         self.step = 0
-        self.best: dict[str, Any] | None = None
-        self.evaluated_step: int | None = None
-        self.evaluation: TokenLoss | None = None
-        self.metrics = MetricsLog(self.run_directory)
-        self.gates = JsonlLog(self.run_directory / "gates.jsonl")
+        self.files = RunFiles(settings)
+        self.saver = RunSaver(
+            settings,
+            checkpoint,
+            parallel=self.parallel,
+            processes=self.processes,
+            tokenizer=self.tokenizer,
+            monitor=self.monitor,
+            state=self._state,
+        )
         if state is not None:
             self.processes.on_all(lambda: self._restore(state))
-        self.evaluated_step = self.processes.on_main(self._open_run_directory)
+        self.evaluation.step = self.processes.on_main(
+            lambda: self.files.open(
+                self.parallel.module.config,
+                step=self.step,
+                checkpoint=checkpoint,
+                fingerprint=self.train_loader.fingerprint,
+            )
+        )
 
-    def _load(self) -> tuple[TrainingState | None, HybridLanguageModel, Teacher | None]:
+    def _load(self, checkpoint: Path | None) -> tuple[TrainingState | None, HybridLanguageModel, Teacher | None]:
         """What comes from files: the place to resume from, the data, the model and its teacher."""
-        settings, checkpoint = self.settings, self.checkpoint
+        settings = self.settings
         state = load_state(checkpoint) if checkpoint else None
         if checkpoint and state:
             require_steps_left(settings, checkpoint, state.step)
         self.tokenizer = tokenizer_of(settings)
         config = model_config(settings, self.tokenizer)
         self.train_loader = self._loader("train")
-        self.eval_loader = self._loader("eval") if self._evaluates else None
+        evaluates = settings.training.eval_interval > 0 and len(settings.data.eval_paths) > 0
+        self.evaluation = RunEvaluation(settings, self._loader("eval") if evaluates else None, self.processes)
         seed_model(settings.seed)
         start = checkpoint or initial_weights(settings)
         model = load_model(start, config) if start else HybridLanguageModel(config)
@@ -143,10 +154,6 @@ class TrainingEngine:
             if settings.loss.hidden_coeff:
                 teacher.require_layers_of(config)
         return state, model, teacher
-
-    @property
-    def _evaluates(self) -> bool:
-        return self.settings.training.eval_interval > 0 and len(self.settings.data.eval_paths) > 0
 
     def _loader(self, split: str) -> Loader:
         return build_loader(
@@ -163,47 +170,16 @@ class TrainingEngine:
     def _restore(self, state: TrainingState) -> None:
         self.train_loader.load_state_dict(state.loader)
         self.guard.load_state_dict(state.guard)
-        self.best = state.best
+        self.evaluation.best = state.best
         self._restore_training(state)
 
     def _restore_training(self, state: TrainingState) -> None:
         """All but the place in the data, and what has been seen on the way."""
-        assert self.checkpoint is not None
+        assert self.saver.newest is not None
         self.monitor.load_state_dict(state.gate_monitor)
         self.meter.load_state_dict(state.meter)
         self.step = state.step
-        self.parallel.restore_moments(load_moments(self.checkpoint))
-
-    def _open_run_directory(self) -> int | None:
-        """Make the directory, or drop from its logs what a resumed run is about to write again.
-
-        Returns:
-            The last step that the log has an evaluation of: a stop may have cut short that of the step it saved.
-        """
-        make_directory(self.run_directory, "output_dir")
-        remove_unfinished(self.run_directory / "checkpoints")
-        evaluated = self._truncate_logs(self.step if self.checkpoint else -1)
-        resolved = self.settings.model_dump(mode="json")
-        # Every field, so that the file trains the same run again when a default has changed.
-        config = self.parallel.module.config
-        resolved["model"] = {name: getattr(config, name) for name in type(config).__annotations__}
-        dump_yaml(resolved, self.run_directory / "config.yaml")
-        manifest = self.run_directory / "manifest.json"
-        if self.checkpoint is None or not manifest.exists():
-            RunManifest.collect(
-                resolved,
-                data_fingerprint=self.train_loader.fingerprint(),
-                parent_run=str(self.checkpoint) if self.checkpoint else self.settings.training.init_from,
-            ).save(manifest)
-        self.metrics.open_trackers(self.settings.logging, resolved)
-        return evaluated
-
-    def _truncate_logs(self, step: int) -> int | None:
-        self.metrics.close()
-        self.gates.close()
-        rows = self.metrics.truncate_after(step)
-        self.gates.truncate_after(step)
-        return max((row["step"] for row in rows if "eval_loss" in row), default=None)
+        self.parallel.restore_moments(load_moments(self.saver.newest))
 
     def run(self) -> TrainResult:
         """Train until `max_steps`, or until SIGINT, SIGTERM or SIGUSR1 asks to stop; either way the last step is saved.
@@ -217,7 +193,17 @@ class TrainingEngine:
         self.view = ProgressView(self.settings.logging.progress, t.max_steps, self.step, visible=self.processes.is_main)
         try:
             with StopRequest() as stop:
-                self._announce()
+                announce_start(
+                    self.view,
+                    self.settings,
+                    self.processes,
+                    groups=self.groups,
+                    num_parameters=self.parallel.num_parameters,
+                    lengths=self.lengths,
+                    checkpoint=self.saver.newest,
+                    passed_over=self.passed_over,
+                    evaluates=self.evaluation.loader is not None,
+                )
                 self._evaluate_if_due(stop)
                 batches = iter(self.train_loader)
                 stopping = self.processes.any(bool(stop))
@@ -230,14 +216,21 @@ class TrainingEngine:
                         self._log()
                     self._evaluate_if_due(stop)
                     if t.save_interval and self.step % t.save_interval == 0:
-                        self._save_on_the_way()
+                        self.saver.save_on_the_way(self.view.warn)
                     # Several processes agree in their next step; one alone need not wait for it.
                     stopping = stopping or (self.processes.count == 1 and bool(stop))
-                if self.step > 0 and not self._is_saved():
-                    self._save()
+                if self.step > 0:
+                    self.saver.save()
                 signal = self.processes.first(stop.signal)
-                self._report_end(signal)
-                return TrainResult(self.run_directory, self.step, self.checkpoint, self.evaluation, signal)
+                announce_end(
+                    self.view,
+                    self.run_directory,
+                    self.step,
+                    checkpoint=self.saver.newest,
+                    signal=signal,
+                    loaders={"data": self.train_loader, "evaluation data": self.evaluation.loader},
+                )
+                return TrainResult(self.run_directory, self.step, self.saver.newest, self.evaluation.result, signal)
         except RuntimeError as error:
             lost = self.processes.lost(error)
             if lost is None:
@@ -245,8 +238,7 @@ class TrainingEngine:
             raise lost from error
         finally:
             self.view.close()
-            self.metrics.close()
-            self.gates.close()
+            self.files.close()
             close_accelerator()
 
     def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
@@ -260,10 +252,10 @@ class TrainingEngine:
         self.processes.post(step)
         stage = self.lengths.at(step)
         self.train_loader.set_shape(stage.batch_size, stage.length)
-        micro_batches, totals = self._fetch(batches)
+        micro_batches, totals = fetch(batches, t.gradient_accumulation_steps, self.processes)
         self.meter.count_operations(micro_batches)
         with_details = self.monitor.due(step)
-        sums = self._forward_backward(step, micro_batches, totals, with_details)
+        sums = self.gradients(step, micro_batches, totals, with_details=with_details)
         learning_rate = learning_rate_at(step, t)
         grad_norm = self.parallel.update(learning_rate)
         asked = torch.tensor([float(bool(stop))], device=sums.device)
@@ -279,20 +271,6 @@ class TrainingEngine:
             self._leave_out(values, micro_batches, totals)
         return stopping > 0
 
-    def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], StepTotals]:
-        """The next micro-batches of this process, and what all processes' hold together."""
-        failure, micro_batches = None, []
-        try:
-            micro_batches = [next(batches) for _ in range(self.settings.training.gradient_accumulation_steps)]
-            counts = StepTotals.local(micro_batches)
-        except InputError as error:
-            failure, counts = error, torch.zeros(3, dtype=torch.float64)
-        failed = torch.tensor([float(failure is not None)], dtype=torch.float64)
-        *_, failures = counts = self.processes.sum(torch.cat((counts, failed)))
-        if failures:
-            self.processes.on_all(lambda: _raise(failure))
-        return micro_batches, StepTotals.of(counts[:3])
-
     def _finish_step(self, values: list[float], totals: StepTotals, seconds: float, with_details: bool) -> None:
         rate = learning_rate_at(self.step, self.settings.training)
         self.meter.add(values, totals, rate, seconds, self.loss.coefficients)
@@ -304,41 +282,6 @@ class TrainingEngine:
             self.view.warn(f"step {self.step}: loss {loss:.4f} is a spike, {far}")
         self.view.step(self.step, self.meter.newest | self._length())
 
-    def _forward_backward(
-        self, step: int, micro_batches: list[Batch], totals: StepTotals, with_details: bool
-    ) -> torch.Tensor:
-        """Add up the gradients of a step; returns this process's loss terms, gate sum and gate weight."""
-        seed_step(self.settings.seed, step, self.processes.index)
-        self.loss.coefficients = coefficients_at(step, self.settings.training.max_steps, self.settings.loss)
-        sums = torch.zeros(len(TERMS) + 2, device=self.processes.device)
-        for index, micro_batch in enumerate(micro_batches):
-            batch = micro_batch.to(self.processes.device, non_blocking=True)
-            self.parallel.module.set_dropout_key(self.settings.seed, step, index)
-            with self.parallel.accumulate(is_last=index == len(micro_batches) - 1):
-                with self._autocast():
-                    output = self.parallel.model(
-                        input_ids=batch.input_ids,
-                        position_ids=batch.position_ids,
-                        labels=batch.labels,
-                        output_gates=with_details,
-                        output_hidden_states=self.loss.needs_hidden_states,
-                    )
-                    share = self.loss(output, batch, totals, self.parallel.module.lm_head.weight)
-                self.parallel.backward(share.total)
-            self.parallel.average_running_means()
-            sums += torch.cat((share.terms, share.gates))
-            if output.gate_stats.details is not None:
-                self.monitor.update(output.gate_stats.details)
-            del output, share
-        return sums
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.processes.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.settings.training.mixed_precision == "bf16",
-        )
-
     def _leave_out(self, values: list[float], micro_batches: list[Batch], totals: StepTotals) -> None:
         """A step was not finite and changed no weight: go on, go back once, or stop and say where it comes from."""
         names = (*TERMS, "gate sum", "gate weight", "gradient norm")
@@ -348,16 +291,16 @@ class TrainingEngine:
         if verdict == "go on":
             self.view.warn(f"{problem}: left out, {self.guard.in_a_row} in a row")
             return
-        if verdict == "roll back" and self.checkpoint is not None:
+        if verdict == "roll back" and self.saver.newest is not None:
             self.view.warn(
-                f"{problem}, {self.settings.training.max_skipped_steps} were before it: back to {self.checkpoint}"
+                f"{problem}, {self.settings.training.max_skipped_steps} were before it: back to {self.saver.newest}"
             )
             self._go_back()
             return
         where = first_not_finite(
-            self.parallel, lambda: self._forward_backward(self.step, micro_batches, totals, with_details=False)
+            self.parallel, lambda: self.gradients(self.step, micro_batches, totals, with_details=False)
         )
-        last = self.checkpoint or "none yet"
+        last = self.saver.newest or "none yet"
         where = self.processes.first(where)
         raise InputError(
             f"{problem}{f', first in {where}' if where else ''}, training stopped before its update; last checkpoint: "
@@ -366,140 +309,52 @@ class TrainingEngine:
 
     def _go_back(self) -> None:
         """To weights, moments and counters of the last checkpoint, but not to the text that led here."""
-        checkpoint = self.checkpoint
+        checkpoint = self.saver.newest
         assert checkpoint is not None
         self.parallel.restore_weights(load_model(checkpoint).state_dict())
         self._restore_training(load_state(checkpoint))
-        self.evaluated_step = self.processes.on_main(lambda: self._truncate_logs(self.step))
+        self.evaluation.step = self.processes.on_main(lambda: self.files.truncate(self.step))
         self.parallel.model.train()
 
     def _record_gates(self, tokens: int) -> None:
         statistics = self.monitor.record(self.step, tokens, self.meter.tokens, self.processes.sum)
         self.meter.gate_std = (mean_gate(statistics) or (None, None))[1]
         if self.processes.is_main:
-            self._write(self.gates, statistics.dumps())
+            self.files.write(self.files.gates, statistics.dumps(), self.view.warn)
 
     def _log(self) -> None:
         row = self.meter.close_row(self.step) | self._length() | {"skipped_steps": self.guard.skipped}
         if self.settings.loss.commit_from is not None:
             row |= {f"{name}_coeff": self.loss.coefficients[name] for name in ("load_balance", "entropy")}
         if self.processes.is_main:
-            self._write(self.metrics, row)
+            self.files.write(self.files.metrics, row, self.view.warn)
         remaining = self.settings.training.max_steps - self.step
         self.view.row(row, remaining * self.meter.seconds_per_step)
-
-    def _write(self, log: JsonlLog, row: Any) -> None:
-        """A log that cannot be written costs its rows, not the run."""
-        try:
-            log.write(row)
-        except InputError as error:
-            self.view.warn(f"{error}")
 
     def _length(self) -> dict[str, Any]:
         """The last step's tokens in a row, to show beside its other numbers; nothing where all rows are alike."""
         return {"length": self.train_loader.length} if self.lengths.varies else {}
 
     def _evaluate_if_due(self, stop: StopRequest) -> None:
-        """At step 0, at every interval and at the end; also where a stop cut an evaluation short before resuming."""
-        t = self.settings.training
-        due = self.step % max(1, t.eval_interval) == 0 or self.step == t.max_steps
-        if self.eval_loader is None or not due or self.evaluated_step == self.step:
+        if not self.evaluation.is_due(self.step):
             return
-        result = self.evaluate(self.parallel.model, stop=lambda: self.processes.any(bool(stop)))
-        if result is None:
+        row = self.evaluation.at(self.step, self.parallel.model, lambda: bool(stop))
+        if row is None:
             return
-        self.evaluation, self.evaluated_step = result, self.step
-        row = {"eval_loss": result.loss, "eval_perplexity": result.perplexity, "eval_tokens": result.tokens}
         if self.processes.is_main:
-            self._write(self.metrics, {"step": self.step, **row})
-        self.view.message(f"step {self.step}  eval loss {result.loss:.4f}  perplexity {result.perplexity:.2f}")
-        if t.save_best and self.step > 0 and (self.best is None or result.loss < self.best["loss"]):
-            self.best = {"step": self.step, "loss": result.loss}
-            self._save_on_the_way()
+            self.files.write(self.files.metrics, row, self.view.warn)
+        self.view.message(
+            f"step {self.step}  eval loss {row['eval_loss']:.4f}  perplexity {row['eval_perplexity']:.2f}"
+        )
+        if self.evaluation.is_best():
+            self.saver.save_on_the_way(self.view.warn)
 
-    def evaluate(self, model: torch.nn.Module, stop: Callable[[], bool] = lambda: False) -> TokenLoss | None:
-        """Loss of a model, the run's own or another, on the run's evaluation data; None when `stop` gave up."""
-        assert self.eval_loader is not None
-        with self._autocast():
-            return evaluate_loader(
-                model,
-                self.eval_loader,
-                self.settings.training.eval_batches,
-                device=self.processes.device,
-                reduce=self.processes.sum,
-                stop=stop,
-            )
-
-    def _is_saved(self) -> bool:
-        path = self.run_directory / "checkpoints" / checkpoint_name(self.step)
-        return self.checkpoint is not None and self.checkpoint.resolve() == path.resolve()
-
-    def _save_on_the_way(self) -> None:
-        """A checkpoint that cannot be saved costs no more than itself: the next one may."""
-        if self._is_saved():
-            return
-        try:
-            self._save()
-        except InputError as error:
-            self.view.warn(f"{error}; training goes on")
-
-    def _save(self) -> None:
-        state = TrainingState(
+    def _state(self) -> TrainingState:
+        return TrainingState(
             step=self.step,
             meter=self.meter.state_dict(),
             loader=self.train_loader.state_dict(),
             gate_monitor=self.monitor.state_dict(),
             guard=self.guard.state_dict(),
-            best=self.best,
+            best=self.evaluation.best,
         )
-        limit = self.settings.training.save_total_limit
-        path = save_checkpoint(self.run_directory, self.parallel, self.processes, self.tokenizer, state, limit)
-        self.checkpoint = path
-        if not self.processes.is_main:
-            return
-        if self.best is not None and self.best["step"] == self.step:
-            point(self.run_directory / BEST, path)
-        if self.settings.gate_monitor.enabled and self.settings.gate_monitor.export_plan:
-            model = saved_fingerprint(path, self.parallel.module)
-            self.monitor.plan(str(self.run_directory), model).save(self.run_directory / "prune_plan.json")
-
-    def _announce(self) -> None:
-        t = self.settings.training
-        rows = t.batch_size * t.gradient_accumulation_steps * self.processes.count
-        origin = f"resumed from {self.checkpoint}" if self.checkpoint else "new run"
-        self.view.message(
-            f"{self.run_directory}: {origin}, {self.parallel.num_parameters:,} parameters, "
-            f"{rows * t.max_seq_length:,} tokens a step, {self._engine()}, "
-            f"{'bf16 autocast' if t.mixed_precision == 'bf16' else 'float32'}"
-        )
-        for sentence in self.passed_over:
-            self.view.warn(sentence)
-        if self.lengths.varies:
-            self.view.message(f"length curriculum: rows of {self.lengths}")
-        if self.eval_loader is None:
-            reason = "data.eval_paths is empty" if t.eval_interval else "training.eval_interval is 0"
-            self.view.message(f"no evaluation: {reason}")
-
-    def _engine(self) -> str:
-        device, count = self.processes.device.type, self.processes.count
-        if not self.settings.system.is_sharded:
-            return device if count == 1 else f"DDP on {count} x {device}"
-        return f"{self.settings.system.engine} on {count} x {device}"
-
-    def _report_end(self, signal: Signals | None) -> None:
-        for name, loader in (("data", self.train_loader), ("evaluation data", self.eval_loader)):
-            if loader is not None and (report := loader.report()).skipped:
-                self.view.warn(f"{name}: {report.summary()}")
-        if signal is None:
-            self.view.message(f"done: {self.step} steps, checkpoint {self.checkpoint}")
-            return
-        saved = f"saved {self.checkpoint}" if self.checkpoint else "nothing to save yet"
-        self.view.message(
-            f"{signal.name}: stopped after step {self.step}, {saved}; go on with: "
-            f"fusiontree train --config {shlex.quote(str(self.run_directory / 'config.yaml'))} --resume auto"
-        )
-
-
-def _raise(error: InputError | None) -> None:
-    if error is not None:
-        raise error

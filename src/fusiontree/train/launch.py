@@ -63,6 +63,11 @@ def check_launch(settings: RunSettings) -> None:
         raise InputError(
             "the launcher asks for FSDP (ACCELERATE_USE_FSDP) but system.fsdp is false: set it, or launch with torchrun"
         )
+    if settings.training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"training.optimizer is muon, which torch {torch.__version__} does not have: install 2.9 or later, or set "
+            "it to adamw"
+        )
     wanted = settings.training.mixed_precision
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", wanted):

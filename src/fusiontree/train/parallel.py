@@ -21,11 +21,8 @@ from torch import nn
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.train.deepspeed_config import forget_in_transformers
-from fusiontree.train.optim import build_optimizer, set_learning_rate
+from fusiontree.train.optim import MOMENTS, build_optimizers, set_learning_rate
 from fusiontree.train.settings import RunSettings
-
-#: AdamW's, beside its step.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Parallel:
@@ -42,7 +39,13 @@ class Parallel:
         self.max_norm = settings.training.grad_clip or math.inf
         self.model: nn.Module = self._wrap()
         self.names = {parameter: name for name, parameter in module.named_parameters()}
-        self.optimizer = build_optimizer(module, settings.training)
+        self.optimizers = build_optimizers(module, settings.training)
+        self._optimizer_of = {
+            parameter: optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     def _wrap(self) -> nn.Module:
         if self.accelerator.num_processes == 1:
@@ -79,10 +82,11 @@ class Parallel:
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         norm = float(self._clip())
-        if math.isfinite(norm):
-            set_learning_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            if math.isfinite(norm):
+                set_learning_rate(optimizer, learning_rate)
+                optimizer.step()
+            optimizer.zero_grad()
         return norm
 
     def _clip(self) -> torch.Tensor:
@@ -129,7 +133,7 @@ class Parallel:
         """This process's share of the optimizer's state: `step`, and `<parameter>.<moment>` whole, in host memory."""
         share = {"step": self._step()}
         for index, (parameter, name) in enumerate(self._trained()):
-            for moment in MOMENTS:
+            for moment in self._moments_of(parameter):
                 value = self._whole_moment(parameter, moment)
                 if index % self.accelerator.num_processes == self.accelerator.process_index:
                     share[f"{name}.{moment}"] = value.detach().cpu()
@@ -138,11 +142,18 @@ class Parallel:
     def _trained(self) -> list[tuple[nn.Parameter, str]]:
         return [(parameter, name) for parameter, name in self.names.items() if parameter.requires_grad]
 
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        return self._optimizer_of[parameter].state[parameter]
+
+    def _moments_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        return MOMENTS[type(self._optimizer_of[parameter]).__name__]
+
     def _step(self) -> torch.Tensor:
-        return next(iter(self.optimizer.state.values()))["step"].detach().cpu().clone()
+        adamw = self.optimizers[-1]  # Muon counts no steps
+        return next(iter(adamw.state.values()))["step"].detach().cpu().clone()
 
     def _whole_moment(self, parameter: nn.Parameter, moment: str) -> torch.Tensor:
-        return self.optimizer.state[parameter][moment]
+        return self._state_of(parameter)[moment]
 
     def restore_moments(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Put the moments of all processes back; hyperparameters stay as the settings have them.
@@ -155,7 +166,7 @@ class Parallel:
         """
         self._make_room(saved["step"])
         for parameter, name in self._trained():
-            for moment in MOMENTS:
+            for moment in self._moments_of(parameter):
                 key = f"{name}.{moment}"
                 shape = self._shape(parameter)
                 value = saved[key] if key in saved else None
@@ -163,7 +174,7 @@ class Parallel:
                     found = "none" if value is None else f"shape {list(value.shape)}"
                     raise InputError(
                         f"the checkpoint's optimizer state does not fit parameter {name} {list(shape)}: "
-                        f"{moment} has {found}"
+                        f"{moment} has {found}; training.optimizer must be what it was"
                     )
                 self._restore_moment(parameter, moment, value)
 
@@ -172,16 +183,14 @@ class Parallel:
 
     def _make_room(self, step: torch.Tensor) -> None:
         """Moments of zeros after `step` updates."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
+        for parameter, optimizer in self._optimizer_of.items():
+            optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in self._moments_of(parameter)}
+            if optimizer is self.optimizers[-1]:
                 # The fused kernels want the step where the parameter is.
-                self.optimizer.state[parameter] = {
-                    "step": step.to(parameter.device, copy=True),
-                    **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-                }
+                optimizer.state[parameter]["step"] = step.to(parameter.device, copy=True)
 
     def _restore_moment(self, parameter: nn.Parameter, moment: str, value: torch.Tensor) -> None:
-        self.optimizer.state[parameter][moment].copy_(value)
+        self._state_of(parameter)[moment].copy_(value)
 
 
 class FullyShardedDataParallel2(Parallel):
@@ -222,7 +231,7 @@ class FullyShardedDataParallel2(Parallel):
 
     @torch.no_grad()
     def _restore_moment(self, parameter: nn.Parameter, moment: str, value: torch.Tensor) -> None:
-        own = self.optimizer.state[parameter][moment]
+        own = self._state_of(parameter)[moment]
         own.copy_(_sharded_like(own, value))
 
 
@@ -245,7 +254,8 @@ class ZeroRedundancy(Parallel):
 
     def __init__(self, accelerator: Accelerator, module: HybridLanguageModel, settings: RunSettings):
         super().__init__(accelerator, module, settings)
-        engine, _ = accelerator.prepare(module, self.optimizer)
+        (adamw,) = self.optimizers
+        engine, _ = accelerator.prepare(module, adamw)
         forget_in_transformers()
         self.model, self._zero = engine, engine.optimizer
         self.stage = int(engine.zero_optimization_stage())
@@ -326,7 +336,7 @@ class ZeroRedundancy(Parallel):
         for part in flat:
             self._zero.optimizer.state[part] = {
                 "step": step.to(part.device, copy=True),
-                **{moment: torch.zeros_like(part) for moment in MOMENTS},
+                **{moment: torch.zeros_like(part) for moment in MOMENTS["AdamW"]},
             }
         self._link()
 

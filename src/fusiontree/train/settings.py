@@ -29,6 +29,11 @@ class TrainingSettings(Settings):
     learning_rate: float = Field(3e-4, gt=0, description="peak, reached after warm-up")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate / peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up from 0")
+    lr_schedule: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine", description="how the rate comes down after warm-up"
+    )
+    lr_decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: share of max_steps, at the end, of its way down")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for weight matrices, AdamW for the rest")
     weight_decay: float = Field(0.1, ge=0, description="decoupled; see train/optim.py for what it spares")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator term")
@@ -221,6 +226,16 @@ class RunSettings(Settings):
     system: SystemSettings = Field(default_factory=SystemSettings)
     output_dir: str = Field("runs/default", description="the run directory; from a file: runs/<name of the file>")
     seed: int = Field(0, ge=0, lt=2**32, description="of initialisation, data order, dropout and branch dropout")
+
+    @model_validator(mode="after")
+    def _optimizer_fits_engine(self) -> RunSettings:
+        if self.training.optimizer == "muon" and self.system.is_sharded:
+            raise SettingError(
+                f"training.optimizer: muon needs whole matrices, which {self.system.engine} divides among processes: "
+                "set it to adamw, or train with DDP",
+                "training.optimizer",
+            )
+        return self
 
     @model_validator(mode="after")
     def _curriculum_fits_training(self) -> RunSettings:

@@ -83,6 +83,11 @@ def enable_gradient_checkpointing(model: HybridLanguageModel, scope: str | None)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "scope": scope})
 
 
+def autocast(settings: RunSettings, device: torch.device) -> torch.autocast:
+    """What forward passes of the run compute in; parameters are float32 always."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.training.mixed_precision == "bf16")
+
+
 def seed_model(seed: int) -> None:
     """Seed what initialises a model: equal in every process."""
     torch.manual_seed(seed)
