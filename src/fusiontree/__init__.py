@@ -37,6 +37,10 @@ __all__ = [
 # Where DeepSpeed is installed, accelerate imports it, and it would say on every command's standard output that there is
 # no GPU.
 logging.getLogger("DeepSpeed").addFilter(lambda record: not str(record.msg).startswith("Setting accelerator to CPU"))
+# Where torchao is installed, transformers imports it, and it would say on every command's standard error which of its
+# kernels are not for this machine, and that torch has a new way to register its constants.
+logging.getLogger("torchao").addFilter(lambda record: not str(record.msg).startswith("Failed to load"))
+logging.getLogger("torch.utils._pytree").addFilter(lambda record: "is an Enum subclass" not in str(record.msg))
 
 _HOMES = {
     "HybridCache": "fusiontree.models",

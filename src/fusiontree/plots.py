@@ -1,8 +1,8 @@
-"""Pictures of a run, drawn from the artifacts in its directory alone.
+"""Pictures of a run, drawn from the artifacts in its directory alone, and the heat map of an evaluation.
 
 Figures are made without pyplot: they need no display and leave a program's own matplotlib backend as it is.
 
-Shapes: L layers, H channels, R records.
+Shapes: L layers, H channels, R records; D depths, S lengths.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fusiontree.artifacts import GateStatistics
+from fusiontree.artifacts import GateStatistics, PasskeyReport
 from fusiontree.runs import read_gates, read_metrics
 
 LEARNING_CURVE = "learning_curve.png"
@@ -69,6 +69,24 @@ def plot_gates(records: Sequence[GateStatistics], directory: Path) -> list[Path]
     axes = figure.add_subplot()
     _heat_map(figure, axes, by_channel_LH, "channel", f"mean gate at step {last.step} (1 = Mamba, 0 = attention)")
     return [by_step, _save(figure, directory / GATES_BY_CHANNEL)]
+
+
+def plot_passkeys(report: PasskeyReport, path: Path) -> Path:
+    """The share of passkeys found, depth by length, from 0 to 1 whatever was found."""
+    right_DS = np.array(report.right)
+    depths, lengths = right_DS.shape
+    figure = Figure(figsize=(1.1 * lengths + 3, 0.5 * depths + 2), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(right_DS, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for (depth, length), share in np.ndenumerate(right_DS):
+        colour = "white" if share > 0.5 else "black"
+        axes.text(length, depth, f"{share:.0%}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(lengths), [f"{length:,}" for length in report.lengths])
+    axes.set_yticks(range(depths), [f"{depth:g}" for depth in report.depths])
+    title = f"passkeys found, {report.rows} a cell"
+    axes.set(xlabel="tokens of the text", ylabel="depth (0 = its start)", title=title)
+    figure.colorbar(image, ax=axes)
+    return _save(figure, path)
 
 
 def _heat_map(figure: Figure, axes: Axes, values_Lx: np.ndarray, x_label: str, title: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -166,7 +168,7 @@ def test_tokenise_leaves_tokens_that_train_and_inspect_read(run, config, files, 
     tokens = tmp_path / "tokens"
     code, out, err = run("data", "tokenise", config, f"data.static_dir={tokens}", "--processes", 1)
     assert (code, err) == (0, "")
-    assert out == f"train: 48 records in 1 shard in {tokens}/train\n"
+    assert out == f"train: 48 documents in 1 shard in {tokens}/train\n"
     assert run("data", "tokenise", config, f"data.static_dir={tokens}")[:2] == (0, out)
     static = ["data.data_mode=static", f"data.static_dir={tokens}"]
     code, lazy_rows, _ = run("data", "inspect", config)
@@ -176,6 +178,24 @@ def test_tokenise_leaves_tokens_that_train_and_inspect_read(run, config, files, 
     assert code == 2 and "are not those of this run: the files' contents" in err
     assert run("data", "tokenise", config)[2].startswith("error: data.static_dir is not set")
     assert "data.train_paths is empty" in run("data", "tokenise", config, "data.train_paths=[]", *static)[2]
+
+
+def test_what_cannot_be_used_is_told_before_training(run, config, tmp_path, caplog):
+    """Records are drawn in a random order, so a short run may not come to them by itself."""
+    packed = tmp_path / "more.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"text": os.urandom(9000).hex()}).encode())[:-900])
+    good = jsonl(tmp_path / "good.jsonl", *({"text": f"text {number} of many words"} for number in range(400)))
+    tokens, paths = tmp_path / "tokens", f"data.train_paths=[{good},{packed}]"
+    code, out, err = run("data", "tokenise", config, paths, f"data.static_dir={tokens}", "data.on_bad_record=error")
+    assert code == 2 and "train: 400 documents in 1 shard" in out and f"skipped, damaged file: 1\n  {packed}:1: " in out
+    assert err.startswith("error: 1 records cannot be used (data.on_bad_record: skip")
+    shortest = ["training.max_steps=1", "training.batch_size=1", "training.save_interval=0", "logging.progress=none"]
+    shortest += [f"output_dir={tmp_path / 'run'}", "training.mixed_precision=no", "model.hidden_size=32"]
+    shortest += ["model.num_layers=1", "model.num_heads=4", "model.mamba_head_dim=8", "training.warmup_steps=0"]
+    code, _, err = run("train", "--config", config, paths, "data.on_bad_record=error", *shortest)
+    assert code == 2 and f"error: {packed}:1: damaged file, " in err and not (tmp_path / "run").exists()
+    assert run("train", "--config", config, paths, *shortest)[0] == 0
+    assert any(f"{packed}:1: damaged file, " in message for message in caplog.messages)
 
 
 def test_inspect_shows_the_beginning_of_a_stream(run, config, files):

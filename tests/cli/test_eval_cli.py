@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,79 @@ def test_what_was_skipped_is_said_once_though_the_texts_are_read_twice(
     assert EvalReport.load(folder / "eval_report.json").settings["skipped"] == {"broken JSON": 1}
 
 
+def test_it_goes_on_where_it_was_interrupted(
+    folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, program, path = corpus / "eval.jsonl", tmp_path / "song.py", folder / "eval_report.json"
+    program.write_text("def sing():\n    a = 1\n    return a\n")
+    options = ["--device", "cpu", "--data", str(data), "--tasks", "passkey,code", "--code", str(program)]
+    options += ["--lengths", "64,96", "--depths", "0,1", "--passkeys", "2"]
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fusiontree.eval.eval_llm.evaluate_documents", interrupted)
+        assert main(["eval", str(folder), *options]) == 130
+    partial = EvalReport.load(path)
+    assert partial.parts.keys() == {"passkeys", "code"} and partial.loss is None
+    assert partial.passkeys is not None and partial.passkeys.lengths == [64, 96]
+    capsys.readouterr()
+    assert main(["eval", str(folder), *options]) == 0
+    shown = capsys.readouterr()
+    whole = EvalReport.load(path)
+    assert whole.parts.keys() == {"passkeys", "code", "perplexity"} and whole.loss is not None
+    assert (whole.passkeys, whole.code) == (partial.passkeys, partial.code)
+    assert shown.err.count("kept from") == 2
+    words = " ".join(shown.out.split())
+    assert "Passkeys found, 2 a cell" in words and "1 │ functions, " in words
+    assert (folder / "passkeys.png").read_bytes().startswith(b"\x89PNG")
+    # All of it is there; what depends on something that has changed is measured again, and nothing but that.
+    for changes, kept in (
+        ([], ["passkeys", "code", "perplexity"]),
+        (["--seed", "1"], ["code", "perplexity"]),
+        (["--seed", "1", "--max-tokens", "5"], ["passkeys", "code"]),
+        (["--seed", "1", "--max-tokens", "5", "--again"], []),
+        (["--seed", "1", "--max-tokens", "5", "--dtype", "bfloat16"], []),
+    ):
+        assert main(["eval", str(folder), *options, *changes]) == 0
+        assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == kept
+    program.write_text("def sing():\n    b = 1\n    return b\n")
+    arguments = ["eval", str(folder), *options, "--seed", "1", "--max-tokens", "5", "--dtype", "bfloat16"]
+    assert main(arguments) == 0
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["passkeys", "perplexity"]
+    assert main(["eval", str(folder), "--device", "cpu", "--tasks", "passkey", "--lengths", "64"]) == 0
+    alone = EvalReport.load(path)
+    assert alone.parts.keys() == {"passkeys"} and alone.code is alone.loss is None
+
+
+def test_tasks_of_the_harness(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"question": "the quick brown", "choices": [" fox", " dog", " bird"], "answer": i % 3} for i in range(6)]
+    (tmp_path / "birds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "birds",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "birds.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "birds.yaml").write_text(json.dumps(task))  # which is YAML too
+    options = ["--device", "cpu", "--tasks", "lm_eval:birds", "--task-folder", str(tmp_path / "tasks")]
+    assert main(["eval", str(folder), *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    (result,) = EvalReport.load(folder / "eval_report.json").harness["birds"]
+    # The same question each time: each choice is right twice.
+    assert result.metrics == {"acc": pytest.approx(1 / 3)} and result.samples == 6
+    assert "birds │ acc │ 0.3333 │ 0.2108 │ 6 │ 0" in shown
+    assert main(["eval", str(folder), *options]) == 0
+    assert "lm_eval:birds: kept from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -106,15 +180,30 @@ def test_what_was_skipped_is_said_once_though_the_texts_are_read_twice(
         (["MODEL", "--data", "EMPTY"], "--data: "),
         (["MODEL", "--data", "DATA", "--out", "EMPTY"], "--out "),
         (["MODEL", "--data", "DATA", "--out", "EMPTY/sub"], "--out: the directory "),
-        (["MODEL"], "Missing option '--data'"),
+        (["MODEL"], "there is nothing to evaluate: give --data FILES, or --tasks passkey, code or lm_eval:NAME"),
+        (["MODEL", "--tasks", "needle"], "--tasks needle is written into texts: give --data FILES"),
+        (["MODEL", "--tasks", "code"], "--tasks code completes Python functions: give --code FILES"),
+        (["MODEL", "--data", "DATA", "--code", "DATA"], "--code is for --tasks code"),
+        (
+            ["MODEL", "--tasks", "passkey", "--lengths", "5,x"],
+            "--lengths must be numbers with commas between, got '5,x'",
+        ),
+        (["MODEL", "--tasks", "passkey", "--lengths", "16"], "`length` 16 is too short for a marker of"),
+        (["MODEL", "--tasks", "lm_eval:brids", "--task-folder", "DATA"], "--task-folder "),
         (["MODEL", "--data", "DATA", "--mixed-precision", "fp8"], "--mixed-precision must be bf16 or no, got 'fp8'"),
         (["BARE", "--data", "DATA"], "MODEL holds no tokenizer"),
         (
             ["MODEL", "--data", "DATA", "--tasks", "needel"],
             "--tasks: there is no task 'needel'; did you mean 'needle'?",
         ),
-        (["MODEL", "--data", "DATA", "--tasks", "mqar"], "--tasks: there is no task 'mqar'; there are needle and str"),
-        (["MODEL", "--data", "DATA", "--tasks", ","], "--tasks names no task; there are needle and structured"),
+        (
+            ["MODEL", "--data", "DATA", "--tasks", "mqar"],
+            "--tasks: there is no task 'mqar'; there are needle, structured, ",
+        ),
+        (
+            ["MODEL", "--data", "DATA", "--tasks", ","],
+            "--tasks names no task; there are needle, structured, passkey, code and lm_eval:NAME",
+        ),
         (
             ["MODEL", "--data", "SHORT", "--tasks", "needle"],
             "none of the 1 documents of the evaluation data has the 32",

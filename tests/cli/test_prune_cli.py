@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_report_cli import Page
 
 import fusiontree
 from fusiontree.artifacts import HealReport, LayerDecision, PrunePlan, RunManifest
@@ -121,7 +122,7 @@ def test_healing_starts_from_the_export_and_reports(
     plan: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(run), str(plan), "cut", "--context", "0", "--device", "cpu"]) == 0
+    assert main(["export", str(run), str(plan), "cut", "--context", "64", "--device", "cpu"]) == 0
     assert main(["heal", "cut", "training.max_steps=8", "loss.hidden_coeff=0.5"]) == 0
     shown = capsys.readouterr().out
     healed = tmp_path / "runs" / "cut-healed"
@@ -137,6 +138,20 @@ def test_healing_starts_from_the_export_and_reports(
     assert result.config.layer_branches == cut.config.layer_branches
     assert not torch.equal(result.lm_head.weight, cut.lm_head.weight)
     assert RunManifest.load(healed / "manifest.json").parent_run == "cut"
+    # Side by side: what each of the three is, loses, weighs and remembers.
+    assert main(["report", str(run), "cut", str(healed), "-o", "page.html"]) == 0
+    page = Page(tmp_path / "page.html")
+    assert page.rows["is"] == ["parent", "cut from run", "healed from cut"]
+    wanted = [report.parent_loss, report.export_loss, report.healed_loss]
+    assert page.rows["loss when healed"] == [f"{loss:.4f}" for loss in wanted]
+    costs = RunManifest.load(tmp_path / "cut" / "manifest.json").config["costs"]
+    assert page.rows["state, kB"] == [f"{costs[name]['state_bytes'] / 1e3:,.1f}" for name in ("parent", "export")] + [
+        "–"
+    ]
+    decoding = [f"{1 / costs[name]['decode_seconds']:,.1f}" for name in ("parent", "export")]
+    assert page.rows["decoding, tokens/s"] == [*decoding, "–"]
+    counts = [sum(p.numel() for p in fusiontree.load(one, device="cpu").parameters()) for one in (run, "cut", healed)]
+    assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
 
 def test_thresholds_read_what_the_run_recorded(

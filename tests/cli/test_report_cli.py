@@ -14,7 +14,16 @@ import pytest
 
 import fusiontree
 from fusiontree import HybridLanguageModel
-from fusiontree.artifacts import EvalReport, PositionLoss, RunManifest
+from fusiontree.artifacts import (
+    BenchReport,
+    CodeReport,
+    EvalReport,
+    HarnessResult,
+    ModelFigures,
+    PasskeyReport,
+    PositionLoss,
+    RunManifest,
+)
 from fusiontree.cli import main
 from fusiontree.eval.columns import differences, read_columns
 
@@ -83,7 +92,28 @@ def runs(run_settings, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         perplexity=12.182,
         by_position=[PositionLoss(start=2 ** (i - 1), end=2**i, tokens=9, loss=3 - i / 4) for i in range(1, 7)],
         settings={"bits_per_byte": 1.2345, "documents": 17, "measured": "every token once"},
+        passkeys=PasskeyReport(
+            lengths=[256, 1024], depths=[0, 1], rows=8, digits=5, seed=0, filler=[], right=[[0.5, 0.25], [1, 0.75]]
+        ),
+        code=CodeReport(
+            data=["a.py"],
+            files=1,
+            unreadable=0,
+            functions=4,
+            tokens=40,
+            loss=1.5,
+            next_line_right=0.25,
+            next_line_similarity=0.625,
+        ),
+        harness={"birds": [HarnessResult(task="birds", metrics={"acc": 0.75}, errors={"acc": 0.0625}, samples=8)]},
     ).save(folder / "first" / "eval_report.json")
+    figures = {"parameters": 5, "parameter_bytes": 2_500_000, "state_bytes": 12_300, "first_token_seconds": 0.0125}
+    speeds = {"prefill_tokens_per_second": 4321.0, "decode_tokens_per_second": 98.76}
+    BenchReport(
+        settings={"context": 512, "batch": 1, "dtype": "bfloat16"},
+        machine={"processor": "abacus", "threads": 2},
+        models=[ModelFigures(name="second", **figures, **speeds)],
+    ).save(folder / "second" / "bench.json")
     return [folder / "first", folder / "second"]
 
 
@@ -118,6 +148,11 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path, capsys: pytest.Capt
     assert page.rows["gate_monitor.enabled"] == ["true", "false"]
     # The last evaluation, the plan, and where it all comes from.
     assert page.rows["loss, nats per token"] == ["2.5000", "–"] and page.rows["bits per byte"] == ["1.2345", "–"]
+    assert page.rows["Python: next lines right"] == ["25.0%", "–"]
+    assert page.rows["passkeys found"] == ["75% in 256, 50% in 1,024", "–"]
+    assert page.rows["birds: acc"] == ["0.7500 ± 0.0625", "–"]
+    assert page.rows["weights, MB"] == ["–", "2.50"] and page.rows["decoding, tokens/s"] == ["–", "98.8"]
+    assert page.rows["machine"] == ["–", "abacus, 2 threads"] and "training, tokens/s" not in page.rows
     assert "By gate thresholds" in page.text
     manifest = RunManifest.load(runs[0] / "manifest.json")
     assert page.rows["revision"][0] == (manifest.git_revision or "installed package")

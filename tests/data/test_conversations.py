@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 from jsonl_files import text_of, write_jsonl
@@ -83,11 +84,19 @@ def test_without_a_template_the_error_says_what_to_do(tokenizer):
         ([{"content": "x"}], "message 1 under 'messages' is no object with a role"),
         ([{"role": "user", "content": "x"}, 3], "message 2"),
         ([{"role": "user", "content": "x"}], "nothing to learn"),
+        ([], "nothing to learn"),
+        (["x"], "message 1 under 'messages' is no object with a role"),
+        ([{"role": "assistant"}], "message 1 under 'messages' has no content"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": 5}],
+            "message 2 .* has number for a content",
+        ),
+        ([{"role": "assistant", "content": ""}], "message 1 under 'messages', the assistant's, says nothing"),
     ],
 )
 def test_what_is_no_conversation_is_named(messages, problem):
     bad = decode_record(json.dumps({"messages": messages}).encode(), "messages")
-    assert isinstance(bad, BadRecord) and bad.kind == "not a conversation" and problem in bad.detail
+    assert isinstance(bad, BadRecord) and bad.kind == "not a conversation" and re.search(problem, bad.detail)
 
 
 def test_conversations_and_texts_are_packed_side_by_side(chat_tokenizer, tmp_path):

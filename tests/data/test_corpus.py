@@ -149,18 +149,35 @@ def test_paths_and_globs(tmp_path, monkeypatch):
     assert resolve_paths(["[odd].jsonl"], where="x") == ["[odd].jsonl"]
 
 
+def test_links_that_lead_back_make_no_glob_endless(tmp_path, monkeypatch):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / ".hidden").mkdir()
+    for name in ("x", "deep/er/y", ".hidden/z"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [])
+    for name in ("a", "b", "deep/c"):
+        os.symlink(tmp_path, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    expected = [f"{tmp_path}/deep/er/y.jsonl", f"{tmp_path}/x.jsonl"]
+    assert resolve_paths([f"{tmp_path}/**/*.jsonl"], where="x") == expected
+    assert resolve_paths([f"{tmp_path}/**/e*/**/*.jsonl"], where="x") == expected[:1]
+    assert resolve_paths(["**/*.jsonl"], where="x") == ["deep/er/y.jsonl", "x.jsonl"]
+    assert resolve_paths(["d*/**/*.jsonl"], where="x") == ["deep/c/x.jsonl", "deep/er/y.jsonl"]
+    assert len(resolve_paths(["**"], where="x")) == 2
+
+
 def test_paths_that_cannot_be(tmp_path):
     os.symlink("loop", tmp_path / "loop")
     os.symlink("nowhere", tmp_path / "dangling.jsonl")
     os.mkfifo(tmp_path / "pipe")
     for patterns, problem in [
         ([], "x is empty: name at least one file"),
+        ([""], "x holds an empty name"),
         ([f"{tmp_path}/none.jsonl"], r"x: .*/none.jsonl does not exist"),
         ([f"{tmp_path}/none*.json"], r"x: no file matches .*/none\*.json"),
         ([str(tmp_path)], r"is a folder; name the files in it, such as .*/\*.jsonl"),
         ([f"{tmp_path}/loop"], "cannot be read"),
         ([f"{tmp_path}/*.jsonl"], "dangling.jsonl does not exist"),
-        ([f"{tmp_path}/pipe"], "no regular file"),
+        ([f"{tmp_path}/pipe"], "is a pipe or a device, where a file is needed"),
     ]:
         with pytest.raises(InputError, match=problem):
             resolve_paths(patterns, where="x")

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jsonl_files import text_of, write_jsonl
 
 import fusiontree.data.unpack as unpack
@@ -121,6 +123,32 @@ def test_a_file_that_ends_too_early_gives_what_it_holds_and_one_fault(tmp_path, 
         assert len(contents) > 400 * kept - 150
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.ZstdCompressor(write_checksum=True).compress])
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_of_a_damaged_file_no_record_is_read_that_was_not_written(tmp_path_factory, pack, data):
+    """Members in front of the damaged one are right; within it nothing is known."""
+    path = tmp_path_factory.mktemp("damaged") / ("a.jsonl.gz" if pack is gzip.compress else "a.jsonl.zst")
+    texts = [f"document {number} " + "of words and words " * (number % 7) for number in range(60)]
+    members = [pack(jsonl_bytes(texts[start : start + 20])) for start in (0, 20, 40)]
+    content = bytearray(b"".join(members))
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    try:
+        corpus = Corpus([str(path)])
+    except InputError as error:
+        assert bit < 8 * 8 and "a.jsonl" in str(error)  # no packed file any more, by its first bytes
+        return
+    contents = [content for _, content in corpus.records()]
+    good = [content for content in contents if not isinstance(content, BadRecord)]
+    assert good == texts[: len(good)]
+    if contents != texts:  # a bit of a header, such as that of the time, may change nothing
+        assert isinstance(contents[-1], BadRecord) and len(contents) == len(good) + 1
+        assert corpus.damage() == [(corpus.source(len(good)), contents[-1])]
+        assert len(good) >= (bit // 8 >= len(members[0])) * 20
+
+
 def test_columns_of_a_parquet_file_that_hold_no_text_are_named(tmp_path):
     pq.write_table(pa.table({"text": ["a", None, ""], "n": [1, 2, 3]}), tmp_path / "a.parquet")
     kinds = [getattr(content, "kind", content) for _, content in Corpus([f"{tmp_path}/a.parquet"]).records()]
@@ -207,7 +235,6 @@ def test_a_zstd_file_may_begin_with_a_frame_to_skip(tmp_path):
 
 
 def test_a_packed_line_too_long_to_hold_is_a_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusiontree.data.unpack.MAX_RECORD_BYTES", 1 << 20)
     monkeypatch.setattr("fusiontree.data.corpus.MAX_RECORD_BYTES", 1 << 20)
     content = b'{"text": "' + b"x" * (5 << 20) + b'"}\n{"text": "after"}\n'
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))

@@ -201,6 +201,9 @@ class Numbered:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def damage(self) -> list:
+        return []
+
     def __getitems__(self, records) -> list[np.ndarray | BadRecord]:
         return [
             np.arange(self.first[record], self.first[record + 1], dtype=np.int32)

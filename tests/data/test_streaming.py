@@ -10,6 +10,7 @@ import random
 import time
 from itertools import islice
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -235,6 +236,16 @@ def test_a_stream_holds_what_the_lazy_mode_holds(two_files, make, encoder):
     shuffled = plain(make(*two_files, endless=False).read(Place()))
     assert [record[1:] for record in shuffled] != [record[1:] for record in expected]
     assert sorted(str(record[1:]) for record in shuffled) == sorted(str(record[1:]) for record in expected)
+
+
+def test_a_saved_data_set_is_a_stream_too(tmp_path, make):
+    datasets.Dataset.from_dict({"text": TEXTS[:30], "n": range(30)}).save_to_disk(str(tmp_path / "saved"))
+    write_jsonl(tmp_path / "first.jsonl", [{"text": text} for text in TEXTS[:30]])
+    expected = plain(make(f"{tmp_path}/first.jsonl", seed=None, endless=False).read(Place()))
+    for path in ("saved", "save*"):
+        stream = make(f"{tmp_path}/{path}", seed=None, endless=False)
+        assert plain(stream.read(Place())) == expected
+        assert plain(stream.read(Place(0, 11))) == expected[11:]
 
 
 def test_every_epoch_has_its_own_order_and_the_seed_decides_it(two_files, make):

@@ -55,6 +55,69 @@ def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
     assert "process 0 waited longer than system.timeout for process 1 of 2 (at step 2, others at 3)" in sentence
 
 
+@pytest.mark.parametrize(
+    ("different", "said"),
+    [
+        ("training.batch_size=3", "training.batch_size is 3 in process 1 but 2 in process 0: start all processes with"),
+        ("data.train_paths={other}", "the fingerprint of the training data is "),
+    ],
+)
+def test_processes_that_differ_are_refused_in_one_sentence(
+    run_settings, corpus: Path, tmp_path: Path, different: str, said: str
+) -> None:
+    """Each process is started by hand, as on machines whose files have gone apart."""
+    config = write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
+    other = tmp_path / "other.jsonl"
+    other.write_text((corpus / "train.jsonl").read_text().replace("fox", "cat"), encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        overrides = [different.format(other=other)] if rank == "1" else []
+        command = [sys.executable, "-m", "fusiontree", "train", "--config", config, *overrides]
+        processes.append(
+            subprocess.Popen(
+                command, env=ENVIRONMENT | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    shown = [process.communicate(timeout=110)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], shown
+    (sentence,) = [line for text in shown for line in text.splitlines() if line.startswith("error: ")]
+    assert said in sentence
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "zero_stage", "engine"),
+    [
+        # On CPUs --multi_gpu is what starts several processes; --cpu would start one.
+        (["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m"], 0, "DDP on 2 x cpu"),
+        (["deepspeed.launcher.runner", "--num_gpus", "2", "--no_local_rank", "--module"], 2, "DeepSpeed ZeRO-2 on 2 x"),
+    ],
+)
+def test_other_launchers(run_settings, tmp_path: Path, launcher: list[str], zero_stage: int, engine: str) -> None:
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        logging={"progress": "plain"},
+        system={"device": "cpu", "num_threads": 1, "zero_stage": zero_stage, "num_devices": 2},
+    )
+    config = write(sections, tmp_path / "run.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "fusiontree", "train", "--config", config],
+        env=ENVIRONMENT | {"DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert engine in done.stderr + done.stdout
+    assert [row["step"] for row in rows(tmp_path / "run", "metrics.jsonl") if "lm_loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_settings, tmp_path: Path) -> None:
     """Stand-ins for SLURM's commands: srun starts a process per task and passes the signal on, as the real one does."""
     sections = run_settings(

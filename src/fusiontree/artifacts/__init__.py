@@ -11,33 +11,47 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from typing_extensions import Self
 
-from fusiontree.artifacts.base import Artifact, Record
+from fusiontree.artifacts.base import Artifact, Record, library_versions
+from fusiontree.artifacts.evaluation import (
+    AnswerStatistics,
+    CodeReport,
+    DistanceAnswers,
+    EvalReport,
+    HarnessResult,
+    PasskeyReport,
+    PositionLoss,
+    TaskAnswers,
+    TaskReport,
+)
 from fusiontree.artifacts.plan import Branch, BranchKind, CutStep, LayerDecision, PrunePlan
+from fusiontree.artifacts.speed import BenchReport, ModelFigures
 from fusiontree.atomic import atomic_directory, atomic_write
 from fusiontree.errors import InputError
-from fusiontree.version import __version__
 
 __all__ = [
     "AnswerStatistics",
     "Artifact",
+    "BenchReport",
     "Branch",
     "BranchKind",
+    "CodeReport",
     "CutStep",
     "DistanceAnswers",
     "EvalReport",
     "GateStatistics",
+    "HarnessResult",
     "HealReport",
     "LayerDecision",
     "LayerGateStatistics",
+    "ModelFigures",
+    "PasskeyReport",
     "PositionLoss",
     "PrunePlan",
     "RunManifest",
@@ -53,8 +67,6 @@ __all__ = [
 ]
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-
-CORE_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
 
 
 def checkpoint_name(step: int) -> str:
@@ -154,83 +166,6 @@ class GateStatistics(Artifact):
     """One per layer, first to last."""
 
 
-class PositionLoss(Record):
-    """Loss of the tokens at document positions start <= position < end."""
-
-    start: int
-    end: int
-    tokens: int
-    loss: float
-    """Mean, in nats per token."""
-
-
-class AnswerStatistics(Record):
-    """How well answers are known, each predicted from all that stands before it."""
-
-    answers: int
-    right: float
-    """Share of the answers of which every token is the likeliest next one, as greedy decoding would have to find it."""
-    tokens: int
-    """Of all answers."""
-    loss: float
-    """Mean, in nats per token."""
-
-
-class DistanceAnswers(AnswerStatistics):
-    """Those with start <= tokens between the clue's end and the question's start < end."""
-
-    start: int
-    end: int
-
-
-class TaskAnswers(AnswerStatistics):
-    """Those of one kind of task."""
-
-    task: Literal["needle", "recall", "copy"]
-    """A fact asked for, a value of a list, a sequence repeated."""
-    by_distance: list[DistanceAnswers]
-
-
-class TaskReport(Record):
-    """What a model finds again in documents that long-context tasks were written into."""
-
-    written: list[str]
-    """What was written into every document that is long enough: `needle`, `structured` (a list or a sequence)."""
-    seed: int
-    """What was written follows from it and the documents' numbers."""
-    documents: int
-    """Documents with tasks."""
-    tokens: int
-    """Tokens in them, tasks included."""
-    too_short: int
-    """Documents left out because they are too short to carry a task."""
-    results: list[TaskAnswers]
-
-
-class EvalReport(Artifact):
-    """How well a model predicts a text."""
-
-    KIND = "eval_report"
-    VERSION = 2  # 1 knows no `tasks`
-
-    model: str
-    """Path or name of the model."""
-    data: list[str]
-    """Files evaluated."""
-    tokens: int
-    """Tokens predicted."""
-    loss: float
-    """Mean, in nats per token."""
-    perplexity: float
-    """exp(loss), per token of the model's own tokenizer."""
-    by_position: list[PositionLoss] = []
-    tasks: TaskReport | None = None
-    """What is found again in the same documents, where that was asked for; all else is about the texts as they are."""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """How it was measured: context length, data type, device, limits."""
-    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
-
-
 class HealReport(Artifact):
     """What healing a cut model has won back, all losses on the same evaluation data, in nats per token."""
 
@@ -269,17 +204,6 @@ def make_directory(path: str | os.PathLike[str], named: str) -> None:
     except OSError as error:
         problem = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise InputError(f"{named}: the directory {path} cannot be made ({problem}); name another place") from error
-
-
-def library_versions(names: Sequence[str] = CORE_LIBRARIES) -> dict[str, str]:
-    """Installed versions of FusionTree, Python and those of the distributions `names` that are there."""
-    versions = {"fusiontree": __version__, "python": sys.version.split()[0]}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def git_revision() -> str | None:

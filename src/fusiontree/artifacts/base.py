@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +15,9 @@ from typing_extensions import Self
 
 from fusiontree.atomic import atomic_write
 from fusiontree.errors import InputError
+from fusiontree.version import __version__
+
+CORE_LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "accelerate", "numpy")
 
 
 class Record(BaseModel):
@@ -82,3 +88,14 @@ class Artifact(Record):
         except (IsADirectoryError, PermissionError) as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
         return cls.loads(content, source=str(path))
+
+
+def library_versions(names: Sequence[str] = CORE_LIBRARIES) -> dict[str, str]:
+    """Installed versions of FusionTree, Python and those of the distributions `names` that are there."""
+    versions = {"fusiontree": __version__, "python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

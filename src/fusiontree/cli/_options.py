@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import typer
 
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+    from fusiontree.models import HybridLanguageModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -30,6 +35,26 @@ def dtype_named(name: str | None) -> torch.dtype | None:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def load_for_use(
+    model: Path, *, device: str | None, dtype: str | None, weights: str | None, compile: bool = False
+) -> HybridLanguageModel:
+    """The model of `MODEL`, `--device`, `--dtype` and `--weights`; says on stderr what rounding the weights did.
+
+    Raises:
+        InputError: as `load` and `quantize_weights`; `--weights` with `--compile`.
+    """
+    if weights is not None and compile:
+        raise InputError("--weights does not go with --compile: choose one of the two")
+    from fusiontree.deploy.loading import load
+    from fusiontree.deploy.quantized import quantize_weights
+
+    loaded = load(model, device=device, dtype=dtype_named(dtype))
+    if weights is not None:
+        done = quantize_weights(loaded, weights)
+        typer.echo(str(done), err=True)
+    return loaded
 
 
 @contextmanager

@@ -34,14 +34,15 @@ def chat(
     memory: str = typer.Option("256MiB", "--memory", help="For states of what was said, so that it is read once."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+    weights: str = typer.Option(None, "--weights", help="int8 or int4: round the blocks' linear layers (torchao)."),
     compile: bool = typer.Option(False, "--compile", help="Compile a step first: pays for thousands of tokens."),
 ) -> None:
     """Talk to a model, line by line; its tokenizer needs a chat template.
 
     What was said is kept as a state and not read again. In the conversation, /help lists what can be done.
     """
-    from fusiontree.cli._options import byte_size, dtype_named
-    from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings, load
+    from fusiontree.cli._options import byte_size, load_for_use
+    from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
     if resume is not None and system is not None:
         raise InputError("--resume brings what the conversation begins with; leave out --system")
@@ -54,7 +55,8 @@ def chat(
         seed=seed,
     )
     settings = SchedulerSettings(prefix_bytes=byte_size(memory, "--memory"))
-    runtime = InferenceRuntime(load(model, device=device, dtype=dtype_named(dtype)), settings=settings, compile=compile)
+    loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
+    runtime = InferenceRuntime(loaded, settings=settings, compile=compile)
     conversation = Conversation(runtime, options, system)
     if resume is not None:
         conversation.messages = json.loads(runtime.load_conversation(resume))

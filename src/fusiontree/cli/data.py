@@ -40,6 +40,11 @@ class Split(str, Enum):
     eval = "eval"
 
 
+class TxtDocuments(str, Enum):
+    file = "file"
+    line = "line"
+
+
 @app.command()
 def tokenizer(
     files: list[str] = _FILES,
@@ -62,7 +67,13 @@ def tokenizer(
 
 
 @app.command()
-def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
+def check(
+    files: list[str] = _FILES,
+    text_key: str = _TEXT_KEY,
+    txt_documents: TxtDocuments = typer.Option(
+        TxtDocuments.file, "--txt-documents", help="What of a .txt file is one document."
+    ),
+) -> None:
     """Read every record and say which cannot be used and why; exit code 2 when there are such."""
     from rich.console import Console
     from rich.markup import escape
@@ -73,7 +84,7 @@ def check(files: list[str] = _FILES, text_key: str = _TEXT_KEY) -> None:
     from fusiontree.data.records import BadRecord
     from fusiontree.data.report import DataReport
 
-    corpus = Corpus(resolve_paths(files, where="FILES"), text_key=text_key)
+    corpus = Corpus(resolve_paths(files, where="FILES"), text_key=text_key, txt_documents=txt_documents.value)
     total = DataReport()
     table = Table("file", "MB", "documents", "skipped", "why", box=None)
     progress = Console(stderr=True)
@@ -122,6 +133,7 @@ def tokenise(
 
     from fusiontree.data.lazy import LazyDataset
     from fusiontree.data.opening import names_files, open_corpus, static_folder
+    from fusiontree.data.static import LongContextDataset
     from fusiontree.data.static import tokenise as tokenise_records
     from fusiontree.data.tokenizer import vocab_size_of
 
@@ -132,6 +144,7 @@ def tokenise(
     if not splits:
         raise InputError("data.train_paths is empty: name at least one file")
     console = Console(stderr=True)
+    faulty = 0
     for split in splits:
         folder = static_folder(settings, split)
         records = LazyDataset(open_corpus(settings, split), encoder)
@@ -142,7 +155,14 @@ def tokenise(
             )
             for done, shards in steps:
                 progress.update(task, completed=done, total=shards)
-        print(f"{split}: {len(records)} records in {shards} shard{'' if shards == 1 else 's'} in {folder}")
+        report = LongContextDataset(folder).report()
+        print(f"{split}: {report.documents} documents in {shards} shard{'' if shards == 1 else 's'} in {folder}")
+        _print_skipped(Console(soft_wrap=True), report)
+        faulty += report.total_skipped
+    if faulty and settings.on_bad_record == "error":
+        raise InputError(
+            f"{faulty} records cannot be used (data.on_bad_record: skip trains on the others; the tokens are complete)"
+        )
 
 
 def _encoder_of(settings: DataSettings) -> DocumentEncoder:
@@ -252,12 +272,14 @@ def _print_row(console: Console, batch: Batch, tokenizer: PreTrainedTokenizerBas
     console.print(f"the first packed row: {length} tokens of {documents} document{'s' if documents > 1 else ''}:")
     text, left = Text(), _SHOWN_TOKENS
     for number, part in enumerate(parts):
+        if part.kind == "padding":
+            text.append(f"[{len(part.ids)} tokens of padding]", "dim")
+            continue
         shown = part.ids[: max(0, left)]
         left -= len(shown)
         if shown:
-            colour = _COLOURS[number % len(_COLOURS)] if part.kind == "document" else "dim"
             text.append(f"[{number + 1}]", "bold reverse")
-            text.append(str(tokenizer.decode(shown)), colour)
+            text.append(str(tokenizer.decode(shown)), _COLOURS[number % len(_COLOURS)])
     if length > _SHOWN_TOKENS:
         text.append(f" … {length - _SHOWN_TOKENS} more tokens")
     console.print(text)

@@ -2,34 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
 
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from fusiontree.artifacts import AnswerStatistics, EvalReport, TaskReport
+    from fusiontree.eval.parts import Part
     from fusiontree.eval.texts import Texts
     from fusiontree.models import HybridLanguageModel
 
 REPORT = "eval_report.json"
 PICTURE = "perplexity_by_position.png"
+HARNESS = "lm_eval:"
+HEAT_MAP = "passkeys.png"
+_TASKS = ("needle", "structured", "passkey", "code", f"{HARNESS}NAME")
+_TEXT_TASKS = ("needle", "structured")
+
+_Number = TypeVar("_Number", int, float)
+_Progress = Callable[..., None]
+"""Called with what is done, what there is in all, and a few words."""
 
 
 def evaluate(
     model: Path = typer.Argument(..., help="Model folder, or a run directory, whose newest checkpoint is taken."),
     more: list[str] = typer.Argument(None, metavar="[FILES]...", help="More files, as --data *.jsonl gives them."),
-    data: list[str] = typer.Option(..., "--data", help="Files or globs: .jsonl, or whole texts of any other suffix."),
+    data: list[str] = typer.Option(None, "--data", help="Files or globs: .jsonl, or whole texts of any other suffix."),
     by_position: bool = typer.Option(False, "--by-position", help="Also tabulate perplexity by place in the document."),
     tasks: str = typer.Option(
-        "", "--tasks", help="Also write needle, structured (commas between) into the texts and score the answers."
+        "",
+        "--tasks",
+        help="With commas between: needle, structured (written into the texts, the answers scored), passkey (found, by "
+        "depth and length), code (Python functions completed), lm_eval:NAME (of lm-evaluation-harness).",
     ),
-    seed: int = typer.Option(0, "--seed", help="Of what --tasks writes."),
+    seed: int = typer.Option(0, "--seed", help="Of what needle and structured write, and of passkeys."),
+    lengths: str = typer.Option("256,512,1024,2048", "--lengths", help="Of passkey's texts, in tokens."),
+    depths: str = typer.Option(
+        "0,0.25,0.5,0.75,1", "--depths", help="Of its passkeys: 0 at a text's start, 1 its end."
+    ),
+    passkeys: int = typer.Option(8, "--passkeys", min=1, help="For each length and depth."),
+    code: list[str] = typer.Option(None, "--code", help="Files or globs for code; default: the .py files of --data."),
+    task_folder: Path = typer.Option(
+        None, "--task-folder", help="Task files for lm_eval: YAML, and code that they run."
+    ),
+    limit: int = typer.Option(None, "--limit", min=1, help="Examples of each lm_eval task; default: all."),
+    shots: int = typer.Option(None, "--shots", min=0, help="Worked examples before each question of lm_eval tasks."),
+    again: bool = typer.Option(False, "--again", help="Measure what the report in --out already holds once more."),
     out: Path = typer.Option(None, "--out", help="Folder for what is written; default: MODEL."),
     text_key: str = typer.Option("text", "--text-key", help="Key of a JSONL record that holds its text."),
     max_tokens: int = typer.Option(None, "--max-tokens", min=1, help="Stop after the document that reaches so many."),
@@ -40,153 +64,251 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on held-out text: each token once, predicted from all of its document before it.
 
-    Writes eval_report.json and perplexity_by_position.png. Bits per byte compare models with different tokenizers.
-    --tasks reads the texts once more, with facts, lists and sequences in them that are asked for at the end.
+    Writes eval_report.json and perplexity_by_position.png or passkeys.png. Bits per byte compare models with different
+    tokenizers.
+
+    needle and structured read the texts once more, with facts, lists and sequences in them that are asked for at the
+    end; passkey hides numbers in the texts of --data, or in a few sentences over and over. The report is written after
+    each part: the same command again goes on where it was interrupted.
     """
     if mixed_precision not in ("bf16", "no"):
         raise InputError(f"--mixed-precision must be bf16 or no, got {mixed_precision!r}")
-    from fusiontree.artifacts import make_directory
-    from fusiontree.cli._options import dtype_named
-    from fusiontree.deploy.loading import load
-    from fusiontree.eval.figures import plot_perplexity_by_position
-    from fusiontree.eval.text_tasks import check_tasks
-    from fusiontree.eval.texts import Texts
-
-    wanted = check_tasks([part.strip() for part in tasks.split(",") if part.strip()], "--tasks") if tasks else []
+    wanted = _named(tasks)
+    files = [*(data or []), *(more or [])]
+    text_tasks = [task for task in _TEXT_TASKS if task in wanted]
+    harness = [task.removeprefix(HARNESS) for task in wanted if task.startswith(HARNESS)]
+    if text_tasks and not files:
+        raise InputError(f"--tasks {text_tasks[0]} is written into texts: give --data FILES")
+    if not files and not wanted:
+        raise InputError("there is nothing to evaluate: give --data FILES, or --tasks passkey, code or lm_eval:NAME")
+    grid = (_numbers(lengths, "--lengths", int, 1), _numbers(depths, "--depths", float, 0))
+    sources = list(code or []) or [path for path in files if path.endswith(".py")]
+    if "code" in wanted and not sources:
+        raise InputError("--tasks code completes Python functions: give --code FILES")
+    if code and "code" not in wanted:
+        raise InputError("--code is for --tasks code; --data files are read for perplexity")
+    if harness and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("--tasks lm_eval:NAME needs lm-evaluation-harness: pip install 'fusiontree[eval]'")
+    if task_folder is not None and not task_folder.is_dir():
+        raise InputError(f"--task-folder {task_folder} is not a folder")
     folder = out or model
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; name a folder")
-    texts = Texts([*data, *(more or [])], text_key=text_key, where="--data")
+    from fusiontree.artifacts import EvalReport, make_directory
+    from fusiontree.cli._evaluation_tables import print_report
+    from fusiontree.cli._options import dtype_named
+    from fusiontree.data.tokenizer import tokenizer_fingerprint
+    from fusiontree.deploy.loading import load
+    from fusiontree.deploy.reference import model_fingerprint
+    from fusiontree.eval.figures import plot_perplexity_by_position
+    from fusiontree.eval.parts import run_parts
+    from fusiontree.eval.texts import Texts
+    from fusiontree.plots import plot_passkeys
+
+    texts = Texts(files, text_key=text_key, where="--data") if files else None
+    programs = Texts(sources, text_key=text_key, where="--code") if "code" in wanted else None
     loaded = load(model, device=device, dtype=dtype_named(dtype))
     make_directory(folder, "--out")
-    report = _run(loaded, texts, str(model), wanted, seed, piece, max_tokens, mixed_precision)
+    settings = {
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "mixed_precision": mixed_precision,
+        "device": str(loaded.device),
+    }
+    with _progress_bars() as shown_as:
+        job = _Job(
+            model=loaded,
+            name=str(model),
+            common={
+                **settings,
+                "weights": model_fingerprint(loaded),
+                "tokenizer": tokenizer_fingerprint(loaded.tokenizer) if loaded.tokenizer is not None else None,
+            },
+            piece=piece,
+            mixed_precision="bf16" if mixed_precision == "bf16" else "no",
+            shown_as=shown_as,
+        )
+        # Perplexity last: what can be wrong with tasks is then said before the longer wait.
+        parts = [job.harness(task, task_folder, limit, shots) for task in harness]
+        if programs is not None:
+            parts.insert(0, job.code(programs, text_key))
+        if "passkey" in wanted:
+            parts.insert(0, job.passkeys(texts, text_key, *grid, passkeys, seed))
+        if texts is not None:
+            text_settings = {"text_key": text_key, "max_tokens": max_tokens}
+            if text_tasks:
+                parts.insert(0, job.text_tasks(texts, text_tasks, seed, text_settings))
+            parts.append(job.perplexity(texts, text_settings))
+        report = run_parts(
+            EvalReport(model=str(model), settings=settings),
+            parts,
+            folder / REPORT,
+            again=again,
+            on_kept=lambda part: typer.echo(
+                f"{part}: kept from {folder / REPORT} (--again measures it anew)", err=True
+            ),
+        )
     print_report(report, by_position=by_position)
-    report.save(folder / REPORT)
-    picture = plot_perplexity_by_position(report, folder / PICTURE)
-    for path in (folder / REPORT, picture):
-        print(path)
+    print(folder / REPORT)
+    if report.by_position:
+        print(plot_perplexity_by_position(report, folder / PICTURE))
+    if report.passkeys is not None:
+        print(plot_passkeys(report.passkeys, folder / HEAT_MAP))
 
 
-def _run(
-    model: HybridLanguageModel,
-    texts: Texts,
-    name: str,
-    tasks: list[str],
-    seed: int,
-    piece: int,
-    max_tokens: int | None,
-    mixed_precision: str,
-) -> EvalReport:
+def _numbers(text: str, option: str, kind: type[_Number], least: int) -> list[_Number]:
+    """The numbers between commas, in order, each once."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} must be numbers with commas between, got {text!r}") from error
+    if not all(least <= number for number in numbers):
+        raise InputError(f"{option} must be {least} or more each, got {text!r}")
+    return sorted(set(numbers))
+
+
+def _named(tasks: str) -> list[str]:
+    """The tasks of `--tasks`, each once.
+
+    Raises:
+        InputError: there is none, or one that there is not.
+    """
+    wanted = list(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
+    known = f"there are {', '.join(_TASKS[:-1])} and {_TASKS[-1]}"
+    if tasks and not wanted:
+        raise InputError(f"--tasks names no task; {known}")
+    for name in wanted:
+        if name not in _TASKS[:-1] and not (name.startswith(HARNESS) and name != HARNESS):
+            close = nearest(name, _TASKS[:-1])
+            raise InputError(f"--tasks: there is no task {name!r}; {f'did you mean {close!r}?' if close else known}")
+    return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What all parts share."""
+
+    model: HybridLanguageModel
+    name: str
+    common: dict[str, Any]
+    piece: int
+    mixed_precision: Literal["bf16", "no"]
+    shown_as: Callable[[str], _Progress]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"name": self.name, "piece": self.piece, "mixed_precision": self.mixed_precision}
+
+    def _read_texts(self, description: str, texts: Texts) -> Callable[[int, int], None]:
+        show = self.shown_as(description)
+        return lambda read, tokens: show(read, texts.num_bytes, f"{tokens:,} tokens")
+
+    def _counted(self, description: str, what: str) -> Callable[[int, int], None]:
+        show = self.shown_as(description)
+        return lambda done, total: show(done, total, f"{done:,} {what}")
+
+    def perplexity(self, texts: Texts, settings: dict[str, Any]) -> Part:
+        from fusiontree.eval.eval_llm import evaluate_perplexity
+        from fusiontree.eval.parts import Part, files_identity
+
+        fields = ("data", "tokens", "loss", "perplexity", "by_position", "settings")
+
+        def measure() -> dict[str, Any]:
+            progress = self._read_texts("perplexity", texts)
+            found = evaluate_perplexity(
+                self.model, texts, max_tokens=settings["max_tokens"], progress=progress, **self._options
+            )
+            return {field: getattr(found, field) for field in fields}
+
+        depends_on = {**self.common, **settings, "files": files_identity(texts.paths)}
+        return Part("perplexity", dict.fromkeys(fields), depends_on, measure)
+
+    def text_tasks(self, texts: Texts, tasks: list[str], seed: int, settings: dict[str, Any]) -> Part:
+        from fusiontree.eval.parts import Part, files_identity
+        from fusiontree.eval.text_tasks import evaluate_tasks
+
+        def measure() -> dict[str, Any]:
+            progress = self._read_texts("tasks in texts", texts)
+            found = evaluate_tasks(
+                self.model,
+                texts,
+                tasks,
+                seed=seed,
+                max_tokens=settings["max_tokens"],
+                progress=progress,
+                **self._options,
+            )
+            return {"tasks": found}
+
+        depends_on = {**self.common, **settings, "files": files_identity(texts.paths), "tasks": tasks, "seed": seed}
+        return Part("tasks in texts", {"tasks": None}, depends_on, measure)
+
+    def passkeys(
+        self, texts: Texts | None, text_key: str, lengths: list[int], depths: list[float], rows: int, seed: int
+    ) -> Part:
+        from fusiontree.eval.parts import Part, files_identity
+        from fusiontree.eval.passkeys import evaluate_passkeys
+
+        grid: dict[str, Any] = {"lengths": lengths, "depths": depths, "rows": rows, "seed": seed}
+
+        def measure() -> dict[str, Any]:
+            progress = self._counted("passkeys", "passkeys")
+            return {"passkeys": evaluate_passkeys(self.model, texts=texts, progress=progress, **grid, **self._options)}
+
+        files = [] if texts is None else files_identity(texts.paths)
+        depends_on = {**self.common, **grid, "files": files, "text_key": text_key}
+        return Part("passkeys", {"passkeys": None}, depends_on, measure)
+
+    def code(self, texts: Texts, text_key: str) -> Part:
+        from fusiontree.eval.code import evaluate_code
+        from fusiontree.eval.parts import Part, files_identity
+
+        def measure() -> dict[str, Any]:
+            progress = self._counted("code", "functions")
+            return {"code": evaluate_code(self.model, texts, progress=progress, **self._options)}
+
+        depends_on = {**self.common, "files": files_identity(texts.paths), "text_key": text_key}
+        return Part("code", {"code": None}, depends_on, measure)
+
+    def harness(self, task: str, folder: Path | None, limit: int | None, shots: int | None) -> Part:
+        from fusiontree.artifacts import library_versions
+        from fusiontree.eval.parts import Part, files_identity
+
+        def measure() -> dict[str, Any]:
+            from fusiontree.eval.lm_eval_adapter import evaluate_harness
+
+            found = evaluate_harness(
+                self.model,
+                [task],
+                folder=folder,
+                limit=limit,
+                shots=shots,
+                progress=self._counted(f"{HARNESS}{task}", "requests"),
+                **self._options,
+            )
+            return {"harness": found}
+
+        depends_on = {
+            **self.common,
+            "folder": [] if folder is None else files_identity([folder]),
+            "limit": limit,
+            "shots": shots,
+            "lm_eval": library_versions(["lm_eval"]),
+        }
+        return Part(f"{HARNESS}{task}", {"harness": [task]}, depends_on, measure)
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Callable[[str], _Progress]]:
+    """Bars on stderr where that is a terminal: call it with a part's name when the part begins."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    from fusiontree.eval.eval_llm import evaluate_perplexity
-    from fusiontree.eval.text_tasks import evaluate_tasks
-
-    precision: Literal["bf16", "no"] = "bf16" if mixed_precision == "bf16" else "no"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[tokens]:,} tokens"),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[note]}"))
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
 
-        def shown_as(description: str) -> Callable[[int, int], None]:
-            task = bar.add_task(description, total=texts.num_bytes, tokens=0)
-            return lambda read, tokens: bar.update(task, completed=read, tokens=tokens)
+        def shown_as(description: str) -> _Progress:
+            task = bar.add_task(description, total=None, note="")
+            return lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
 
-        # Tasks first: what can be wrong with them is then said before the longer wait.
-        found = None
-        if tasks:
-            found = evaluate_tasks(
-                model,
-                texts,
-                tasks,
-                name=name,
-                seed=seed,
-                piece=piece,
-                max_tokens=max_tokens,
-                mixed_precision=precision,
-                progress=shown_as("tasks"),
-            )
-        report = evaluate_perplexity(
-            model,
-            texts,
-            name=name,
-            piece=piece,
-            max_tokens=max_tokens,
-            mixed_precision=precision,
-            progress=shown_as("eval"),
-        )
-        return report.model_copy(update={"tasks": found})
-
-
-def print_report(report: EvalReport, *, by_position: bool) -> None:
-    """Prints a report as tables."""
-    import math
-
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    settings = report.settings
-    console.print(f"{report.model} on {_shortened(report.data)}", highlight=False, markup=False, soft_wrap=True)
-    table = Table(show_header=False)
-    table.add_column(justify="right")
-    for value, meaning in (
-        (f"{report.perplexity:.3f}", "perplexity per token"),
-        (f"{report.loss:.4f}", "loss, nats per token"),
-        (f"{settings['bits_per_byte']:.4f}", "bits per byte of text"),
-        (f"{report.tokens:,}", "tokens predicted"),
-        (f"{settings['documents']:,}", "documents"),
-        (f"{settings['tokens_per_second']:,.0f}", f"tokens per second ({settings['seconds']:.1f} s)"),
-        (f"{sum(settings['skipped'].values()):,}", f"records skipped{_kinds(settings['skipped'])}"),
-    ):
-        table.add_row(value, meaning)
-    console.print(table)
-    if by_position:
-        places = Table("places", "tokens", "loss", "perplexity", title="By place in the document")
-        for column in places.columns:
-            column.justify = "right"
-        for bucket in report.by_position:
-            perplexity = f"{math.exp(min(bucket.loss, 700)):.3f}"
-            span = f"{bucket.start:,} – {bucket.end - 1:,}"
-            places.add_row(span, f"{bucket.tokens:,}", f"{bucket.loss:.4f}", perplexity)
-        console.print(places)
-    if report.tasks is not None:
-        console.print(_tasks_table(report.tasks))
-
-
-def _tasks_table(tasks: TaskReport) -> Table:
-    from rich.table import Table
-
-    title = f"Tasks in {tasks.documents:,} documents (seed {tasks.seed})"
-    if tasks.too_short:
-        title += f", {tasks.too_short:,} too short for any"
-    table = Table("task", "tokens between", "answers", "right", "loss", title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    def add(task: str, distance: str, row: AnswerStatistics, *, is_last: bool) -> None:
-        table.add_row(
-            task, distance, f"{row.answers:,}", f"{100 * row.right:.1f} %", f"{row.loss:.4f}", end_section=is_last
-        )
-
-    for result in tasks.results:
-        add(result.task, "all", result, is_last=False)
-        for distance in result.by_distance:
-            is_last = distance is result.by_distance[-1]
-            add("", f"{distance.start:,} – {distance.end - 1:,}", distance, is_last=is_last)
-    return table
-
-
-def _shortened(files: list[str]) -> str:
-    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-
-
-def _kinds(skipped: dict[str, int]) -> str:
-    return ": " + ", ".join(f"{count} {kind}" for kind, count in skipped.items()) if skipped else ""
+        yield shown_as

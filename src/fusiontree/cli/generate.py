@@ -43,6 +43,7 @@ def generate(
     stats: bool = typer.Option(False, "--stats", help="Tokens, seconds and bytes of state on standard error."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+    weights: str = typer.Option(None, "--weights", help="int8 or int4: round the blocks' linear layers (torchao)."),
     compile: bool = typer.Option(False, "--compile", help="Compile a step first: pays for thousands of tokens."),
 ) -> None:
     """Continue a prompt: from --prompt, from --file, or from standard input; or many, with --jsonl.
@@ -59,8 +60,8 @@ def generate(
         lines, text = [], _read_prompt(prompt, file)
     else:
         lines, text = list(_read_lines(jsonl)), ""
-    from fusiontree.cli._options import dtype_named
-    from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings, load
+    from fusiontree.cli._options import load_for_use
+    from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
@@ -76,7 +77,7 @@ def generate(
         _own_options(options, record, number, f"{jsonl}, line {line}") for number, (line, record) in enumerate(lines)
     ]
     settings = SchedulerSettings(max_rows=rows)
-    loaded = load(model, device=device, dtype=dtype_named(dtype))
+    loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
     runtime = InferenceRuntime(loaded, settings=settings, compile=compile)
     if compile and loaded.device.type == "cpu":
         typer.echo("compiling a step of decoding, which takes a minute or so the first time", err=True)

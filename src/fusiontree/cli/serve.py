@@ -38,6 +38,7 @@ def serve(
     drain_seconds: int = typer.Option(30, "--drain-seconds", min=0, help="To finish what runs when told to stop."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+    weights: str = typer.Option(None, "--weights", help="int8 or int4: round the blocks' linear layers (torchao)."),
     compile: bool = typer.Option(False, "--compile", help="Compile steps for up to four numbers of rows first."),
 ) -> None:
     """Serve a model over HTTP as OpenAI's API does: /v1/completions, /v1/chat/completions, /v1/models.
@@ -54,8 +55,8 @@ def serve(
             f"anybody who reaches {host} could use the model: set {KEY_VARIABLE}, give --api-key-file, or allow it "
             "with --without-key"
         )
-    from fusiontree.cli._options import byte_size, dtype_named
-    from fusiontree.deploy.loading import find_model, load
+    from fusiontree.cli._options import byte_size, load_for_use
+    from fusiontree.deploy.loading import find_model
     from fusiontree.deploy.runtime import InferenceRuntime, SchedulerSettings
     from fusiontree.deploy.server import ServerSettings, run
 
@@ -79,7 +80,7 @@ def serve(
         prefill_piece=prefill_piece,
         snapshot_interval=snapshot_interval,
     )
-    loaded = load(model, device=device, dtype=dtype_named(dtype))
+    loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
     runtime = InferenceRuntime(loaded, settings=memory, compile=compile)
     if compile:
         typer.echo("compiling steps of decoding, which can take minutes the first time", err=True)

@@ -14,6 +14,7 @@ import os
 import stat
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -23,6 +24,7 @@ from fusiontree.data.line_index import LineIndex, index_lines
 from fusiontree.data.records import (
     BLANK_LINE,
     BROKEN_JSON,
+    DAMAGED_FILE,
     MAX_RECORD_BYTES,
     NOT_A_STRING,
     NOT_AN_OBJECT,
@@ -55,9 +57,11 @@ def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
         raise InputError(f"{where} is empty: name at least one file")
     found: dict[str, str] = {}
     for pattern in patterns:
+        if not pattern.strip():
+            raise InputError(f"{where} holds an empty name")
         expanded = os.path.expanduser(pattern)
         if glob.has_magic(expanded) and not os.path.lexists(expanded):
-            found_here = sorted(glob.glob(expanded, recursive=True))
+            found_here = sorted(_matches(expanded))
             folders = tuple(path + os.sep for path in found_here if is_arrow_folder(path))
             # Of a saved data set, the folder counts and not the files in it.
             matches = [
@@ -75,6 +79,39 @@ def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
     return list(found.values())
 
 
+def _matches(pattern: str) -> set[str]:
+    """What a glob matches, each folder below `**` entered once, by its shortest path, however links lead into it.
+
+    (`glob.glob` follows links, and two that lead back to their folder make it visit 2**40 paths.)
+    """
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        return set(glob.glob(pattern))
+    before, after = parts[: parts.index("**")], parts[parts.index("**") + 1 :]
+    found: set[str] = set()
+    entered: set[tuple[int, int]] = set()
+    folders = sorted(glob.glob(os.sep.join([*before, ""]))) if before else [""]
+    while folders:
+        below: list[str] = []
+        for folder in folders:
+            with suppress(OSError), os.scandir(folder or os.curdir) as entries:
+                status = os.stat(folder or os.curdir)
+                if (status.st_dev, status.st_ino) in entered:
+                    continue
+                entered.add((status.st_dev, status.st_ino))
+                for entry in sorted(entries, key=lambda entry: entry.name):
+                    if entry.name.startswith("."):  # as `*` leaves them out
+                        continue
+                    if not after:
+                        found.add(folder + entry.name)
+                    if entry.is_dir():
+                        below.append(os.path.join(folder, entry.name, ""))
+                if after:
+                    found |= _matches(os.path.join(glob.escape(folder), *after))
+        folders = below
+    return found
+
+
 def _check_is_file(path: str, where: str) -> None:
     try:
         mode = os.stat(path).st_mode
@@ -88,7 +125,7 @@ def _check_is_file(path: str, where: str) -> None:
     if stat.S_ISDIR(mode):
         raise InputError(f"{where}: {path} is a folder; name the files in it, such as {os.path.join(path, '*.jsonl')}")
     if not stat.S_ISREG(mode):
-        raise InputError(f"{where}: {path} is no regular file, and lines are read from any place of it")
+        raise InputError(f"{where}: {path} is a pipe or a device, where a file is needed")
 
 
 class Corpus:
@@ -188,6 +225,17 @@ class Corpus:
             if isinstance(content, Conversation):
                 content = BadRecord(NOT_A_STRING, "a list of messages where a text is needed")
             yield source, content
+
+    def damage(self) -> list[tuple[str, BadRecord]]:
+        """(`file:line`, what was found) of every packed file that was damaged; its last record says so."""
+        faults = []
+        for number, file in enumerate(self.files):
+            if file.path != file.name and file.lines:
+                record = int(self._starts[number + 1]) - 1
+                content = self.read(record)
+                if isinstance(content, BadRecord) and content.kind == DAMAGED_FILE:
+                    faults.append((self.source(record), content))
+        return faults
 
     def require_text(self, *, where: str) -> None:
         """Check that there is something to learn from, reading only as far as the first text.

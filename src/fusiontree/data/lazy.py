@@ -40,5 +40,8 @@ class LazyDataset(Dataset):
         """`file:line` of a record."""
         return self.corpus.source(record)
 
+    def damage(self) -> list[tuple[str, BadRecord]]:
+        return self.corpus.damage()
+
     def identity(self) -> dict[str, object]:
         return {"data": self.corpus.fingerprint(), **self.encoder.identity()}

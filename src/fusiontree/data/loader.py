@@ -109,6 +109,11 @@ class Loader:
         self._report = DataReport()
         self._goes_on = source.endless
         self._announced: set[str] = set()
+        for place, bad in source.damage():
+            if on_bad_record == "error":
+                raise _refused(place, bad)
+            if rank == 0:
+                logger.warning("%s: %s, %s; what comes before is read", place, bad.kind, bad.detail)
 
     @property
     def epoch(self) -> int:
@@ -236,10 +241,14 @@ class Loader:
         if bad.kind == BLANK_LINE:
             return
         if self._on_bad_record == "error":
-            raise InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
+            raise _refused(source, bad)
         if is_new and self._rank == 0 and bad.kind not in self._announced:
             self._announced.add(bad.kind)
             logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
+
+
+def _refused(source: str, bad: BadRecord) -> InputError:
+    return InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
 
 
 def _check_shape(batch_size: int, length: int) -> None:

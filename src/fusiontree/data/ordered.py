@@ -63,6 +63,9 @@ class OrderedSource:
         mean_bytes = max(1, records.num_bytes // max(1, len(records)))
         self._chunk_records = min(_MAX_CHUNK_RECORDS, max(1, _CHUNK_BYTES // mean_bytes))
 
+    def damage(self) -> Sequence[tuple[str, BadRecord]]:
+        return self._records.damage()
+
     def read(self, start: Place) -> Iterator[SourceRecord]:
         """Every record from that of `start` on; its offset does not matter here.
 

@@ -25,6 +25,7 @@ _FAULT_MARK = b"\x00fusiontree fault: "
 MAX_RECORD_BYTES = 1 << 28
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_NEWLINE = b"\n"
 _MAX_KEYS_SHOWN = 8
 
 
@@ -53,10 +54,17 @@ def decode_text(line: bytes) -> str | BadRecord:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+        return BadRecord(NOT_UTF8, f"byte 0x{line[error.start]:02x} at {_place(line, error.start)}")
     if not text.strip():
         return BadRecord(BLANK_LINE, "nothing there")
     return text.removesuffix("\n").removesuffix("\r")
+
+
+def _place(content: bytes, byte: int) -> str:
+    """Where a byte stands: its column, and of a whole file its line, both from 1."""
+    line = content.count(_NEWLINE, 0, byte)
+    column = f"column {byte - content.rfind(_NEWLINE, 0, byte)}"
+    return f"line {line + 1}, {column}" if line else column
 
 
 def fault_line(fault: BadRecord) -> bytes:
@@ -92,8 +100,10 @@ def decode_record(line: bytes, text_key: str) -> Content:
     try:
         record = json.loads(content)
     except json.JSONDecodeError as error:
-        return BadRecord(BROKEN_JSON, f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        return BadRecord(BROKEN_JSON, f"{error.msg.removesuffix(' at')} at column {error.colno}")
+    except RecursionError:
+        return BadRecord(BROKEN_JSON, "thousands of nested brackets")
+    except ValueError as error:  # a number of thousands of digits
         return BadRecord(BROKEN_JSON, str(error).partition(";")[0])
     if not isinstance(record, dict):
         return BadRecord(NOT_AN_OBJECT, f"a JSON {_kind_of(record)} where an object is needed")
@@ -115,7 +125,7 @@ def decode_row(row: Mapping[str, object], text_key: str) -> Content:
 
 def _content_of(value: object, text_key: str, place: str, kind: str, *, may_hold_halves: bool) -> Content:
     """`value` as a text or a conversation; `place` and `kind` say in messages where it stands and what it is."""
-    if isinstance(value, list) and any(isinstance(message, dict) for message in value):
+    if isinstance(value, list):
         return _conversation(value, text_key)
     if not isinstance(value, str):
         return BadRecord(NOT_A_STRING, f"{place} {text_key!r} holds {kind}")
@@ -130,6 +140,13 @@ def _conversation(messages: list[Any], text_key: str) -> Conversation | BadRecor
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return BadRecord(NOT_A_CONVERSATION, f"message {number} under {text_key!r} is no object with a role")
+        content = message.get("content")
+        # What calls a tool may say nothing, and some templates take lists of parts.
+        if not (isinstance(content, list) or "tool_calls" in message) and not isinstance(content, str):
+            found = f"{_kind_of(content)} for a content" if "content" in message else "no content"
+            return BadRecord(NOT_A_CONVERSATION, f"message {number} under {text_key!r} has {found}")
+        if message["role"] == "assistant" and not content and "tool_calls" not in message:
+            return BadRecord(NOT_A_CONVERSATION, f"message {number} under {text_key!r}, the assistant's, says nothing")
     if not any(message["role"] == "assistant" for message in messages):
         return BadRecord(NOT_A_CONVERSATION, f"{text_key!r} holds no message of the assistant, so nothing to learn")
     if not _is_encodable(json.dumps(messages, ensure_ascii=False)):

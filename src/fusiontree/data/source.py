@@ -41,6 +41,10 @@ class RecordSet(Protocol):
         """`file:line` of a record."""
         ...
 
+    def damage(self) -> Sequence[tuple[str, BadRecord]]:
+        """Where files are known to be damaged before their records are read, and what was found."""
+        ...
+
     def identity(self) -> Mapping[str, object]:
         """What the ids depend on, by name; plain values."""
         ...
@@ -52,6 +56,10 @@ class DocumentSource(Protocol):
     @property
     def endless(self) -> bool:
         """Whether epoch follows epoch; else reading ends after the first."""
+        ...
+
+    def damage(self) -> Sequence[tuple[str, BadRecord]]:
+        """Where files are known to be damaged before anything is read, and what was found."""
         ...
 
     def read(self, start: Place) -> Iterator[SourceRecord]:

@@ -16,7 +16,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from fusiontree.data.remote import Patience
 from fusiontree.data.shards import SUFFIXES, HubShard, Shard, file_shard, has_file_suffix, is_url
 from fusiontree.data.source import SourceRecord
 from fusiontree.data.tokenizer import DocumentEncoder
+from fusiontree.data.unpack import is_arrow_folder
 from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -248,6 +249,10 @@ class StreamingSource:
         self.endless = endless
         self._encoder = encoder
 
+    def damage(self) -> list[tuple[str, BadRecord]]:
+        """Nothing: reading comes to it."""
+        return []
+
     def read(self, start: Place) -> Iterator[SourceRecord]:
         """Every record from that of `start` on; its offset does not matter here.
 
@@ -299,13 +304,15 @@ def _shards_of(entry: StreamEntry, patience: Patience, where: str) -> dict[tuple
         return _data_set(entry, path if is_folder else None, patience, where)
     if entry.config is not None:
         raise InputError(f"{where}: config {entry.config} is of no use to the file {entry.path}; leave it out")
-    paths = [path] if is_url(path) else resolve_paths([path], where=where)
-    return {
-        (path if is_url(path) else os.path.realpath(path), entry.text_key): file_shard(
-            path, text_key=entry.text_key, patience=patience, txt_documents=entry.txt_documents
-        )
-        for path in paths
-    }
+    shards: dict[tuple[object, ...], Shard] = {}
+    for name in [path] if is_url(path) else resolve_paths([path], where=where):
+        if os.path.isdir(name):  # a saved Arrow data set
+            shards |= _data_set(replace(entry, path=name), name, patience, where)
+        else:
+            shards[name if is_url(name) else os.path.realpath(name), entry.text_key] = file_shard(
+                name, text_key=entry.text_key, patience=patience, txt_documents=entry.txt_documents
+            )
+    return shards
 
 
 def _data_set(
@@ -321,10 +328,13 @@ def _data_set(
         commit = _hub_revision(name, revision or None, patience, where)
         version, advice = [name, commit], _HUB_ADVICE
     # Takes a second or two, which streams of files alone need not wait for.
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk
 
     try:
-        data_set = load_dataset(name, entry.config, split=entry.split, streaming=True, revision=commit)
+        if folder and is_arrow_folder(folder):
+            data_set = load_from_disk(folder).to_iterable_dataset()
+        else:
+            data_set = load_dataset(name, entry.config, split=entry.split, streaming=True, revision=commit)
         if data_set.column_names and entry.text_key in data_set.column_names:
             data_set = data_set.select_columns([entry.text_key])
         num_shards = data_set.num_shards

@@ -33,6 +33,19 @@ _FOREIGN = (
 )
 
 
+class Damaged(InputError):
+    """Packed content that cannot be what was packed.
+
+    Attributes:
+        good: bytes of text that are as they were packed: before a cut all, before damage those of the members or frames
+            in front of it, because it is noticed anywhere behind where it begins.
+    """
+
+    def __init__(self, message: str, good: int) -> None:
+        super().__init__(message)
+        self.good = good
+
+
 class _Decompressor(Protocol):
     """One gzip member or one zstd frame; a file may hold several."""
 
@@ -113,7 +126,8 @@ def decompressed(name: str, chunks: Iterator[bytes], compression: str | None) ->
         compression: what its name promises: "gzip", "zstd" or None.
 
     Raises:
-        InputError: the content is not what the name promises or visibly no text, or it is damaged or cut off.
+        InputError: the content is not what the name promises or visibly no text.
+        Damaged: it is damaged or cut off.
     """
     head = b""
     for chunk in chunks:
@@ -133,6 +147,7 @@ def decompressed(name: str, chunks: Iterator[bytes], compression: str | None) ->
 
 def _unpacked(name: str, chunks: Iterator[bytes], compression: str) -> Iterator[bytes]:
     decompressor: _Decompressor | None = None
+    given = begin = 0  # bytes of text handed out, and before the member or frame at hand
     for chunk in chunks:
         for start in range(0, len(chunk), _PIECE_BYTES):
             piece = chunk[start : start + _PIECE_BYTES]
@@ -142,18 +157,19 @@ def _unpacked(name: str, chunks: Iterator[bytes], compression: str) -> Iterator[
                     piece = piece.lstrip(b"\0") if compression == "gzip" else piece
                     if not piece:
                         break
-                    decompressor = _new_decompressor(compression)
+                    decompressor, begin = _new_decompressor(compression), given
                 try:
                     text = decompressor.decompress(piece)
                 except (zlib.error, zstandard.ZstdError) as error:
-                    raise InputError(f"{name} is damaged: {error}; fetch or pack it again") from error
+                    raise Damaged(f"{name} is damaged: {error}; fetch or pack it again", begin) from error
                 if text:
+                    given += len(text)
                     yield text
                 piece = b""
                 if decompressor.eof:
                     piece, decompressor = decompressor.unused_data, None
     if decompressor is not None:
-        raise InputError(f"{name} is cut off: it ends amid its {compression} data; fetch or pack it again")
+        raise Damaged(f"{name} is cut off: it ends amid its {compression} data; fetch or pack it again", given)
 
 
 def _new_decompressor(compression: str) -> _Decompressor:

@@ -2,7 +2,8 @@
 
 `.gz` and `.zst` become what they hold, `.parquet` and saved Arrow folders one JSON object a row. An unpacked file
 belongs to a path, its size and its modification time; when they differ it is made anew. A file that ends too early
-gives the lines before its end and then one line that says so, which `records` counts as a fault of its own.
+gives the lines before its end, a damaged one those of the gzip members or zstd frames before the damage, and then one
+line that says so, which `records` counts as a fault of its own.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from typing import BinaryIO
 
 from fusiontree.data.line_index import cache_folder
 from fusiontree.data.records import (
     DAMAGED_FILE,
-    MAX_RECORD_BYTES,
     BadRecord,
     Content,
     Conversation,
@@ -28,7 +30,7 @@ from fusiontree.data.records import (
     fault_line,
 )
 from fusiontree.data.shards import LocalFile, ParquetShard
-from fusiontree.data.text_stream import COMPRESSIONS, compression_of, decompressed
+from fusiontree.data.text_stream import COMPRESSIONS, Damaged, compression_of, decompressed
 from fusiontree.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -73,9 +75,8 @@ def unpacked(path: str, text_key: str, cache_dir: str | None = None) -> str:
     temporary = folder / f"{target.name}.{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as output:
-            for block in lines(path, text_key):
-                output.write(block)
+        with open(temporary, "x+b") as output:
+            lines(path, text_key, output)
         if _stamp(path) != stamp:
             raise InputError(f"{path} changed while it was being unpacked; wait until it is complete")
         # Not replaced: another process may have read and indexed its copy already.
@@ -99,7 +100,8 @@ def is_text(path: str) -> bool:
     return path.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
 
 
-_Reader = Callable[[str, str], Iterator[bytes]]
+#: (path, text_key, output): writes the lines of a file.
+_Reader = Callable[[str, str, BinaryIO], None]
 
 
 def _reader(path: str) -> _Reader | None:
@@ -122,39 +124,34 @@ def _stamp(path: str) -> list[tuple[str, int, int]]:
         return sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries if e.is_file())
 
 
-def _packed_lines(path: str, _: str) -> Iterator[bytes]:
-    """The text up to the last whole line before any damage, then a line that names the damage."""
-    pending: list[bytes] = []
-    held, has_begun = 0, False  # bytes of the line at hand that are not yet, and whether some already are, written
+def _packed_lines(path: str, _: str, output: BinaryIO) -> None:
+    """The text; where it is damaged, the whole lines that surely are right and then one that names the damage."""
     compression = COMPRESSIONS.get(os.path.splitext(path)[1].lower())
     try:
         with open(path, "rb") as file:
             for chunk in decompressed(path, iter(partial(file.read, _BLOCK_BYTES), b""), compression):
-                whole, newline, rest = chunk.rpartition(b"\n")
-                if newline:
-                    yield b"".join([*pending, whole, newline])
-                    pending, held, has_begun = [], 0, False
-                pending.append(rest)
-                held += len(rest)
-                if held > MAX_RECORD_BYTES:  # too long to be read, and so to be held
-                    yield b"".join(pending)
-                    pending, held, has_begun = [], 0, True
+                output.write(chunk)
     except InputError as error:
-        yield (b"\n" if has_begun else b"") + fault_line(BadRecord(DAMAGED_FILE, str(error)))
-        return
-    yield b"".join(pending)
+        output.flush()
+        good = error.good if isinstance(error, Damaged) else 0
+        if good:
+            with mmap(output.fileno(), 0, access=ACCESS_READ) as text:
+                good = text.rfind(b"\n", 0, good) + 1
+        output.truncate(good)
+        output.seek(good)
+        output.write(fault_line(BadRecord(DAMAGED_FILE, str(error))))
 
 
-def _parquet_rows(path: str, text_key: str) -> Iterator[bytes]:
+def _parquet_rows(path: str, text_key: str, output: BinaryIO) -> None:
     shard = ParquetShard(LocalFile(path), text_key=text_key)
     try:
         for value in shard.open():
-            yield _as_line(shard.decode(value), text_key)
+            output.write(_as_line(shard.decode(value), text_key))
     except InputError as error:
-        yield fault_line(BadRecord(DAMAGED_FILE, str(error)))
+        output.write(fault_line(BadRecord(DAMAGED_FILE, str(error))))
 
 
-def _arrow_rows(path: str, text_key: str) -> Iterator[bytes]:
+def _arrow_rows(path: str, text_key: str, output: BinaryIO) -> None:
     from datasets import load_from_disk
 
     try:
@@ -164,7 +161,7 @@ def _arrow_rows(path: str, text_key: str) -> Iterator[bytes]:
     if text_key in rows.column_names:
         rows = rows.select_columns([text_key])
     for row in rows:
-        yield _as_line(decode_row(row, text_key), text_key)
+        output.write(_as_line(decode_row(row, text_key), text_key))
 
 
 def _as_line(content: Content, text_key: str) -> bytes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -61,7 +63,11 @@ def export(
     costs = None
     if context is not None:
         costs = measure_costs({"parent": model, "export": cut}, context=context, progress=progress)
-    manifest = RunManifest.collect({"plan": plan.model_dump(mode="json", exclude={"layers"})}, parent_run=parent)
+    settings: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude={"layers"})}
+    if costs is not None:
+        measured = {name: asdict(cost) for name, cost in costs.items()}
+        settings["costs"] = {"context": context, "device": str(model.device), **measured}
+    manifest = RunManifest.collect(settings, parent_run=parent)
     progress("writing")
     try:
         with atomic_directory(destination) as folder:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from fusiontree.atomic import atomic_write
+from fusiontree.deploy.quantized import stored_tensors
 from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridCache, HybridLanguageModel
 
@@ -188,10 +189,11 @@ def model_fingerprint(model: HybridLanguageModel) -> str:
     """Hexadecimal digest of the weights, by a sample of each: another checkpoint has another one."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)][:_SAMPLED_ELEMENTS]
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(sample.cpu().float().numpy().tobytes())
+        for part in stored_tensors(parameter):
+            flat = part.flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_ELEMENTS)][:_SAMPLED_ELEMENTS]
+            digest.update(f"{name} {list(part.shape)} {part.dtype}".encode())
+            digest.update(sample.cpu().float().numpy().tobytes())
     return digest.hexdigest()
 
 

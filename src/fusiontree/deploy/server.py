@@ -19,11 +19,18 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody, parse_body
+from fusiontree.deploy.openai_schema import (
+    CHAT_COMPLETION,
+    COMPLETION,
+    MODEL,
+    MODELS,
+    describe_requests,
+    described,
+)
 from fusiontree.deploy.runtime import InferenceRuntime
 from fusiontree.deploy.server_metrics import CONTENT_TYPE
 from fusiontree.deploy.service import ServerSettings, Service
@@ -67,34 +74,37 @@ def build_app(runtime: InferenceRuntime, settings: ServerSettings) -> FastAPI:
         well = service.engine.is_alive and not service.engine.draining
         return JSONResponse({"status": "ok" if well else "stopping"}, 200 if well else 503)
 
-    @app.get("/metrics", response_class=Response, responses=_described(401))
+    @app.get("/metrics", response_class=Response, responses=described(401, kind="text/plain"))
     def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
-    @app.get("/v1/models", responses=_described(401))
+    @app.get("/v1/models", responses=described(401, answer=MODELS))
     async def models() -> JSONResponse:
         """The one model that is served."""
         return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}", responses=_described(401, 404))
+    @app.get("/v1/models/{name:path}", responses=described(401, 404, answer=MODEL))
     async def model_named(name: str) -> JSONResponse:
         """The model of that name."""
         if name != settings.name:
             raise ApiError(404, f"there is no model {name[:80]!r} here", param="model", code="model_not_found")
         return JSONResponse(model)
 
-    @app.post("/v1/completions", responses=_described(400, 401, 404, 408, 413, 429, 503, streams=True))
+    statuses = (400, 401, 404, 408, 413, 429, 503)
+
+    @app.post("/v1/completions", responses=described(*statuses, answer=COMPLETION, streams=True))
     async def completions(request: Request) -> Response:
         """Continue a text."""
         return await service.answer(parse_body(CompletionBody, await _body(request, settings)), request)
 
-    @app.post("/v1/chat/completions", responses=_described(400, 401, 404, 408, 413, 429, 503, streams=True))
+    @app.post("/v1/chat/completions", responses=described(*statuses, answer=CHAT_COMPLETION, streams=True))
     async def chat(request: Request) -> Response:
         """Answer in a conversation."""
         return await service.answer(parse_body(ChatBody, await _body(request, settings)), request)
 
-    _describe_bodies(app, settings, {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody})
+    bodies: dict[str, type[BaseModel]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+    describe_requests(app, bodies, model=settings.name, wants_key=bool(settings.api_keys))
     return app
 
 
@@ -173,64 +183,6 @@ async def _answer_unknown(request: Request, error: Exception) -> Response:
 
 async def _answer_failure(request: Request, error: Exception) -> Response:
     return _response(ApiError(500, "the server failed on this request; its log says why"))
-
-
-_MEANINGS = {
-    400: "The request cannot be used.",
-    401: "A key is needed.",
-    404: "There is no such model.",
-    408: "The body did not arrive in time.",
-    413: "The body is too large.",
-    429: "The queue is full; `Retry-After` says when to try again.",
-    503: "The server is stopping, or the request did not begin in time.",
-}
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
-
-
-def _described(*statuses: int, streams: bool = False) -> dict[int | str, dict[str, Any]]:
-    content = {"application/json": {"schema": _ERROR_SCHEMA}}
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"description": _MEANINGS[status], "content": content} for status in statuses
-    }
-    if streams:
-        kinds = {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}}
-        described[200] = {"description": "The text, or its events where `stream` is true.", "content": kinds}
-    return described
-
-
-def _describe_bodies(app: FastAPI, settings: ServerSettings, bodies: dict[str, type[BaseModel]]) -> None:
-    """Bodies are read by `parse_body`, so FastAPI does not know of them."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            known = schema.setdefault("components", {}).setdefault("schemas", {})
-            for path, kind in bodies.items():
-                described = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-                known |= described.pop("$defs", {})
-                described["properties"]["model"]["enum"] = [settings.name]
-                known[kind.__name__] = described
-                content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
-                schema["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 class _JsonLines(logging.Formatter):

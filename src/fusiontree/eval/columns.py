@@ -16,7 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusiontree.artifacts import EvalReport, GateStatistics, PrunePlan, RunManifest, checkpoint_step
+from fusiontree.artifacts import (
+    BenchReport,
+    EvalReport,
+    GateStatistics,
+    HealReport,
+    PrunePlan,
+    RunManifest,
+    checkpoint_step,
+)
 from fusiontree.config import load_yaml
 from fusiontree.errors import InputError
 from fusiontree.runs import read_gates, read_metrics
@@ -45,6 +53,8 @@ class Column:
     gates: Sequence[GateStatistics] = ()
     plan: PrunePlan | None = None
     evaluation: EvalReport | None = None
+    heal: HealReport | None = None
+    bench: BenchReport | None = None
     _axes: dict[Axis, Points] = field(default_factory=dict)
 
     def rows(self, key: str) -> list[tuple[int, float]]:
@@ -105,8 +115,10 @@ def _read_column(path: Path, name: str) -> Column:
             path=path,
             settings=dict(_flat({"model": _model_fields(path)})),
             parameters=_parameters(path),
+            manifest=_if_there(RunManifest, path / "manifest.json"),
             plan=_if_there(PrunePlan, path / "prune_plan.json"),
             evaluation=_if_there(EvalReport, path / "eval_report.json"),
+            bench=_if_there(BenchReport, path / "bench.json"),
         )
     raise InputError(
         f"{path} is not the directory of a training run (it holds no metrics.jsonl) nor of a model (no config.json)"
@@ -133,6 +145,8 @@ def _read_run(path: Path, name: str) -> Column:
         gates=read_gates(path) if _has_content(path / "gates.jsonl") else (),
         plan=_if_there(PrunePlan, path / "prune_plan.json"),
         evaluation=next((EvalReport.load(report) for report in reports if report.exists()), None),
+        heal=_if_there(HealReport, path / "heal_report.json"),
+        bench=_if_there(BenchReport, path / "bench.json"),
     )
 
 
@@ -160,7 +174,7 @@ def _model_fields(folder: Path) -> dict[str, Any]:
 def _parameters(folder: Path) -> int:
     """Parameters of a model, counted in the heads of its files."""
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):  # a plan's constants may lie beside them
         try:
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))

@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from fusiontree.artifacts import Artifact, git_revision, library_versions
+from fusiontree.artifacts import BenchReport, ModelFigures, git_revision
 from fusiontree.config import Settings
 from fusiontree.eval.peers import count_parameters
 
@@ -37,42 +37,6 @@ class BenchSettings(Settings):
         "bfloat16", description="of the weights that generate; training keeps float32 ones and computes in this type"
     )
     seed: int = Field(0, ge=0, description="of the random token ids")
-
-
-class ModelFigures(BaseModel):
-    """Medians over the rounds of one model; `rounds` holds every single value."""
-
-    name: str
-    parameters: int
-    """Each shared one counted once."""
-    parameter_bytes: int
-    """Of the weights that generate."""
-    state_bytes: int
-    """Allocated for one sequence of `context + new_tokens` tokens, measured on the tensors of the cache itself."""
-    prefill_tokens_per_second: float
-    """Tokens of all prompts / time of one forward pass over them that keeps the state."""
-    first_token_seconds: float
-    """From the call of `generate` to its first token."""
-    decode_tokens_per_second: float
-    """Of all sequences together, from the times at which `generate` hands out its tokens, the first one left out."""
-    train_tokens_per_second: float | None = None
-    """Forward, backward, clipping and AdamW on full rows."""
-    peak_bytes: int | None = None
-    """Most GPU memory in use while the model trained, or generated if it did not; None on a CPU."""
-    rounds: dict[str, list[float]] = Field(default_factory=dict)
-    """Measure -> seconds (decode: tokens per second) of each round."""
-
-
-class BenchReport(Artifact):
-    """Speed and memory of models, measured side by side."""
-
-    KIND: ClassVar[str] = "bench_report"
-
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-    models: list[ModelFigures]
-    git_revision: str | None = None
-    versions: dict[str, str] = Field(default_factory=lambda: library_versions())
 
 
 def measure(

@@ -16,6 +16,7 @@ from fusiontree.artifacts import EvalReport
 
 def plot_perplexity_by_position(report: EvalReport, path: Path) -> Path:
     """Perplexity of the tokens in each range of places in their document, one step a range."""
+    assert report.perplexity is not None, "the report is about no text"
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     ranges = report.by_position

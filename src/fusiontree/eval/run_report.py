@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from html import escape
@@ -13,6 +12,7 @@ from pathlib import Path
 from fusiontree.artifacts import EvalReport, RunManifest
 from fusiontree.atomic import atomic_write
 from fusiontree.eval.columns import Column, differences, read_columns
+from fusiontree.eval.cut_section import bench_section, cut_section
 from fusiontree.eval.page import page, section
 from fusiontree.eval.run_figures import (
     LAYER_COLOURS,
@@ -24,10 +24,8 @@ from fusiontree.eval.run_figures import (
     overview_of_gates,
     speed_figures,
 )
+from fusiontree.eval.tables import Cell, Getter, note, number, table
 from fusiontree.train.loggers import format_duration
-
-Cell = str | None
-Getter = Callable[[Column], Cell]
 
 #: Settings that say on what `eval_loss` was measured: where they differ, it does not compare.
 _EVALUATED_ON = (
@@ -48,7 +46,10 @@ def write_run_report(paths: Sequence[Path], out: Path) -> None:
     """
     columns = read_columns(paths)
     parts = [_header(columns), _glance(columns)]
-    parts += [part(columns) for part in (_differences, _learning, _gates, _speed, _evaluation, _plan, _origin)]
+    parts += [
+        part(columns)
+        for part in (_differences, _learning, _gates, _speed, cut_section, bench_section, _evaluation, _plan, _origin)
+    ]
     parts.append(_settings(columns))
     title = columns[0].name if len(columns) == 1 else f"{len(columns)} runs side by side"
     atomic_write(out, page(title, "\n".join(filter(None, parts)), STYLE))
@@ -81,14 +82,14 @@ def _glance(columns: Sequence[Column]) -> str:
         ("model FLOP utilisation", lambda c: _median(c, "mfu", ".1%")),
         ("peak memory, GiB", lambda c: f"{max(values):.2f}" if (values := c.numbers("peak_memory_gib")) else None),
     ]
-    note = (
+    text = (
         "Losses are nats per token: training over the tokens of the last row, evaluation over the run's own evaluation "
         "batches. Speeds are medians over the rows of metrics.jsonl, from the seconds of the optimizer steps alone; "
         "time includes evaluation and saving, stops not. FLOPs are the model's, recomputation not counted; utilisation "
         "needs the device's peak. Memory is the largest of one process: allocated on a GPU, resident on a CPU. "
         "Parameters are those of the newest checkpoint."
     )
-    return section("At a glance", _table(columns, rows) + _note(note))
+    return section("At a glance", table(columns, rows) + note(text))
 
 
 def _differences(columns: Sequence[Column]) -> str:
@@ -96,16 +97,16 @@ def _differences(columns: Sequence[Column]) -> str:
         return ""
     rows = [(key, _setting(key)) for key in differences(columns)]
     if not rows:
-        return section("What differs", _note("No setting differs."))
-    note = "Settings that are not equal everywhere, from config.yaml and, for the model, the newest checkpoint."
-    return section("What differs", _table(columns, rows) + _note(note))
+        return section("What differs", note("No setting differs."))
+    text = "Settings that are not equal everywhere, from config.yaml and, for the model, the newest checkpoint."
+    return section("What differs", table(columns, rows) + note(text))
 
 
 def _learning(columns: Sequence[Column]) -> str:
     runs = [column for column in columns if column.metrics]
     if not runs:
         return ""
-    note = (
+    text = (
         "Training: the language-model loss, averaged over the tokens of the steps since the row before. Evaluation: "
         "the same packed batches of held-out text each time, without dropout. Time is that of the run, evaluation and "
         "saving included, stops not; an evaluation stands at the training row of its step. Curves of many rows are "
@@ -113,23 +114,21 @@ def _learning(columns: Sequence[Column]) -> str:
     )
     unequal = [key for key in differences(runs) if key in _EVALUATED_ON]
     if unequal:
-        note += f" Evaluation losses do not compare where these differ: {', '.join(unequal)}."
-    others = other_figures(columns) + _note(
-        "The norm is that of a row's last step, the terms are means over its steps."
-    )
+        text += f" Evaluation losses do not compare where these differ: {', '.join(unequal)}."
+    others = other_figures(columns) + note("The norm is that of a row's last step, the terms are means over its steps.")
     more = f"<details><summary>Gradient norm and the other terms of the loss</summary>{others}</details>"
-    return section("How they learn", learning_figures(columns) + _note(note) + more)
+    return section("How they learn", learning_figures(columns) + note(text) + more)
 
 
 def _gates(columns: Sequence[Column]) -> str:
     if not any(column.gates or column.numbers("gate_mean") for column in columns):
         return ""
-    note = (
+    text = (
         "A gate mixes the branches channel by channel: 1 takes the Mamba branch alone, 0 the attention branch alone. "
         "Mean: over layers, channels and the tokens since the row before; deviation: over the tokens of the last gate "
         "record."
     )
-    parts = [overview_of_gates(columns), _note(note)]
+    parts = [overview_of_gates(columns), note(text)]
     recorded = [column for column in columns if column.gates]
     if recorded:
         intervals = {str(column.settings.get("gate_monitor.interval", "?")) for column in recorded}
@@ -140,20 +139,20 @@ def _gates(columns: Sequence[Column]) -> str:
             "a working gate. Its colours follow the run's own gates: mind the ends of each scale."
         )
         scale = f'<p class="note">Layers, first to last: <span class="layers" style="{LAYER_COLOURS}"></span></p>'
-        parts += [gate_figures(recorded), scale, _note(layers)]
+        parts += [gate_figures(recorded), scale, note(layers)]
     return section("What the gates do", "".join(parts))
 
 
 def _speed(columns: Sequence[Column]) -> str:
     if not any(column.numbers("tokens_per_second") for column in columns):
         return ""
-    note = (
+    text = (
         "Tokens of all devices, operations of one, both over the seconds of the steps of a row, evaluation and saving "
         "left out. Operations are those of the model: 6 a weight and token, 12 a pair of tokens that see each other "
         "and unit of head width, 12 a state element and token; what is computed again does not count. Memory is the "
         "most that one process has held so far."
     )
-    return section("How fast, in how much memory", speed_figures(columns) + _note(note))
+    return section("How fast, in how much memory", speed_figures(columns) + note(text))
 
 
 def _evaluation(columns: Sequence[Column]) -> str:
@@ -165,32 +164,66 @@ def _evaluation(columns: Sequence[Column]) -> str:
         return lambda column: None if column.evaluation is None else get(column.evaluation)
 
     rows: list[tuple[str, Getter]] = [
-        ("loss, nats per token", of(lambda e: f"{e.loss:.4f}")),
-        ("perplexity per token", of(lambda e: f"{e.perplexity:,.3f}")),
-        ("bits per byte", of(lambda e: _number(e.settings.get("bits_per_byte"), ".4f"))),
-        ("tokens", of(lambda e: f"{e.tokens:,}")),
-        ("documents", of(lambda e: _number(e.settings.get("documents"), ",.0f"))),
-        ("files", of(lambda e: ", ".join(e.data))),
+        ("loss, nats per token", of(lambda e: number(e.loss, ".4f"))),
+        ("perplexity per token", of(lambda e: number(e.perplexity, ",.3f"))),
+        ("bits per byte", of(lambda e: number(e.settings.get("bits_per_byte"), ".4f"))),
+        ("tokens", of(lambda e: f"{e.tokens:,}" if e.tokens else None)),
+        ("documents", of(lambda e: number(e.settings.get("documents"), ",.0f"))),
+        ("files", of(lambda e: ", ".join(e.data) or None)),
         ("model", of(lambda e: e.model)),
         ("measured", of(lambda e: str(e.settings.get("measured", "")) or None)),
     ]
     tasks = [c.evaluation.tasks for c in found if c.evaluation is not None and c.evaluation.tasks is not None]
     kinds = dict.fromkeys(result.task for report in tasks for result in report.results)
     rows += [(f"{task}: answers found", of(partial(_task, task))) for task in kinds]
-    note = (
+    rows += [
+        ("Python: next lines right", of(lambda e: number(e.code.next_line_right, ".1%") if e.code else None)),
+        (
+            "Python: likeness of next lines",
+            of(lambda e: number(e.code.next_line_similarity, ".3f") if e.code else None),
+        ),
+        ("Python: loss of functions' ends", of(lambda e: number(e.code.loss, ".4f") if e.code else None)),
+        ("passkeys found", of(_passkeys)),
+    ]
+    scored = [c.evaluation.harness for c in found if c.evaluation is not None]
+    metrics = dict.fromkeys(
+        (result.task, metric)
+        for harness in scored
+        for results in harness.values()
+        for result in results
+        for metric in result.metrics
+    )
+    rows += [(f"{task}: {metric}", of(partial(_harness, task, metric))) for task, metric in metrics]
+    text = (
         "The last fusiontree eval of each: every token of whole held-out documents once, predicted from all of its "
         "document before it. Losses compare where files and tokens are the same, bits per byte also between "
         "tokenizers; rows that stand in the way are marked."
     )
     return section(
         "Last evaluation",
-        _table(columns, rows, ("tokens", "documents", "files", "measured")) + evaluation_figure(columns) + _note(note),
+        table(columns, rows, ("tokens", "documents", "files", "measured")) + evaluation_figure(columns) + note(text),
     )
 
 
 def _task(task: str, evaluation: EvalReport) -> Cell:
     found = [result for result in evaluation.tasks.results if result.task == task] if evaluation.tasks else []
     return f"{found[0].right:.1%} of {found[0].answers:,}" if found else None
+
+
+def _passkeys(evaluation: EvalReport) -> Cell:
+    grid = evaluation.passkeys
+    if grid is None:
+        return None
+    by_length = zip(grid.lengths, *grid.right, strict=True)
+    return ", ".join(f"{sum(shares) / len(shares):.0%} in {length:,}" for length, *shares in by_length)
+
+
+def _harness(task: str, metric: str, evaluation: EvalReport) -> Cell:
+    for result in (result for results in evaluation.harness.values() for result in results):
+        if result.task == task and metric in result.metrics:
+            error = result.errors.get(metric)
+            return f"{result.metrics[metric]:,.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return None
 
 
 def _plan(columns: Sequence[Column]) -> str:
@@ -219,8 +252,8 @@ def _plan(columns: Sequence[Column]) -> str:
         )
     if not parts:
         return ""
-    note = "From prune_plan.json: a layer keeps both branches, Mamba alone (red) or attention alone (blue)."
-    return section("What would be pruned", "".join(parts) + _note(note))
+    text = "From prune_plan.json: a layer keeps both branches, Mamba alone (red) or attention alone (blue)."
+    return section("What would be pruned", "".join(parts) + note(text))
 
 
 def _origin(columns: Sequence[Column]) -> str:
@@ -238,9 +271,9 @@ def _origin(columns: Sequence[Column]) -> str:
         ("command", of(lambda m: m.command)),
         *((name, of(partial(_version, name))) for name in libraries),
     ]
-    note = "From manifest.json, written when a run begins. Marked rows differ."
+    text = "From manifest.json, written when a run begins. Marked rows differ."
     return section(
-        "Where they come from", _table(columns, rows, ("revision", "data fingerprint", *libraries)) + _note(note)
+        "Where they come from", table(columns, rows, ("revision", "data fingerprint", *libraries)) + note(text)
     )
 
 
@@ -254,29 +287,9 @@ def _settings(columns: Sequence[Column]) -> str:
     parts = []
     for name in sections:
         inside = [key for key in keys if (key.partition(".")[0] if "." in key else "run") == name]
-        table = _table(columns, [(key, _setting(key)) for key in inside], inside)
-        parts.append(f"<details><summary>{escape(name)}</summary>{table}</details>")
+        settings = table(columns, [(key, _setting(key)) for key in inside], inside)
+        parts.append(f"<details><summary>{escape(name)}</summary>{settings}</details>")
     return section("All settings", "".join(parts))
-
-
-def _table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], marked: Collection[str] = ()) -> str:
-    """A row for each getter that has a value anywhere; those named in `marked` stand out where their values differ."""
-    heads = "".join(
-        f'<th scope="col" class="c{index % 8}">{escape(column.name)}</th>' for index, column in enumerate(columns)
-    )
-    body = []
-    for name, get in rows:
-        values = [get(column) for column in columns]
-        if not any(values):
-            continue
-        is_marked = name in marked and len({value for value in values if value}) > 1
-        cells = "".join(f"<td>{'–' if value is None else escape(value)}</td>" for value in values)
-        body.append(f"<tr{' class=differs' if is_marked else ''}><th scope=row>{escape(name)}</th>{cells}</tr>")
-    return f'<div class="wide"><table class="columns"><tr><td></td>{heads}</tr>{"".join(body)}</table></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
 
 
 def _setting(key: str) -> Getter:
@@ -319,8 +332,3 @@ def _best(column: Column, key: str) -> Cell:
 def _median(column: Column, key: str, form: str) -> Cell:
     values = column.numbers(key)
     return format(statistics.median(values), form) if values else None
-
-
-def _number(value: object, form: str) -> Cell:
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return format(value, form) if is_number else None

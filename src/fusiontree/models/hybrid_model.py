@@ -18,6 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fusiontree.errors import InputError, nearest
+from fusiontree.models.body import Body
 from fusiontree.models.cache import HybridCache, cache_geometry
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.decoding import DecodingProgram, StepInputs
@@ -79,6 +80,7 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: HybridLanguageModelConfig):
         super().__init__(config)
+        self._body = Body(self)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embed_dropout = nn.Dropout(config.dropout)
         self.srte = SRTE(config)
@@ -97,6 +99,11 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
         if isinstance(module, nn.Linear) and not any(module is part for part in self.modules()):
             module.is_head = True  # type: ignore[assignment]  # a new one, made by `resize_token_embeddings`
         initialize(module, self.config)
+
+    @property
+    def base_model(self) -> Body:
+        """The model without its head."""
+        return self._body
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens

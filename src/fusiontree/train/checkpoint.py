@@ -150,7 +150,7 @@ def weights_fingerprint(config: HybridLanguageModelConfig, parameters: Iterable[
 
 def saved_fingerprint(path: Path, model: HybridLanguageModel) -> str:
     """`weights_fingerprint` of a checkpoint directory of this model, whose own weights may be spread over processes."""
-    files = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
+    files = [safe_open(file, framework="pt") for file in sorted(path.glob("model*.safetensors"))]
     place = {name: file for file in files for name in file.keys()}
     names = sorted(name for name, _ in model.named_parameters())
     return weights_fingerprint(model.config, ((name, place[name].get_tensor(name)) for name in names))

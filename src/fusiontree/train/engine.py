@@ -35,6 +35,7 @@ from fusiontree.train.saving import RunSaver
 from fusiontree.train.settings import RunSettings
 from fusiontree.train.setup import (
     checkpoint_to_resume,
+    common_facts,
     enable_gradient_checkpointing,
     initial_weights,
     model_config,
@@ -93,12 +94,21 @@ class TrainingEngine:
     def _open(self, resume: str | None) -> None:
         settings = self.settings
         self.processes = Processes(self.accelerator)
+        self.processes.require_equal(common_facts(settings), "start all processes with the same settings and launcher")
         self.lengths = settings.length_schedule(self.processes.count)
         self.passed_over: list[str] = []
         checkpoint = self.processes.on_main(
             lambda: checkpoint_to_resume(self.run_directory, resume, self.passed_over.append)
         )
         state, model, teacher = self.processes.on_all(lambda: self._load(checkpoint))
+        loaders = {"training": self.train_loader, "evaluation": self.evaluation.loader}
+        self.processes.require_equal(
+            {
+                f"the fingerprint of the {name} data": loader and loader.fingerprint()
+                for name, loader in loaders.items()
+            },
+            "give all processes the same files, with the same times of change, and the same tokenizer",
+        )
         # Of the whole model: before it is sharded.
         self.groups = parameter_groups(model, settings.training)
         throughput = Throughput(model, self.processes.device, settings)
@@ -111,6 +121,7 @@ class TrainingEngine:
         self.meter = StepMeter(throughput)
         self.guard = StepGuard(settings.training)
         self.step = 0
+        self.view = ProgressView("none", settings.training.max_steps, 0, visible=False)
         self.files = RunFiles(settings)
         self.saver = RunSaver(
             settings,
@@ -188,37 +199,10 @@ class TrainingEngine:
             InputError: losses or gradients that stay without a finite value, a full disk, data that changed underneath,
                 a process of the run that was lost.
         """
-        self.parallel.model.train()
-        t = self.settings.training
-        self.view = ProgressView(self.settings.logging.progress, t.max_steps, self.step, visible=self.processes.is_main)
         try:
             with StopRequest() as stop:
-                announce_start(
-                    self.view,
-                    self.settings,
-                    self.processes,
-                    groups=self.groups,
-                    num_parameters=self.parallel.num_parameters,
-                    lengths=self.lengths,
-                    checkpoint=self.saver.newest,
-                    passed_over=self.passed_over,
-                    evaluates=self.evaluation.loader is not None,
-                )
-                self._evaluate_if_due(stop)
-                batches = iter(self.train_loader)
-                stopping = self.processes.any(bool(stop))
-                while self.step < t.max_steps and not stopping:
-                    before = self.step
-                    stopping = self._train_step(batches, stop)
-                    if self.step <= before:
-                        continue  # it went back to a checkpoint
-                    if self.step % t.log_interval == 0 or self.step == t.max_steps:
-                        self._log()
-                    self._evaluate_if_due(stop)
-                    if t.save_interval and self.step % t.save_interval == 0:
-                        self.saver.save_on_the_way(self.view.warn)
-                    # Several processes agree in their next step; one alone need not wait for it.
-                    stopping = stopping or (self.processes.count == 1 and bool(stop))
+                for _ in self.steps(stop):
+                    pass
                 if self.step > 0:
                     self.saver.save()
                 signal = self.processes.first(stop.signal)
@@ -237,9 +221,49 @@ class TrainingEngine:
                 raise
             raise lost from error
         finally:
-            self.view.close()
-            self.files.close()
-            close_accelerator()
+            self.close()
+
+    def steps(self, stop: StopRequest) -> Iterator[int]:
+        """The loop of `run`: yields the number of each step when all that belongs to it is done.
+
+        Rows of the logs, evaluation and checkpoints on the way belong to it; the last checkpoint does not, nor `close`.
+        """
+        t = self.settings.training
+        self.parallel.model.train()
+        self.view = ProgressView(self.settings.logging.progress, t.max_steps, self.step, visible=self.processes.is_main)
+        announce_start(
+            self.view,
+            self.settings,
+            self.processes,
+            groups=self.groups,
+            num_parameters=self.parallel.num_parameters,
+            lengths=self.lengths,
+            checkpoint=self.saver.newest,
+            passed_over=self.passed_over,
+            evaluates=self.evaluation.loader is not None,
+        )
+        self._evaluate_if_due(stop)
+        batches = iter(self.train_loader)
+        stopping = self.processes.any(bool(stop))
+        while self.step < t.max_steps and not stopping:
+            before = self.step
+            stopping = self._train_step(batches, stop)
+            if self.step <= before:
+                continue  # it went back to a checkpoint
+            if self.step % t.log_interval == 0 or self.step == t.max_steps:
+                self._log()
+            self._evaluate_if_due(stop)
+            if t.save_interval and self.step % t.save_interval == 0:
+                self.saver.save_on_the_way(self.view.warn)
+            yield self.step
+            # Several processes agree in their next step; one alone need not wait for it.
+            stopping = stopping or (self.processes.count == 1 and bool(stop))
+
+    def close(self) -> None:
+        """Close logs and display; the group of processes stays."""
+        self.view.close()
+        self.files.close()
+        close_accelerator()
 
     def _train_step(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         """One optimizer step. All its micro-batches are fetched first: each is weighted by its part of the whole.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +71,26 @@ class Processes:
             f"process {self.index} waited longer than system.timeout for {who} of {self.count} "
             f"(at step {min(steps)}, others at {max(steps)}): look at what holds it up, then go on with --resume auto"
         )
+
+    def require_equal(self, facts: Mapping[str, Any], advice: str) -> None:
+        """Compare what must be the same in all processes.
+
+        Args:
+            facts: values by what they are, as JSON knows them.
+            advice: what to do where one differs.
+
+        Raises:
+            InputError: one does, in all processes (`ElsewhereError` in all but the main one).
+        """
+        if self.count == 1:
+            return
+        everyones = gather_object([dict(facts)])
+        for index, others in enumerate(everyones):
+            for name in {**everyones[0], **others}:
+                ours, theirs = everyones[0].get(name), others.get(name)
+                if ours != theirs:
+                    kind = InputError if self.is_main else ElsewhereError
+                    raise kind(f"{name} is {theirs} in process {index} but {ours} in process 0: {advice}")
 
     def on_main(self, work: Callable[[], _T]) -> _T:
         """The result of `work`, which the main process does while the others wait.

@@ -14,6 +14,7 @@ from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.checkpoint_files import STATE_DIRECTORY, check_files, newest_checkpoint, newest_whole
+from fusiontree.train.launch import launched_processes
 from fusiontree.train.settings import RunSettings
 
 #: Vocabularies that are not given are rounded up to this: matrix kernels like whole tiles.
@@ -140,6 +141,20 @@ def checkpoint_to_resume(directory: Path, resume: str | None, report: Callable[[
     if not _is_of(found, directory) and holds_run(directory):
         raise InputError(f"{directory} already holds another run than {found}: choose another output_dir")
     return found
+
+
+def common_facts(settings: RunSettings) -> dict[str, Any]:
+    """What all processes of a run must agree on before they read anything: their number and all settings but paths.
+
+    Data may lie elsewhere on each machine: its fingerprint is compared instead.
+    """
+    facts: dict[str, Any] = {"the number of processes (WORLD_SIZE)": launched_processes()}
+    for section, values in settings.model_dump(mode="json", exclude={"output_dir", "data", "logging"}).items():
+        keys = values if isinstance(values, dict) else {"": values}
+        facts |= {f"{section}.{key}".rstrip("."): value for key, value in keys.items()}
+    for name in ("system.deepspeed_config", "training.init_from", "loss.teacher"):
+        del facts[name]
+    return facts
 
 
 def initial_weights(settings: RunSettings) -> Path | None:

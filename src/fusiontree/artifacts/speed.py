@@ -1,0 +1,45 @@
+"""How fast models are, and what they take."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from fusiontree.artifacts.base import Artifact, Record, library_versions
+
+
+class ModelFigures(Record):
+    """Medians over the rounds of one model; `rounds` holds every single value."""
+
+    name: str
+    parameters: int
+    """Each shared one counted once."""
+    parameter_bytes: int
+    """Of the weights that generate."""
+    state_bytes: int
+    """Allocated for one sequence of `context + new_tokens` tokens, measured on the tensors of the cache itself."""
+    prefill_tokens_per_second: float
+    """Tokens of all prompts / time of one forward pass over them that keeps the state."""
+    first_token_seconds: float
+    """From the call of `generate` to its first token."""
+    decode_tokens_per_second: float
+    """Of all sequences together, from the times at which `generate` hands out its tokens, the first one left out."""
+    train_tokens_per_second: float | None = None
+    """Forward, backward, clipping and AdamW on full rows."""
+    peak_bytes: int | None = None
+    """Most GPU memory in use while the model trained, or generated if it did not; None on a CPU."""
+    rounds: dict[str, list[float]] = Field(default_factory=dict)
+    """Measure -> seconds (decode: tokens per second) of each round."""
+
+
+class BenchReport(Artifact):
+    """Speed and memory of models, measured side by side."""
+
+    KIND: ClassVar[str] = "bench_report"
+
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    models: list[ModelFigures]
+    git_revision: str | None = None
+    versions: dict[str, str] = Field(default_factory=lambda: library_versions())

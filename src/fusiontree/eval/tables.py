@@ -1,0 +1,39 @@
+"""Tables of the page that compares runs: a column for each, and a row for whatever any of them has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from html import escape
+
+from fusiontree.eval.columns import Column
+
+Cell = str | None
+Getter = Callable[[Column], Cell]
+
+
+def table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], marked: Collection[str] = ()) -> str:
+    """A row for each getter that has a value anywhere; those named in `marked` stand out where their values differ."""
+    heads = "".join(
+        f'<th scope="col" class="c{index % 8}">{escape(column.name)}</th>' for index, column in enumerate(columns)
+    )
+    body = []
+    for name, get in rows:
+        values = [get(column) for column in columns]
+        if not any(values):
+            continue
+        is_marked = name in marked and len({value for value in values if value}) > 1
+        cells = "".join(f"<td>{'–' if value is None else escape(value)}</td>" for value in values)
+        body.append(f"<tr{' class=differs' if is_marked else ''}><th scope=row>{escape(name)}</th>{cells}</tr>")
+    return f'<div class="wide"><table class="columns"><tr><td></td>{heads}</tr>{"".join(body)}</table></div>'
+
+
+def note(text: str) -> str:
+    """A paragraph that says how figures were measured."""
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def number(value: object, form: str) -> Cell:
+    """A finite number in a format; None for anything else."""
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    return format(value, form) if is_number else None
