@@ -35,7 +35,7 @@ from training_run import RepeatedStep
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig, local_global_attn
 from fusiontree.models.layout import SinusoidTable
-from fusiontree.train.memory import LiveBytes, estimate_activations
+from fusiontree.train.activations import LiveBytes, estimate_activations
 from fusiontree.train.settings import RunSettings
 from fusiontree.train.setup import enable_gradient_checkpointing
 
@@ -270,7 +270,7 @@ def predicted(options: argparse.Namespace, scope: str) -> int:
     """What `fusiontree train --dry-run` says of the activations."""
     training = {"batch_size": options.batch, "max_seq_length": options.length, "gradient_checkpointing": scope}
     training["mixed_precision"] = "bf16" if options.dtype == "bf16" else "no"
-    return estimate_activations(RunSettings.parse({"training": training}), our_config(SIZES[options.size], {}))
+    return estimate_activations(RunSettings.parse({"training": training}), our_config(SIZES[options.size], {})).peak
 
 
 if __name__ == "__main__":

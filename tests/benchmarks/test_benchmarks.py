@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -377,3 +378,58 @@ def test_serving_answers_right_under_load_and_records_what_it_costs(tmp_path: Pa
     assert state["llama"] == 2 * 2 * 128 * 600 * 4 and state["fusiontree"] < state["llama"]
     assert "| at once to one by one |" in path.with_suffix(".md").read_text()
     assert str(tmp_path) not in path.read_text()
+
+
+def test_predicted_memory_is_compared_with_a_real_run(tmp_path: Path) -> None:
+    done = run_script("memory_prediction.py", "--results", tmp_path, "--sizes", "small", "--engines", "single")
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(next(tmp_path.glob("memory_prediction_*.json")).read_text())
+    (row,) = record["rows"]
+    assert row["predicted"]["peak"] == pytest.approx(row["measured"]["peak"], rel=0.15)
+    # Parameters, gradients and two moments are there at least.
+    assert row["measured"]["peak"] > 16 * row["predicted"]["parameters"]
+    assert record["recipe"]["peak"] < 35e9
+    assert (
+        f"| small | single | {row['predicted']['parameters'] / 1e6:.1f} M |" in next(tmp_path.glob("*.md")).read_text()
+    )
+
+
+def test_overhead_is_measured_in_turns(tmp_path: Path) -> None:
+    small = ("model.hidden_size=32", "model.num_layers=1", "model.num_heads=4", "model.mamba_head_dim=8")
+    small += ("training.max_seq_length=32", "model.window_size=8")
+    rounds = ("--rounds", "2", "--steps", "1", "--threads", "1", "--results")
+    done = run_script("overhead.py", *small, *rounds, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(next(tmp_path.glob("overhead_*.json")).read_text())
+    assert len(record["rounds"]) == 2 and len(record["saves"]) == 1
+    assert all(seconds["cpu"] > 0 for one in record["rounds"] for seconds in one.values())
+    assert "| engine over a bare loop | " in next(tmp_path.glob("overhead_*.md")).read_text()
+
+
+@pytest.mark.slow
+def test_the_recipe_in_small_is_trained_killed_resumed_judged_and_used(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "wikitext2"
+    folder.mkdir(parents=True)
+    for name, first in (("train", 0), ("valid", 60), ("test", 90)):
+        texts = [" ".join(f"{n} times {i} is {n * i}." for n in range(60)) for i in range(first, first + 30)]
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    small = ("model.hidden_size=96", "model.num_layers=2", "model.mamba_head_dim=16", "training.mixed_precision=no")
+    small += ("training.max_seq_length=32", "training.eval_batches=2")
+    sizes = ("--steps", "20", "--rounds", "1", "--data", tmp_path / "data", "--results", tmp_path)
+    done = run_script("pretrain_small.py", *small, *sizes)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads((tmp_path / "pretrain_small.json").read_text())
+    assert record["resumed_from"] <= record["killed_after"] < 20 == record["losses"][-1][0]
+    assert record["evaluations"][-1][1] < record["evaluations"][0][1]
+    assert [step for step, *_ in record["gates"]] == [1, 10, 20]
+    assert all(len(seconds) == 1 for seconds in record["seconds_per_step"].values())
+    assert "The history of" in (tmp_path / "pretrain_small.md").read_text()
+
+
+def test_quantized_prints_bytes_and_speed_of_each_form() -> None:
+    done = run_script("quantized.py", *TINY, "--context", "16", "--steps", "2", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    sizes = {name: float(size) for name, size in re.findall(r"^\| (\w+) \| ([\d.]+) \|", done.stdout, re.M)}
+    assert sizes.keys() == {"float32", "int8", "int4"}
+    assert sizes["int8"] < sizes["float32"] and sizes["int4"] < sizes["float32"]

@@ -74,6 +74,7 @@ def test_a_run_leaves_its_directory(config: Path, tmp_path: Path) -> None:
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["model"]["vocab_size"] == 320  # the tokenizer's 300, rounded up to a multiple of 64
     assert json.loads((run / "manifest.json").read_text())["config"] == resolved
+    assert "AdamW, weight decay 0.1: " in done.stderr and "layers.*.fusion_proj.weight" in done.stderr
     # A log file gets plain lines: no escape codes, no redrawn bars.
     assert "step 6/6  loss " in done.stderr and "tok/s" in done.stderr and "ETA" in done.stderr
     assert "eval loss" in done.stderr
@@ -144,6 +145,12 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
         (["model.window_size=0"], "`window_size` must be"),
         (["model.global_heads=9"], "`global_heads` must lie between 0 and `num_heads` 4"),
         (["model.vocab_size=100"], "has ids up to 299 but model.vocab_size is 100"),
+        (
+            ["training.optimizer=muon", "system.zero_stage=2"],
+            "muon needs whole matrices, which DeepSpeed ZeRO-2 divides",
+        ),
+        (["training.optimizer=muon", "system.fsdp=true"], "set it to adamw, or train with DDP"),
+        (["training.lr_schedule=cosin"], "training.lr_schedule"),
         (["training.batch_size=0"], "training.batch_size"),
         (["training.learning_rate=fast"], "training.learning_rate"),
         (
@@ -354,8 +361,18 @@ def test_a_deepspeed_file_that_contradicts_the_settings_is_one_sentence(
 def test_dry_run_counts_and_trains_nothing(train: Train, tmp_path: Path) -> None:
     code, shown, _ = train("--dry-run", "system.zero_stage=2", "system.num_devices=4")
     assert code == 0
-    for wanted in ("Mamba branches", "attention branches", "gates", "optimizer state", "activations", "4 in all"):
+    for wanted in (
+        "Mamba branches",
+        "attention branches",
+        "gates",
+        "optimizer state",
+        "activations",
+        "peak",
+        "4 in all",
+    ):
         assert wanted in shown
+    (group,) = [line for line in shown.splitlines() if line.startswith("AdamW, weight decay 0.1: ")]
+    assert "parameters in" in group and "AdamW, no weight decay: " in shown and "layers.*.gate.up.weight" in shown
     assert f"{2 * 2 * 24 * 4} tokens per optimizer step on 4 device(s)" in shown
     assert not (tmp_path / "run").exists()
 

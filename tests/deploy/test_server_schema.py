@@ -48,7 +48,7 @@ def address(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def api(address: str) -> Any:
-    headers = {"authorization": f"Bearer {KEY}"}
+    headers = {"Authorization": f"Bearer {KEY}"}
     return schemathesis.openapi.from_url(f"{address}/openapi.json", headers=headers)
 
 
@@ -77,7 +77,7 @@ def ask(operation: Any, mode: GenerationMode, examples: int) -> None:
     @given(operation.as_strategy(mode))
     def run(case: Any) -> None:
         case.call_and_validate(
-            headers={"authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance], timeout=120
+            headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance], timeout=120
         )
 
     run()

@@ -68,22 +68,25 @@ def _print_dry_run(estimate: DryRun) -> None:
     parameters.add_row("total", f"{estimate.parameters:,}", "", style="bold")
 
     m = estimate.memory
-    unit, size_of_unit = ("GiB", 2**30) if m.total >= 2**30 else ("MiB", 2**20)
-    memory = Table("what", unit, "share", title=f"Memory per device ({estimate.devices} in all)")
+    unit, size_of_unit = ("GiB", 2**30) if m.peak >= 2**30 else ("MiB", 2**20)
+    memory = Table("what", unit, title=f"Memory per device ({estimate.devices} in all, {estimate.engine})")
     for name, size in (
         ("parameters", m.parameters),
         ("gradients", m.gradients),
         ("optimizer state", m.optimizer),
-        ("activations (estimated)", m.activations),
+        ("communication and gathered parameters", m.buffers),
+        ("activations", m.activations),
     ):
-        memory.add_row(name, f"{size / size_of_unit:.2f}", share(size, m.total))
-    memory.add_row("total", f"{m.total / size_of_unit:.2f}", "", style="bold")
+        memory.add_row(name, f"{size / size_of_unit:.2f}")
+    memory.add_row("peak", f"{m.peak / size_of_unit:.2f}", style="bold")
 
     for table in (parameters, memory):
         for column in table.columns[1:]:
             column.justify = "right"
     console = Console()
     console.print(parameters)
+    for group in estimate.groups:
+        console.print(f"{group} ({', '.join(group.patterns())})", highlight=False, markup=False)
     console.print(f"{estimate.tokens_per_step:,} tokens per optimizer step on {estimate.devices} device(s)")
     if estimate.lengths.varies:
         largest = max(stage.length for stage in estimate.lengths.stages)

@@ -9,12 +9,11 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fusiontree.errors import InputError, nearest
@@ -23,13 +22,11 @@ from fusiontree.models.cache import HybridCache, cache_geometry
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.decoding import DecodingProgram, StepInputs
 from fusiontree.models.gate_stats import GateDetails, GateStats
+from fusiontree.models.generation import HybridGenerationMixin
 from fusiontree.models.hybrid_block import CHECKPOINTING_SCOPES, DEFAULT_SCOPE, BlockGates, HybridBlock
 from fusiontree.models.initialization import initialize
 from fusiontree.models.layout import IGNORE_INDEX, SRTE, Layout, SinusoidTable, build_layout, shift_labels
 from fusiontree.ops import linear_cross_entropy
-
-# Tokens that `generate` makes room for at once; longer sequences grow the buffers by doubling.
-_MAX_PREALLOCATION = 8192
 
 
 @dataclass
@@ -64,7 +61,7 @@ class BackboneOutput:
     logits: torch.Tensor | None = None
 
 
-class HybridLanguageModel(PreTrainedModel, GenerationMixin):
+class HybridLanguageModel(PreTrainedModel, HybridGenerationMixin):
     """Causal language model of hybrid blocks; loads, saves and generates like any transformers model."""
 
     config_class = HybridLanguageModelConfig
@@ -355,63 +352,6 @@ class HybridLanguageModel(PreTrainedModel, GenerationMixin):
             drops.append(draw.choice(("mamba", "attention")) if hit else None)
         return drops
 
-    # Generation.
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict,
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        cache = model_kwargs.get("past_key_values")
-        if generation_config.cache_implementation is not None:
-            raise InputError(
-                f"`cache_implementation={generation_config.cache_implementation!r}` does not fit a recurrent state: "
-                "leave it out, HybridCache is used"
-            )
-        if cache is not None:
-            if not isinstance(cache, HybridCache):
-                raise InputError(f"`past_key_values` must be a HybridCache, got {type(cache).__name__}")
-            cache._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = HybridCache(
-                self.config, capacity=min(max_cache_length, _MAX_PREALLOCATION)
-            )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: HybridCache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,  # transformers looks for this name in the signature
-        is_first_iteration: bool | None = False,
-        **kwargs: Any,
-    ) -> dict:
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        piece = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        if attention_mask is None:
-            return inputs
-        if past_key_values is not None and piece.shape[1] == 1 and not is_first_iteration:
-            # A token that was just chosen is real, and the state knows what came before it.
-            inputs["attention_mask"] = None
-        elif inputs.get("logits_to_keep") == 1 and not attention_mask[:, -1].all():
-            mask = attention_mask[:, -piece.shape[1] :].bool()
-            inputs["logits_to_keep"] = _last_real_columns(mask, past_key_values)
-        return inputs
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> None:
-        """None: `forward` counts positions from the mask and the state, also where rows are padded on the right."""
-        return None
-
 
 def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """[B, T, H] -> [B, kept, H]: the columns whose logits are asked for."""
@@ -420,21 +360,6 @@ def _kept(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Ten
     if logits_to_keep.dim() == 2:
         return hidden.gather(1, logits_to_keep[..., None].expand(-1, -1, hidden.shape[2]))
     return hidden[:, logits_to_keep]
-
-
-def _last_real_columns(mask: torch.Tensor, cache: HybridCache | None) -> torch.Tensor:
-    """[B, 1]: the column of each row's last real token in a piece with mask [B, T]; 0 for rows that have yet to begin.
-
-    Raises:
-        InputError: a row's last real token was read in an earlier piece, whose logits are gone.
-    """
-    if cache is not None and cache.read is not None and (~mask.any(1) & (cache.read > 0)).any():
-        raise InputError(
-            "a prompt ends in an earlier piece than the longest one: pad prompts on the left to read them in pieces "
-            "(`prefill_chunk_size`)"
-        )
-    index = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(mask, index, 0).amax(1, keepdim=True)
 
 
 def _gather_gates(gates: list[BlockGates], layout: Layout, batch: int) -> GateStats:

@@ -1,29 +1,24 @@
-"""What a run would need, without running it: parameters by component and memory per device.
+"""What a run would need, without running it: parameters by component and memory per device, engine by engine.
 
-Parameters are counted on the meta device. Activations are measured on fake tensors, which know their size and hold
-nothing: one layer and two layers of each kind go forward and backward, and the difference is what a layer adds.
+Parameters are counted on the meta device, activations on fake tensors (`train/activations.py`). What an engine holds
+beside them follows from how it divides parameters, gradients and moments; `benchmarks/memory_prediction.py` compares
+the sum with what runs take.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fusiontree.data.curriculum import LengthSchedule, Stage
+from fusiontree.data.curriculum import LengthSchedule
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
-from fusiontree.ops.cross_entropy import DEFAULT_CHUNK_SIZE
-from fusiontree.train.settings import RunSettings, SystemSettings
-from fusiontree.train.setup import enable_gradient_checkpointing
-
-#: Longest row that is really traced; longer ones are scaled up, since activations grow linearly with the length.
-TRACED_LENGTH = 2048
+from fusiontree.train.activations import Activations, estimate_activations
+from fusiontree.train.deepspeed_config import deepspeed_config
+from fusiontree.train.optim import MOMENTS, ParameterGroup, parameter_groups
+from fusiontree.train.settings import RunSettings
 
 _COMPONENTS = {
     "embed_tokens": "embeddings",
@@ -42,19 +37,40 @@ _COMPONENTS = {
 }
 
 
+#: DeepSpeed's own where its configuration says nothing.
+_ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers in parameters."""
+
+    whole: int
+    largest_block: int
+    outside_blocks: int
+    small: int = 0
+    """In parameters that ZeRO-3 leaves whole in every process."""
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device. The activations are those of one micro-batch at its peak, forward or backward."""
+    """Bytes on one device, allocator overhead left out. Not all of it exists at one time."""
 
     parameters: int
     gradients: int
     optimizer: int
+    """Moments, and the copy of the parameters that ZeRO updates."""
+    buffers: int
+    """What engines gather parameters and exchange gradients in."""
     activations: int
-
-    @property
-    def total(self) -> int:
-        """Upper bound of what exists at a time, allocator overhead and communication buffers left out."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+    """Of one micro-batch at its peak, forward or backward."""
+    peak: int
+    """Most that exists at a time."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,11 @@ class DryRun:
     components: dict[str, int]
     """Parameters by component, largest first."""
     parameters: int
+    groups: list[ParameterGroup]
+    """Of the optimizers' parameters."""
     devices: int
+    engine: str
+    """What trains, in words."""
     tokens_per_step: int
     lengths: LengthSchedule
     """Of the rows; the tokens are the same at every length."""
@@ -75,9 +95,12 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
     """Count and estimate without allocating.
 
     Args:
-        settings: the run; its zero_stage and offloading are taken as asked for, whether or not this version runs them.
+        settings: the run; its engine is taken as asked for, whether or not it is installed here.
         config: of the model.
         devices: that share a step.
+
+    Raises:
+        InputError: a DeepSpeed file that is missing, broken or contradicts the settings.
     """
     with torch.device("meta"):
         model = HybridLanguageModel(config)
@@ -86,159 +109,132 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
         part = name.split(".")[2] if name.startswith("layers.") else name.split(".")[0]
         components[_COMPONENTS[part]] += parameter.numel()
     t = settings.training
+    groups = parameter_groups(model, t)
     return DryRun(
         components=dict(components.most_common()),
         parameters=components.total(),
+        groups=groups,
         devices=devices,
+        engine=settings.system.engine,
         tokens_per_step=t.batch_size * t.gradient_accumulation_steps * t.max_seq_length * devices,
         lengths=settings.length_schedule(devices),
         memory=estimate_memory(
-            settings.system,
-            parameters=components.total(),
+            settings,
+            model_size(model, settings, devices),
+            moments=sum(4 * len(MOMENTS[group.optimizer]) * group.parameters for group in groups),
             activations=estimate_activations(settings, config),
             devices=devices,
         ),
     )
 
 
-def estimate_memory(system: SystemSettings, *, parameters: int, activations: int, devices: int) -> MemoryEstimate:
-    """Bytes per device: float32 parameters and gradients, two float32 moments, activations; ZeRO shards by stage.
+def model_size(model: HybridLanguageModel, settings: RunSettings, devices: int) -> ModelSize:
+    """The sizes of a model, which may lie on the meta device, that matter to the engine of the settings."""
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.layers]
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    threshold = _zero(settings, devices)["stage3_param_persistence_threshold"] if settings.system.uses_deepspeed else 0
+    small = sum(parameter.numel() for parameter in model.parameters() if parameter.numel() < threshold)
+    return ModelSize(whole, max(blocks), whole - sum(blocks), small)
+
+
+def _zero(settings: RunSettings, devices: int) -> dict[str, Any]:
+    return _ZERO_DEFAULTS | deepspeed_config(settings, devices)["zero_optimization"]
+
+
+def estimate_memory(
+    settings: RunSettings, size: ModelSize, *, moments: int, activations: Activations, devices: int
+) -> MemoryEstimate:
+    """Bytes per device: float32 parameters and gradients, the optimizer's moments, activations.
+
+    The peak comes when the backward pass begins, or when the optimizer steps, whichever holds more. With several
+    micro-batches gradients exist when activations do, with a single one they come as activations go.
 
     Args:
-        parameters: number of them in the whole model.
-        activations: bytes, see `estimate_activations`.
+        moments: bytes of the optimizer's, of the whole model.
         devices: that share the work.
     """
-    weights = gradients = 4 * parameters
-    moments = 8 * parameters
-    if system.zero_stage >= 1:
-        moments //= devices
-    if system.zero_stage >= 2:
-        gradients //= devices
-    if system.zero_stage >= 3:
-        weights //= devices
+    if settings.system.uses_deepspeed:
+        return _zero_memory(settings, size, moments, activations, devices)
+    if settings.system.fsdp:
+        return _fsdp_memory(settings, size, moments, activations, devices)
+    weights = gradients = 4 * size.whole
+    # DDP exchanges gradients in buckets, which are where they lie, always.
+    overlap = settings.training.gradient_accumulation_steps > 1 or devices > 1
     return MemoryEstimate(
-        parameters=0 if system.offload_params else weights,
+        parameters=weights,
         gradients=gradients,
-        optimizer=0 if system.offload_optimizer else moments,
-        activations=activations,
+        optimizer=moments,
+        buffers=0,
+        activations=activations.peak,
+        peak=weights + moments + _backward_peak(activations, gradients, size, overlap=overlap),
     )
 
 
-def estimate_activations(settings: RunSettings, config: HybridLanguageModelConfig) -> int:
-    """Bytes that live at the peak of one micro-batch beside parameters, their gradients and optimizer state.
+def _backward_peak(activations: Activations, gradients: int, size: ModelSize, *, overlap: bool) -> int:
+    """Activations and gradients together.
 
-    Every stage of a length curriculum has as many tokens, but shorter rows take a little more memory for them: what
-    counts is the stage that takes most.
+    Args:
+        gradients: bytes, at the end of the backward pass.
+        overlap: they are all there from its beginning.
     """
-    return max(_activations_at(settings, config, stage) for stage in settings.length_schedule().stages)
+    if overlap:
+        return activations.peak + gradients
+    # In the model's first layer most gradients are there; its own and those of the embeddings come after its peak.
+    before_last = gradients - min(gradients, 4 * (size.largest_block + size.outside_blocks // 2))
+    return max(activations.peak, before_last + activations.last, gradients)
 
 
-def _activations_at(settings: RunSettings, config: HybridLanguageModelConfig, stage: Stage) -> int:
-    length = min(stage.length, TRACED_LENGTH)
-    # The first layer of each kind stands for the others.
-    first: dict[tuple, int] = {}
-    kinds: Counter[int] = Counter()
-    for layer in range(config.num_layers):
-        kinds[first.setdefault((config.branch(layer), config.layer_window(layer), config.heads(layer)), layer)] += 1
-    kept = peak = 0
-    for layer, count in kinds.items():
-        one, two = (_trace(settings, config, layer, layers, stage.batch_size, length) for layers in (1, 2))
-        a_layer = two.kept - one.kept
-        # What the model holds outside its layers is counted with the first kind alone.
-        kept += a_layer * count + (one.kept - a_layer if kept == 0 else 0)
-        peak = max(peak, one.peak - one.kept)
-    scale = stage.length / length
-    loss = _loss_bytes(config, stage.batch_size * stage.length)
-    return round((kept + peak) * scale) + loss
+def _zero_memory(
+    settings: RunSettings, size: ModelSize, moments: int, activations: Activations, devices: int
+) -> MemoryEstimate:
+    zero = _zero(settings, devices)
+    stage, whole = zero["stage"], 4 * size.whole
+    share = whole // devices
+    # On one device too, the parameters that are updated are a copy of those that compute.
+    optimizer = moments // devices + share
+    gradients = whole if stage == 1 else share
+    bucket = 4 * zero["reduce_bucket_size"]
+    if stage == 3:
+        large = size.whole - size.small
+        # A bucket is gathered in one piece and then copied, parameter by parameter.
+        gathered = min(large, zero["stage3_max_live_parameters"]) + min(large, zero["stage3_prefetch_bucket_size"])
+        weights, buffers = share + 4 * size.small, bucket + 4 * gathered
+        beside_step = bucket
+    else:
+        weights, buffers = whole, bucket * (2 if zero.get("overlap_comm") else 1)
+        beside_step = 0
+    if zero.get("offload_optimizer"):  # gradients then go to host memory as they come
+        optimizer = gradients = 0
+    if zero.get("offload_param"):
+        weights = 0
+    held = weights + optimizer + gradients
+    # The step flattens its share of the gradients once more.
+    step = beside_step + (0 if zero.get("offload_optimizer") else share)
+    return MemoryEstimate(
+        parameters=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buffers=buffers,
+        activations=activations.peak,
+        peak=held + max(buffers + activations.peak, step),
+    )
 
 
-def _loss_bytes(config: HybridLanguageModelConfig, tokens: int) -> int:
-    """The loss computes its gradients along with itself: float32 [V,H], [tokens,H], and one chunk's logits thrice."""
-    chunk = min(DEFAULT_CHUNK_SIZE, tokens)
-    return 4 * (config.vocab_size * config.hidden_size + tokens * config.hidden_size + 3 * chunk * config.vocab_size)
-
-
-@dataclass(frozen=True)
-class _Trace:
-    kept: int
-    """Bytes that the forward pass leaves for the backward pass."""
-    peak: int
-    """Most bytes that existed in either pass, gradients of parameters left out."""
-
-
-def _trace(
-    settings: RunSettings,
-    config: HybridLanguageModelConfig,
-    layer: int,
-    layers: int,
-    rows: int,
-    length: int,
-) -> _Trace:
-    """A model of so many layers like the given one."""
-    fields = config.to_diff_dict() | {
-        "num_layers": layers,
-        "layer_branches": [config.branch(layer)] * layers,
-        "layer_gates": None,
-        "layer_merges": None,
-        "layer_heads": [config.heads(layer).entry()] * layers,
-        "window_size": config.layer_window(layer),
-        "attention_type": "local_global",
-        "num_kv_heads": config.num_kv_heads,
-        "mamba_state_size": config.mamba_state_size,
-        # The head is accounted for by `_loss_bytes`; a small vocabulary keeps its gradient out of the trace.
-        "vocab_size": 8,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = HybridLanguageModel(HybridLanguageModelConfig(**_own_fields(fields)))
-        model.train()
-        enable_gradient_checkpointing(model, settings.training.checkpointing_scope)
-        # Gradients exist beforehand, as in every micro-batch but the first, so that none is counted here.
-        for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
-        input_ids = torch.zeros(rows, length, dtype=torch.long)
-        is_bf16 = settings.training.mixed_precision == "bf16"
-        with LiveBytes() as live:
-            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
-                hidden = model.backbone(input_ids=input_ids).last_hidden_state
-            kept = live.now
-            hidden.sum().backward()
-        return _Trace(kept=kept, peak=live.peak)
-
-
-def _own_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name in HybridLanguageModelConfig.__dataclass_fields__}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that ops made and that are still referenced."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._track(leaf.untyped_storage())
-        return result
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+def _fsdp_memory(
+    settings: RunSettings, size: ModelSize, moments: int, activations: Activations, devices: int
+) -> MemoryEstimate:
+    share = 4 * size.whole // devices
+    accumulates = settings.training.gradient_accumulation_steps > 1
+    # Gradients that are yet to be exchanged are whole.
+    gradients = 4 * size.whole if accumulates else share
+    # What lies outside the blocks stays gathered; of the blocks one computes and one is on its way, and the gradients
+    # of one are exchanged.
+    buffers = 4 * (size.outside_blocks + 4 * size.largest_block)
+    return MemoryEstimate(
+        parameters=share,
+        gradients=gradients,
+        optimizer=moments // devices,
+        buffers=buffers,
+        activations=activations.peak,
+        peak=share + moments // devices + buffers + _backward_peak(activations, gradients, size, overlap=accumulates),
+    )
