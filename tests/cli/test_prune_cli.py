@@ -10,7 +10,7 @@ import torch
 from test_report_cli import Page
 
 import fusiontree
-from fusiontree.artifacts import HealReport, PrunePlan, RunManifest
+from fusiontree.artifacts import HealReport, LayerDecision, PrunePlan, RunManifest
 from fusiontree.cli import main
 from fusiontree.deploy import reference_parent
 from tiny_models import save_tiny_model
@@ -97,6 +97,25 @@ def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys:
     before, after = (sum(p.numel() for p in model.parameters()) for model in (parent, cut))
     assert after / before == pytest.approx(made.expected["parameters"])
     assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    assert main(["heal", str(out), "training.max_steps=2", f"output_dir={tmp_path / 'healed'}"]) == 0
+    assert fusiontree.load(tmp_path / "healed", device="cpu").config.layer_heads == cut.config.layer_heads
+
+
+def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False]}
+    folder, file, out = save_tiny_model(tmp_path / "model", None, **fields), tmp_path / "plan.json", tmp_path / "merged"
+    layers = [LayerDecision(keep=kind, reason="as it is") for kind in fields["layer_branches"]]
+    PrunePlan(criterion="none", thresholds={}, source="test", layers=layers).save(file)
+    assert main(["export", str(folder), str(file), str(out), "--merge", "--context", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "maps merged in 2" in shown and "has no fingerprint" in shown
+    assert "linear maps are merged in layers 0, 1" in (out / "README.md").read_text()
+    before, after = (fusiontree.load(path, device="cpu") for path in (folder, out))
+    assert after.config.layer_merges == ["z", "hz"]
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        want, got = before(ids).logits, after(ids).logits
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
 
 
 def test_healing_starts_from_the_export_and_reports(
@@ -104,7 +123,7 @@ def test_healing_starts_from_the_export_and_reports(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["export", str(run), str(plan), "cut", "--context", "64", "--device", "cpu"]) == 0
-    assert main(["heal", "cut", "training.max_steps=8"]) == 0
+    assert main(["heal", "cut", "training.max_steps=8", "loss.hidden_coeff=0.5"]) == 0
     shown = capsys.readouterr().out
     healed = tmp_path / "runs" / "cut-healed"
     report = HealReport.load(healed / "heal_report.json")
@@ -114,6 +133,7 @@ def test_healing_starts_from_the_export_and_reports(
     assert losses[8] == pytest.approx(report.healed_loss, abs=1e-6)
     assert report.tokens == 8 * 2 * 2 * 24 and f"after {report.tokens} tokens" in shown
     assert any(row.get("distillation_loss", 0) > 0 for row in rows)
+    assert all(row["hidden_loss"] > 0 for row in rows if "lm_loss" in row)
     cut, result = fusiontree.load("cut", device="cpu"), fusiontree.load(healed, device="cpu")
     assert result.config.layer_branches == cut.config.layer_branches
     assert not torch.equal(result.lm_head.weight, cut.lm_head.weight)
@@ -147,6 +167,35 @@ def test_thresholds_read_what_the_run_recorded(
     made = PrunePlan.load(out)
     assert made.criterion == "gate thresholds" and made.layer_branches == ["mamba"] * 3
     assert made.thresholds["mamba"] == 0.21 and all(layer.constant for layer in made.layers)
+
+
+def test_a_plan_does_not_replace_the_runs_own(run: Path, corpus: Path) -> None:
+    own = (run / "prune_plan.json").read_bytes()
+    data = ["--data", str(corpus / "train.jsonl")]
+    assert main(["plan", str(run), *data, "--target", "parameters=0.9x", "--criterion", "random", *QUICK]) == 0
+    assert PrunePlan.load(run / "prune_plan_random.json").criterion == "random"
+    assert (run / "prune_plan.json").read_bytes() == own
+
+
+def test_what_training_cuts_can_be_exported(run_settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = {"interval": 2, "plan_min_steps": 0, "mamba_threshold": 0.21, "plan_max_std": 1.0}
+    sections = run_settings(gate_monitor=monitor, training={"max_steps": 2}, output_dir=str(tmp_path / "run"))
+    run = fusiontree.train(sections).run
+    made = PrunePlan.load(run / "prune_plan.json")
+    assert made.layer_branches == ["mamba", "mamba"]
+    assert all(max(map(abs, layer.constant)) > 0 for layer in made.layers)
+    parent = fusiontree.load(run, device="cpu")
+    export = ["export", str(run), str(run / "prune_plan.json"), str(tmp_path / "cut"), "--context", "0"]
+    assert main([*export, "--device", "cpu"]) == 0
+    assert "no constants" not in (shown := capsys.readouterr().out) and "no fingerprint" not in shown
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        want, got = (m(ids).logits for m in (reference_parent(parent, made), fusiontree.load(tmp_path / "cut")))
+    assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
+    fusiontree.train(sections | {"training": sections["training"] | {"max_steps": 3}}, resume="auto")
+    first = run / "checkpoints" / "step_00000002"
+    assert main(["export", str(first), str(run / "prune_plan.json"), str(tmp_path / "old"), "--device", "cpu"]) == 2
+    assert "was made for another model" in capsys.readouterr().err
 
 
 def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
@@ -198,6 +247,10 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
         (["export", "CUT", "EMPTIES", "OUT"], "keeps attention in layer 0, which has mamba alone"),
         (["export", "RUN", "NEITHER", "OUT"], "layers.0.keep"),
         (["heal", "RUN"], "does not say what it was cut from: name its parent with --parent"),
+        (
+            ["heal", "SHALLOW", "loss.hidden_coeff=1", "--parent", "RUN"],
+            "has 3 layers of width 32, the student a FusionTree model of 2 layers of width 32: set loss.hidden_coeff",
+        ),
         (["heal", "CUT", "data.eval_paths=[]", "--parent", "RUN"], "name data.eval_paths"),
     ],
 )
@@ -232,6 +285,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         "BARE": save_tiny_model(tmp_path / "bare", None),
         "OTHER": save_tiny_model(tmp_path / "other", None, num_layers=3),
         "CUT": save_tiny_model(tmp_path / "cut", corpus / "tokenizer", **cut),
+        "SHALLOW": save_tiny_model(tmp_path / "shallow", corpus / "tokenizer"),
     }
     before = sorted(tmp_path.rglob("*")), (run / "prune_plan.json").read_bytes()
     extra = QUICK if arguments[0] == "plan" and arguments[1] != "TEXT" else []

@@ -61,6 +61,12 @@ def _combinations() -> dict[str, dict]:
         "layer_branches": ["both", "mamba", "attention", "attention"],
         "layer_heads": [{"local": 0}, {"mamba": 1}, {"global": 0}, None],
     }
+    found["maps-merged"] = {
+        "num_layers": 4,
+        "layer_branches": ["both", "mamba", "attention", "attention"],
+        "layer_gates": [True, False, False, False],
+        "layer_merges": ["none", "z", "hz", "none"],
+    }
     found["window1-conv2"] = {"window_size": 1, "conv_kernel": 2}
     return found
 

@@ -1,7 +1,9 @@
 """Law 7: an export = its parent with the plan's constants in place of what was removed; also through caches, packing,
-padding and `generate`, for cuts of branches, of heads, of whole layers and of gates."""
+padding and `generate`, for cuts of branches, of heads, of whole layers and of gates, and with linear maps merged."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,21 +11,33 @@ from conftest_laws import COMBINATIONS, FEW, build, packed_positions, tokens
 from test_law2_pieces import read_in_pieces
 from test_law3_padding import LENGTHS, assert_same_continuation, padded_batch
 
-from fusiontree import HybridLanguageModel, load
+from fusiontree import HybridLanguageModel, InputError, load
 from fusiontree.artifacts import LayerDecision, PrunePlan
 from fusiontree.deploy import export, reference_parent
 from fusiontree.deploy.cuts import BRANCHES_OF
 from fusiontree.deploy.folding import fold
 from fusiontree.deploy.reference import blocks_of, removed_branches
 
+
+class Cut(NamedTuple):
+    """What of each layer is kept, by turns; and what else is done to it."""
+
+    keep: list[str]
+    frozen: bool = False
+    heads: bool = False
+    merge: bool = False
+
+
 CUTS = {
-    "branches": (["mamba", "attention", "both"], False),
-    "frozen gates": (["both", "both", "both"], True),
-    "branches and frozen gates": (["attention", "mamba", "both"], True),
-    "whole layers": (["constant", "both", "constant"], False),
-    "everything and frozen gates": (["constant", "attention", "mamba"], True),
-    "heads": (["both", "both", "both"], False, True),
-    "branches, heads and frozen gates": (["attention", "mamba", "both"], True, True),
+    "branches": Cut(["mamba", "attention", "both"]),
+    "frozen gates": Cut(["both", "both", "both"], frozen=True),
+    "branches and frozen gates": Cut(["attention", "mamba", "both"], frozen=True),
+    "whole layers": Cut(["constant", "both", "constant"]),
+    "everything and frozen gates": Cut(["constant", "attention", "mamba"], frozen=True),
+    "heads": Cut(["both", "both", "both"], heads=True),
+    "branches, heads and frozen gates": Cut(["attention", "mamba", "both"], frozen=True, heads=True),
+    "merged maps": Cut(["attention", "both", "mamba"], frozen=True, merge=True),
+    "merged maps and heads": Cut(["mamba", "both", "attention"], frozen=True, heads=True, merge=True),
 }
 
 
@@ -39,23 +53,24 @@ def heads_to_remove(block, name: str, layer: int) -> list[int]:
     return some if len(set(some)) < getattr(branch, "num_heads", 0) else []
 
 
-def plan_for(model: HybridLanguageModel, keep: list[str], frozen: bool, heads: bool = False) -> PrunePlan:
+def plan_for(model: HybridLanguageModel, cut: Cut) -> PrunePlan:
     """Constants of the size of the outputs they stand for, so that a slip anywhere shows."""
     generator = torch.Generator().manual_seed(1)
     layers = []
     for index, block in enumerate(blocks_of(model)):
-        wanted = keep[index % len(keep)]
-        kept = wanted if set(BRANCHES_OF[wanted]) <= set(BRANCHES_OF[block.branch]) else block.branch
+        wanted = cut.keep[index % len(cut.keep)]
+        can_go = block.merged is None and set(BRANCHES_OF[wanted]) <= set(BRANCHES_OF[block.branch])
+        kept = wanted if can_go else block.branch
         decision = LayerDecision(keep=kept, reason="test")
         width = model.config.hidden_size
         if removed := removed_branches(block, decision):
             decision.constant = torch.randn(width * len(removed), generator=generator).tolist()
-        if heads:
+        if cut.heads and block.merged is None:
             found = {name: heads_to_remove(block, name, index) for name in BRANCHES_OF[kept]}
             decision.heads = {name: removed for name, removed in found.items() if removed}
             wide = sum(len(removed) * getattr(block, name).head_dim for name, removed in decision.heads.items())
             decision.head_constants = torch.randn(wide, generator=generator).tolist() if wide else None
-        if frozen and index != 1:
+        if cut.frozen and index != 1:
             decision.gate = (0.02 + 0.96 * torch.rand(width, generator=generator)).tolist()
         layers.append(decision)
     return PrunePlan(criterion="test", thresholds={}, source="test", layers=layers)
@@ -74,14 +89,14 @@ def test_logits(any_model):
     ids = tokens(1, 30)
     before = any_model(ids, use_cache=False).logits
     for cut in CUTS.values():
-        plan = plan_for(any_model, *cut)
+        plan = plan_for(any_model, cut)
         want = reference_parent(any_model, plan)(ids, use_cache=False).logits
         blocks = blocks_of(any_model)
         if any(
             layer.has_constants or (layer.gate and block.gate) for layer, block in zip(plan.layers, blocks, strict=True)
         ):
             assert (want - before).abs().max() > 1e-2  # the plan changes what the model says
-        assert_law(fold(any_model, plan)(ids, use_cache=False).logits, want)
+        assert_law(fold(any_model, plan, cut.merge)(ids, use_cache=False).logits, want)
     assert torch.equal(any_model(ids, use_cache=False).logits, before)  # and leaves the parent alone
 
 
@@ -90,27 +105,27 @@ def test_logits_in_float64(name):
     """Where rounding does not hide anything, the two agree to the last digits."""
     model = build(dtype=torch.float64, **COMBINATIONS[name])
     for cut in CUTS.values():
-        plan, ids = plan_for(model, *cut), tokens(1, 30)
+        plan, ids = plan_for(model, cut), tokens(1, 30)
         want = reference_parent(model, plan)(ids, use_cache=False).logits
-        assert (fold(model, plan)(ids, use_cache=False).logits - want).abs().max() <= 1e-11
+        assert (fold(model, plan, cut.merge)(ids, use_cache=False).logits - want).abs().max() <= 1e-11
 
 
 @pytest.mark.parametrize("sizes", [(7, 1, 1, 1, 12, 1, 6)], ids=str)
 @pytest.mark.parametrize("layout", ["plain", "packed"])
 def test_through_caches_and_packing(some_model, cut, layout, sizes):
-    plan, ids = plan_for(some_model, *cut), tokens(2, 29)
+    plan, ids = plan_for(some_model, cut), tokens(2, 29)
     positions = packed_positions([11, 1, 17], [3, 20, 6]) if layout == "packed" else None
     want, _ = read_in_pieces(reference_parent(some_model, plan), ids, sizes, positions)
-    got, _ = read_in_pieces(fold(some_model, plan), ids, sizes, positions)
+    got, _ = read_in_pieces(fold(some_model, plan, cut.merge), ids, sizes, positions)
     assert_law(got, want)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_through_padding_and_generation(some_model, cut, side):
-    plan = plan_for(some_model, *cut)
+    plan = plan_for(some_model, cut)
     some_model.generation_config.eos_token_id = None
     rows, ids, mask = padded_batch(side)
-    reference, exported = reference_parent(some_model, plan), fold(some_model, plan)
+    reference, exported = reference_parent(some_model, plan), fold(some_model, plan, cut.merge)
     want, got = (one(ids, attention_mask=mask, use_cache=False).logits for one in (reference, exported))
     assert_law(got[mask.bool()], want[mask.bool()])
     want, got = (
@@ -122,8 +137,8 @@ def test_through_padding_and_generation(some_model, cut, side):
 
 
 def test_from_the_folder(some_model, cut, tmp_path):
-    plan = plan_for(some_model, *cut)
-    export(some_model, plan, tmp_path / "cut")
+    plan = plan_for(some_model, cut)
+    export(some_model, plan, tmp_path / "cut", merge=cut.merge)
     loaded = load(tmp_path / "cut", device="cpu")
     assert loaded.config.layer_branches == plan.layer_branches
     assert (loaded.config.layer_heads is not None) == any(layer.heads for layer in plan.layers)
@@ -136,8 +151,8 @@ def test_from_the_folder(some_model, cut, tmp_path):
 @pytest.mark.parametrize("heads", [False, True])
 def test_a_cut_of_a_cut(some_model, heads):
     """An export is a model like any other: it can be cut again."""
-    first = fold(some_model, plan_for(some_model, ["both", "both", "both"], True, heads))
-    plan = plan_for(first, ["mamba", "attention", "mamba"], False, heads)
+    first = fold(some_model, plan_for(some_model, Cut(["both", "both", "both"], frozen=True, heads=heads)))
+    plan = plan_for(first, Cut(["mamba", "attention", "mamba"], heads=heads))
     ids = tokens(2, 30)
     assert_law(fold(first, plan)(ids).logits, reference_parent(first, plan)(ids).logits)
 
@@ -145,6 +160,23 @@ def test_a_cut_of_a_cut(some_model, heads):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrow_model_keeps_its_dtypes(some_model, dtype):
     narrow = build(dtype=dtype)
-    exported = fold(narrow, plan_for(narrow, *CUTS["branches"]))
+    exported = fold(narrow, plan_for(narrow, CUTS["branches"]))
     assert exported.dtype == dtype
     assert exported.layers[0].mamba.A_log.dtype == torch.float32
+
+
+def test_what_merging_leaves_out():
+    """h where the branch is narrow enough, else z, in every layer of one branch without gate; no weight is added."""
+    model = build()  # of expand 2: Mamba is twice as wide as attention
+    cut = CUTS["merged maps"]
+    plan = plan_for(model, cut)
+    apart, merged = fold(model, plan), fold(model, plan, merge=True)
+    assert merged.config.layer_merges == ["hz", "none", "z"] and apart.config.layer_merges is None
+    counts = [sum(p.numel() for p in one.layers.parameters()) for one in (apart, merged)]
+    assert counts[1] < counts[0]
+    ids, whole = tokens(1, 20), plan_for(merged, Cut(["both"]))
+    emptied = [LayerDecision(keep="constant", reason="test"), *whole.layers[1:]]
+    with pytest.raises(InputError, match="cuts layer 0, whose linear maps are merged"):
+        fold(merged, whole.model_copy(update={"layers": emptied}))
+    # As it stands it can be exported again.
+    assert_law(fold(merged, whole)(ids).logits, merged(ids).logits)

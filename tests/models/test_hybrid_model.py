@@ -214,6 +214,10 @@ def test_resize_token_embeddings(tied):
 
 def test_outputs():
     model, ids = tiny_model(), token_ids(2, 11)
+    said = {}
+    for name in ("mamba", "attention"):
+        branch = getattr(model.layers[0], name)
+        branch.register_forward_hook(lambda module, given, output, name=name: said.setdefault(name, output.detach()))
     out = model(ids, output_hidden_states=True, output_gates=True)
     assert len(out.hidden_states) == 3
     assert torch.equal(model.lm_head(out.hidden_states[-1]), out.logits)
@@ -221,6 +225,8 @@ def test_outputs():
     details = out.gate_stats.details
     assert details.histogram.sum(1).tolist() == [2 * 11 * 32.0] * 2
     torch.testing.assert_close(details.channel_sum.sum(1) / (22 * 32), out.gate_stats.mean.mean(1))
+    for name, found in said.items():
+        torch.testing.assert_close(getattr(details, f"{name}_sum")[0], found.sum((0, 1)), atol=1e-5, rtol=1e-4)
     with_labels = model(ids, labels=ids)
     assert with_labels.logits is None
     assert with_labels.past_key_values is None

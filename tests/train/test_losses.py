@@ -15,7 +15,14 @@ from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.models.gate_stats import GateStats
 from fusiontree.models.layout import shift_labels
-from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals, load_balance_sum, negative_entropy_sum
+from fusiontree.train.losses import (
+    TERMS,
+    HybridModelLoss,
+    StepTotals,
+    coefficients_at,
+    load_balance_sum,
+    negative_entropy_sum,
+)
 from fusiontree.train.settings import LossSettings
 from fusiontree.train.teacher import Teacher, load_teacher
 
@@ -77,7 +84,7 @@ def test_cutting_a_step_into_micro_batches_changes_no_gradient(cuts: tuple[int, 
         load_balance_coeff=0.5,
         entropy_reg_coeff=0.3,
         gate_margin=0.001,
-        **({"distillation_coeff": 0.7, "teacher": "unused"} if distilling else {}),
+        **({"distillation_coeff": 0.7, "hidden_coeff": 0.4, "teacher": "unused"} if distilling else {}),
     )
     loss = HybridModelLoss(settings, Teacher(tiny_model(seed=9), VOCABULARY) if distilling else None)
     model, batch = tiny_model(), packed_batch()
@@ -149,11 +156,56 @@ def test_distillation_is_t_squared_kl_over_counted_tokens() -> None:
     assert terms[3].item() > 1e-3
 
 
+def test_hidden_states_are_compared_layer_by_layer_and_come_nearer() -> None:
+    batch, teacher, ends = packed_batch(), tiny_model(5).eval(), []
+    read = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "output_hidden_states": True}
+    for coefficient in (0.0, 1.0):
+        student = tiny_model(0)
+        with torch.no_grad():
+            mine, theirs = (torch.stack(model(**read).hidden_states[1:]) for model in (student, teacher))
+        by_hand = ((mine - theirs).square().sum(-1) / theirs.square().sum(-1)).mean().item()
+        weights = {"distillation_coeff": 1.0 - coefficient, "hidden_coeff": coefficient}
+        loss = HybridModelLoss(LossSettings(**weights, teacher="unused"), Teacher(teacher, VOCABULARY))
+        optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+        for step in range(15):
+            _, terms = step_gradients(student, loss, [batch])
+            optimizer.step()
+            if step == 0:
+                assert terms[4].item() == pytest.approx(by_hand if coefficient else 0.0, rel=1e-5)
+                assert (terms[3].item() > 0) == (coefficient == 0)
+        with torch.no_grad():
+            mine = torch.stack(student(**read).hidden_states[1:])
+        ends.append(((mine - theirs).square().sum(-1) / theirs.square().sum(-1)).mean().item())
+    assert ends[1] < 0.8 * by_hand and ends[1] < 0.9 * ends[0]
+
+
+def test_hidden_states_need_a_teacher_of_the_same_layers() -> None:
+    config = tiny_model().config
+    Teacher(tiny_model(3, layer_branches=["mamba", "both", "attention"]), VOCABULARY).require_layers_of(config)
+    with pytest.raises(
+        InputError, match=r"teacher big has 3 layers of width 32, the student .* 3 layers of width 16: "
+    ):
+        Teacher(tiny_model(hidden_size=32), VOCABULARY, "big").require_layers_of(config)
+    llama = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    with pytest.raises(InputError, match="but the teacher llama is a LlamaForCausalLM"):
+        Teacher(LlamaForCausalLM(llama), VOCABULARY, "llama").require_layers_of(config)
+
+
+def test_gates_are_let_go_linearly() -> None:
+    settings = LossSettings(load_balance_coeff=0.4, entropy_reg_coeff=0.1, commit_from=0.5, commit_coeff=0.3)
+    found = [coefficients_at(step, 20, settings) for step in (1, 10, 15, 20)]
+    assert [one["load_balance"] for one in found] == pytest.approx([0.4, 0.4, 0.2, 0.0])
+    assert [one["entropy"] for one in found] == pytest.approx([0.1, 0.1, -0.1, -0.3])
+    turned = coefficients_at(20, 20, LossSettings(entropy_reg_coeff=0.1, commit_from=0.0))
+    assert turned["entropy"] == pytest.approx(-0.1)
+    assert coefficients_at(20, 20, LossSettings(load_balance_coeff=0.4))["load_balance"] == 0.4
+
+
 def test_a_model_distilled_from_itself_has_nothing_to_learn() -> None:
     model = tiny_model()
-    settings = LossSettings(distillation_coeff=1.0, teacher="unused")
+    settings = LossSettings(distillation_coeff=1.0, hidden_coeff=1.0, teacher="unused")
     _, terms = step_gradients(model, HybridModelLoss(settings, Teacher(tiny_model(), VOCABULARY)), [packed_batch()])
-    assert abs(terms[3].item()) < 1e-5
+    assert abs(terms[3].item()) < 1e-5 and abs(terms[4].item()) < 1e-5
 
 
 def test_other_architectures_can_teach(corpus, tmp_path) -> None:

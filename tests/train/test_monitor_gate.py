@@ -28,6 +28,8 @@ def details(gates: list[torch.Tensor | None]) -> GateDetails:
                 "entropy_sum": entropy.mean(1).sum() if len(gate) else torch.tensor(0.0),
                 "mamba_norm_sum": torch.tensor(2.0 * len(gate)),
                 "attention_norm_sum": torch.tensor(3.0 * len(gate)),
+                "mamba_sum": torch.full((CHANNELS,), 0.25 * len(gate)),
+                "attention_sum": torch.full((CHANNELS,), 0.5 * len(gate)),
             }
         )
     return GateDetails(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]})
@@ -91,6 +93,8 @@ def test_thresholds_decide_on_the_mean_of_the_last_records() -> None:
     assert plan.layer_branches == ["mamba", "attention", "mamba"]
     assert plan.layers[0].evidence["gate_mean"] == pytest.approx(0.82, abs=1e-4)
     assert plan.layers[2].reason == "has one branch already"
+    # What the branch that goes said on average.
+    assert [layer.constant for layer in plan.layers] == [[0.5] * CHANNELS, [0.25] * CHANNELS, None]
     assert plan.thresholds["mamba"] == 0.8 and plan.thresholds["attention"] == 0.2
     assert (plan.step, plan.source) == (30, "runs/x")
 

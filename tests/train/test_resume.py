@@ -69,7 +69,8 @@ def test_a_row_of_metrics_may_span_a_stop(run_settings, tmp_path: Path, precisio
     for directory, ends in zip(directories, ([9], [2, 3, 7, 9]), strict=True):
         for max_steps in ends:
             # The learning rate is still warming up, so that max_steps does not bend it; the last step logs anyway.
-            settings = run_settings(training=training | {"max_steps": 9}, output_dir=str(directory))
+            loss = {"commit_from": 0.2, "commit_coeff": 0.3}  # whose weights change from step to step
+            settings = run_settings(training=training | {"max_steps": 9}, loss=loss, output_dir=str(directory))
             engine = fusiontree.train.engine.TrainingEngine(
                 fusiontree.train.settings.RunSettings.parse(settings), resume="auto"
             )

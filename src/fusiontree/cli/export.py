@@ -11,6 +11,9 @@ def export(
     model: Path = typer.Argument(..., help="Model folder, or a run directory, whose newest checkpoint is taken."),
     plan: Path = typer.Argument(..., help="prune_plan.json, as `fusiontree plan` and training write it."),
     out: Path = typer.Argument(..., help="Directory to write the smaller model to; must not exist yet."),
+    merge: bool = typer.Option(
+        False, "--merge", help="Also multiply out linear maps in layers of one branch whose gate is gone."
+    ),
     context: int = typer.Option(
         4096, "--context", min=0, help="Tokens at which speed is measured; 0 = do not measure."
     ),
@@ -34,15 +37,25 @@ def export(
     check_plan(loaded, loaded_plan, where=str(plan))
     with working("export") as progress:
         cut = export_model(
-            loaded, loaded_plan, out, context=context or None, parent=str(find_model(model)), progress=progress
+            loaded,
+            loaded_plan,
+            out,
+            merge=merge,
+            context=context or None,
+            parent=str(find_model(model)),
+            progress=progress,
         )
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (loaded, cut))
     kinds = loaded_plan.layer_branches
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("both", "mamba", "attention", "constant"))
     if heads := sum(layer.num_heads_removed for layer in loaded_plan.layers):
         counted += f"; {heads} single heads cut"
+    if merged := sum(cut.config.merges(layer) != "none" for layer in range(cut.config.num_layers)):
+        counted += f"; maps merged in {merged}"
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
     is_cut = heads > 0 or any(kind != "both" for kind in kinds)
     if is_cut and not any(layer.has_constants for layer in loaded_plan.layers):
         print(f"{plan} records no constants, so zeros stand in: `fusiontree plan` records what branches say on average")
+    if loaded_plan.model is None:
+        print(f"{plan} has no fingerprint of the model that it was made for: that it was this one is taken on trust")
     print(out)

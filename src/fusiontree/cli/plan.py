@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from fusiontree.artifacts import Branch, GateStatistics, LayerDecision, PrunePlan
     from fusiontree.train.settings import GateMonitorSettings
 
-PLAN = "prune_plan.json"
-
 
 def plan(
     model: Path = typer.Argument(..., help="Model folder or run directory; with --show also a plan that is there."),
@@ -28,7 +26,7 @@ def plan(
     criterion: str = typer.Option(
         "ablation", "--criterion", help="gate, contribution, ablation, recall, trained or random."
     ),
-    out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan.json in MODEL."),
+    out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan_CRITERION.json in MODEL."),
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
     empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
     heads: bool = typer.Option(False, "--heads", help="Also cut single heads; by ablation or recall."),
@@ -83,7 +81,8 @@ def plan(
     if not data:
         raise InputError("--data is missing: name calibration text, other than what you will judge the result by")
     source = str(find_model(model))
-    destination = out or (model / PLAN)
+    # Not prune_plan.json: that is the run's own, which training refreshes, or the one that an export was made by.
+    destination = out or (model / f"prune_plan_{criterion}.json")
     if destination.is_dir():
         raise InputError(f"--out {destination} is a directory: name a file")
     make_directory(destination.parent, "--out")

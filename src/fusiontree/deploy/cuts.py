@@ -189,7 +189,7 @@ def hold_heads(block: HybridBlock, decision: LayerDecision) -> None:
         columns = _columns(removed, branch.head_dim).to(like.device)
         width = branch.num_heads * branch.head_dim
         # As a part of the module it is found by everything that reads a branch's output projection.
-        branch.out_proj = ConstantHeads(branch.out_proj, columns, constants[name].to(like), width)  # type: ignore[assignment]
+        branch.out_proj = ConstantHeads(branch.out_proj, columns, constants[name].to(like), width)
 
 
 def _columns(heads: Sequence[int], width: int) -> torch.Tensor:

@@ -28,6 +28,7 @@ def export(
     plan: PrunePlan,
     path: str | os.PathLike[str],
     *,
+    merge: bool = False,
     context: int | None = None,
     parent: str | None = None,
     progress: Callable[[str], None] = lambda what: None,
@@ -41,6 +42,7 @@ def export(
         model: the parent, as `fusiontree.load` returns it; it stays as it is.
         plan: as `PrunePlan.load` returns it.
         path: of a directory that does not exist yet.
+        merge: also multiply out linear maps that no one else reads between, see `fold`.
         context: also time parent and export at this many tokens, for the card; None measures no time.
         parent: name of the parent for the manifest and the card; default: where it was loaded from.
         progress: called with what is done next.
@@ -56,7 +58,7 @@ def export(
     check_plan(model, plan)
     parent = parent or str(model.name_or_path) or "unnamed"
     progress("folding")
-    cut = fold(model, plan)
+    cut = fold(model, plan, merge)
     difference, largest = compare(reference_parent(model, plan), cut)
     costs = None
     if context is not None:
@@ -120,7 +122,7 @@ def _card(
         f"# {destination.name}, a pruned {Path(parent).name}\n",
         f"Made from `{parent}` by a plan of the criterion {plan.criterion} (`{PLAN}`). In place of what was removed "
         f"stand {stand_in}, folded into the weights.\n",
-        f"| layer | keeps | gate | because |\n|---|---|---|---|\n{layers}",
+        f"{_merged(cut)}| layer | keeps | gate | because |\n|---|---|---|---|\n{layers}",
         "## Measured\n",
         _figures(model, cut, context, costs),
         f"On {_PROBE_TOKENS} random tokens its logits differ from those of the parent with the same constants by at "
@@ -131,6 +133,11 @@ def _card(
         parts.append(f"The plan expected, on its own measurements: {expected}.\n")
     parts.append(f'```python\nimport fusiontree\n\nmodel = fusiontree.load("{destination.name}")\n```\n')
     return "\n".join(parts)
+
+
+def _merged(cut: HybridLanguageModel) -> str:
+    layers = [str(layer) for layer in range(cut.config.num_layers) if cut.config.merges(layer) != "none"]
+    return f"Consecutive linear maps are merged in layers {', '.join(layers)}.\n\n" if layers else ""
 
 
 def _kept(decision: LayerDecision) -> str:

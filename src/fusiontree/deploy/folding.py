@@ -17,25 +17,33 @@ import torch
 
 from fusiontree.artifacts import LayerDecision, PrunePlan
 from fusiontree.deploy.cuts import BRANCHES_OF, Tensors, drop_heads, layer_heads_of
+from fusiontree.deploy.merging import merge_maps, merge_of
 from fusiontree.deploy.reference import ConstantGate, blocks_of, check_plan, constants_of
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.models.hybrid_block import HybridBlock
 
 
-def fold(model: HybridLanguageModel, plan: PrunePlan) -> HybridLanguageModel:
+def fold(model: HybridLanguageModel, plan: PrunePlan, merge: bool = False) -> HybridLanguageModel:
     """The cut model, on the parent's device and in its dtype, in evaluation mode; the parent stays as it is.
+
+    Args:
+        merge: also multiply out linear maps, where no one else reads what lies between them and no parameters are added
+            (`merge_of`); such a layer cannot be cut again.
 
     Raises:
         InputError: the plan does not fit the model, see `check_plan`.
     """
     check_plan(model, plan)
     blocks = blocks_of(model)
-    config = cut_config(model.config, plan)
+    config = cut_config(model.config, plan, merge)
     tensors = dict(model.state_dict())
     for index, (block, decision) in enumerate(zip(blocks, plan.layers, strict=True)):
         prefix = f"layers.{index}."
         layer = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        tensors |= {prefix + name: value for name, value in _fold_layer(block, decision, layer).items()}
+        folded = _fold_layer(block, decision, layer)
+        if (merges := config.merges(index)) != model.config.merges(index):
+            folded = merge_maps(config.branch(index), merges, {name: value.double() for name, value in folded.items()})
+        tensors |= {prefix + name: value for name, value in folded.items()}
     with torch.random.fork_rng(devices=[]):
         cut = HybridLanguageModel(config)
     cut.to(device=model.device, dtype=model.dtype).load_state_dict(tensors)
@@ -44,8 +52,8 @@ def fold(model: HybridLanguageModel, plan: PrunePlan) -> HybridLanguageModel:
     return cut.eval()
 
 
-def cut_config(config: HybridLanguageModelConfig, plan: PrunePlan) -> HybridLanguageModelConfig:
-    """The configuration of the model that the plan leaves."""
+def cut_config(config: HybridLanguageModelConfig, plan: PrunePlan, merge: bool = False) -> HybridLanguageModelConfig:
+    """The configuration of the model that the plan leaves, with `merge` as of `fold`."""
     gates = [
         config.has_gate(index) and decision.gate is None and decision.keep != "constant"
         for index, decision in enumerate(plan.layers)
@@ -54,7 +62,16 @@ def cut_config(config: HybridLanguageModelConfig, plan: PrunePlan) -> HybridLang
     needs_list = any(not gate and kept != "constant" for gate, kept in zip(gates, plan.layer_branches, strict=True))
     fields: dict[str, Any] = {"layer_branches": plan.layer_branches, "layer_gates": gates if needs_list else None}
     fields["layer_heads"] = layer_heads_of(config, plan.layers)
-    return HybridLanguageModelConfig.from_dict(config.to_dict() | fields)
+    merges = [
+        config.merges(index) if decision.keep == config.branch(index) else "none"
+        for index, decision in enumerate(plan.layers)
+    ]
+    fields["layer_merges"] = merges if set(merges) != {"none"} else None
+    cut = HybridLanguageModelConfig.from_dict(config.to_dict() | fields)
+    if merge:
+        merges = [own if own != "none" else merge_of(cut, index) for index, own in enumerate(merges)]
+        cut.layer_merges = merges if set(merges) != {"none"} else None
+    return cut
 
 
 @torch.no_grad()

@@ -124,6 +124,10 @@ def heal_settings(
         own["data"] = dict(base.get("data") or {}) | {"tokenizer": str(folder)}
     if own["loss"]["distillation_coeff"] == 0:
         own["loss"]["distillation_coeff"] = 1.0
+    if own["loss"].pop("commit_from", None) is not None:
+        # The parent's gates were let go: healing does not call them back.
+        own["loss"].pop("commit_coeff", None)
+        own["loss"] |= {"load_balance_coeff": 0.0, "entropy_reg_coeff": 0.0}
     # A curriculum's stages belong to a run of another length.
     kept: Mapping[str, Any] = {name: value for name, value in base.items() if name != "curriculum"}
     return as_run_settings(apply_overrides({**kept, **own}, list(overrides)))

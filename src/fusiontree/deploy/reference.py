@@ -6,8 +6,6 @@ Shapes: B batch, T tokens, H hidden.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from typing import cast
 
 import torch
@@ -18,7 +16,7 @@ from fusiontree.deploy.cuts import BRANCHES_OF, check_heads, hold_heads
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.models.hybrid_block import HybridBlock
-from fusiontree.train.checkpoint import SHAPE_FIELDS
+from fusiontree.train.checkpoint import weights_fingerprint
 
 
 class ConstantBranch(nn.Module):
@@ -52,10 +50,6 @@ def blocks_of(model: HybridLanguageModel) -> list[HybridBlock]:
     return cast("list[HybridBlock]", list(model.layers))
 
 
-#: Without a value they leave the fingerprint as it was before there were any.
-_LATER_FIELDS = {"layer_heads"}
-
-
 def removed_branches(block: HybridBlock, decision: LayerDecision) -> list[str]:
     """The branches that the decision takes from a layer, Mamba first."""
     return [name for name in BRANCHES_OF[block.branch] if name not in BRANCHES_OF[decision.keep]]
@@ -71,13 +65,7 @@ def constants_of(block: HybridBlock, decision: LayerDecision) -> dict[str, torch
 
 def model_fingerprint(model: HybridLanguageModel) -> str:
     """Hexadecimal digest of the sizes and weights: what a plan is bound to. The same on every device."""
-    fields = [(name, getattr(model.config, name)) for name in SHAPE_FIELDS]
-    known = [str(value) for name, value in fields if value is not None or name not in _LATER_FIELDS]
-    digest = hashlib.sha256(json.dumps(known).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
-    return digest.hexdigest()[:32]
+    return weights_fingerprint(model.config, sorted(model.named_parameters()))
 
 
 def check_plan(model: HybridLanguageModel, plan: PrunePlan, where: str = "the plan") -> None:
@@ -106,6 +94,10 @@ def check_plan(model: HybridLanguageModel, plan: PrunePlan, where: str = "the pl
             raise InputError(
                 f"{where} keeps {decision.keep} in layer {index}, which has {block.branch} alone: that would leave it "
                 f"without a branch; keep {block.branch}, or constant where the layer is to be emptied"
+            )
+        if block.merged is not None and (decision.keep != block.branch or decision.heads):
+            raise InputError(
+                f"{where} cuts layer {index}, whose linear maps are merged: cut the model from which it was exported"
             )
         hidden = model.config.hidden_size
         width = hidden * len(removed_branches(block, decision))

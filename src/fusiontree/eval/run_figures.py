@@ -62,7 +62,7 @@ def learning_figures(columns: Sequence[Column]) -> str:
 def other_figures(columns: Sequence[Column]) -> str:
     norm = _by_step(columns, [("Gradient norm", "grad_norm", "L2, before clipping")])
     terms = [("Load balance", "load_balance_loss", "unweighted"), ("Entropy of the gates", "entropy_loss", "negative")]
-    terms += [("Distillation", "distillation_loss", "unweighted")]
+    terms += [("Distillation", "distillation_loss", "unweighted"), ("Hidden states", "hidden_loss", "unweighted")]
     used = [term for term in terms if any(any(column.numbers(term[1])) for column in columns)]
     return _charts(norm + _by_step(columns, used, from_zero=False))
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from fusiontree.errors import InputError, nearest
 from fusiontree.models.layer_heads import LayerHeads, check_layer_heads, heads_of_layer
+from fusiontree.models.merged_maps import check_layer_merges
 
 BRANCHES = ("both", "mamba", "attention", "constant")
 
@@ -75,6 +76,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         layer_heads: per layer None, or how many heads it keeps: a mapping of "mamba" (heads of Mamba-2), "local" and
             "global" (query heads, in whole groups that share a key/value head), each all of them where it is left out.
             None means all heads everywhere.
+        layer_merges: per layer "none", "z" or "hz": which values between linear maps are no longer computed, as an
+            export may leave a layer of one branch without gate (models/merged_maps.py). None means "none" everywhere.
         return_logits_with_loss: return logits beside the loss too (some trainers read them; costs [B,T,V]).
 
     Raises:
@@ -114,6 +117,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     layer_branches: list[str] | None = None
     layer_gates: list[bool] | None = None
     layer_heads: list[dict[str, int] | None] | None = None
+    layer_merges: list[str] | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     return_logits_with_loss: bool = False
@@ -136,6 +140,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             self.layer_branches = list(self.layer_branches)
         if self.layer_gates is not None:
             self.layer_gates = list(self.layer_gates)
+        if isinstance(self.layer_merges, tuple):
+            self.layer_merges = list(self.layer_merges)
         if isinstance(self.layer_heads, (list, tuple)):
             self.layer_heads = [dict(entry) if isinstance(entry, Mapping) else entry for entry in self.layer_heads]
         self._validate()
@@ -247,6 +253,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             )
         if self.layer_heads is not None:
             check_layer_heads(self)
+        if self.layer_merges is not None:
+            check_layer_merges(self)
 
     @property
     def head_dim(self) -> int:
@@ -265,6 +273,17 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     def has_gate(self, layer: int) -> bool:
         """Whether layer `layer` has a gate."""
         return self.branch(layer) != "constant" and (self.layer_gates is None or self.layer_gates[layer])
+
+    def merges(self, layer: int) -> str:
+        """Which values layer `layer` does not compute between linear maps: "none", "z" or "hz"."""
+        return self.layer_merges[layer] if self.layer_merges is not None else "none"
+
+    def branch_width(self, layer: int) -> int:
+        """Width of what the output projection reads in a layer of one branch."""
+        heads = self.heads(layer)
+        if self.branch(layer) == "attention":
+            return heads.queries * self.head_dim
+        return heads.mamba * self.mamba_head_dim or self.mamba_inner_size  # version 1 counts no heads
 
     def heads(self, layer: int) -> LayerHeads:
         """How many heads layer `layer` has, of each kind."""

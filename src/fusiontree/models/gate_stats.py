@@ -24,6 +24,7 @@ class GateDetails:
         histogram: [L, 100] counts of g in equal bins over [0, 1], over tokens and channels.
         entropy_sum: [L] sum of each token's mean binary entropy over channels, in nats.
         mamba_norm_sum, attention_norm_sum: [L] sums of the tokens' L2 norms of each branch's output.
+        mamba_sum, attention_sum: [L, H] sums of each branch's output.
     """
 
     tokens: torch.Tensor
@@ -33,6 +34,8 @@ class GateDetails:
     entropy_sum: torch.Tensor
     mamba_norm_sum: torch.Tensor
     attention_norm_sum: torch.Tensor
+    mamba_sum: torch.Tensor
+    attention_sum: torch.Tensor
 
 
 @dataclass
@@ -89,4 +92,6 @@ def layer_details(
         "entropy_sum": (entropy * weight).sum(),
         "mamba_norm_sum": (h_m.float().norm(dim=-1) * weight).sum(),
         "attention_norm_sum": (h_a.float().norm(dim=-1) * weight).sum(),
+        "mamba_sum": (h_m.float() * weight.float()[..., None]).sum((0, 1)),
+        "attention_sum": (h_a.float() * weight.float()[..., None]).sum((0, 1)),
     }

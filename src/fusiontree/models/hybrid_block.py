@@ -21,6 +21,7 @@ from fusiontree.models.gate_stats import layer_details
 from fusiontree.models.layout import Layout
 from fusiontree.models.local_global_attn import LocalGlobalAttention
 from fusiontree.models.mamba_block import MambaBlock
+from fusiontree.models.merged_maps import MergedMaps
 from fusiontree.ops.gated_mix import gate_reductions, gated_mix, mix_alone
 
 _MEAN_MOMENTUM = 0.99
@@ -130,7 +131,8 @@ _Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 
 class HybridBlock(nn.Module):
     """See `forward` for the equation. With one branch (`layer_branches`) the absent one is the constant 0; without a
-    gate (`layer_gates`) f is the sum of the branches. With no branch all that they led to is one constant vector.
+    gate (`layer_gates`) f is the sum of the branches. With no branch all that they led to is one constant vector. With
+    `layer_merges` consecutive linear maps behind the one branch are one.
     """
 
     mamba_mean: torch.Tensor
@@ -142,7 +144,7 @@ class HybridBlock(nn.Module):
         hidden, branch = config.hidden_size, config.branch(layer)
         self.branch = branch
         self.is_gated = branch == "both" and config.has_gate(layer)
-        self.mamba = self.attention = self.gate = None
+        self.mamba = self.attention = self.gate = self.merged = None
         if branch == "constant":
             self.constant = nn.Parameter(torch.zeros(hidden))
         else:
@@ -151,12 +153,18 @@ class HybridBlock(nn.Module):
             heads = config.heads(layer).mamba or None  # version 1 counts none
             self.mamba = MambaBlock(config, heads) if branch in ("both", "mamba") else None
             self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
-            self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
-            self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
-            self.fusion_proj = nn.Linear(hidden, hidden)
-            self.small_mlp = SmallMLP(hidden)
-            for linear in (self.fusion_proj, self.small_mlp.out_proj):
-                linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
+            if (merges := config.merges(layer)) == "none":
+                self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
+                self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
+                self.fusion_proj = nn.Linear(hidden, hidden)
+                self.small_mlp = SmallMLP(hidden)
+                for linear in (self.fusion_proj, self.small_mlp.out_proj):
+                    linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
+            else:
+                width = config.branch_width(layer) if merges == "hz" else hidden
+                self.merged = MergedMaps(width, hidden, config.use_alignment)
+                if merges == "hz":
+                    getattr(self, branch).out_proj = nn.Identity()
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         # Set by the model's `_set_gradient_checkpointing`; the first has the name by which transformers asks for it.
@@ -208,6 +216,8 @@ class HybridBlock(nn.Module):
         h_m, h_a = self._branches(x, time_encoding, given)
         token_means = self._token_means(h_m, h_a, given.layout)
         h, h_m, h_a = _side_by_side(*_fill_dropped(h_m, h_a, given))
+        if self.merged is not None:
+            return self.ln_output(x + self.dropout(self.merged(h))), None, token_means, *_no_gate(x, given)
         z = self.alignment(h)
         f, details, *gate = self._mix(z, h_m, h_a, given)
         y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))

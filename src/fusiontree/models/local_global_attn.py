@@ -38,7 +38,7 @@ class LocalGlobalAttention(nn.Module):
         self.qkv_proj = nn.Linear(
             config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False
         )
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+        self.out_proj: nn.Module = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
 
     def forward(
         self,

@@ -61,7 +61,7 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.empty(decays, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(decays[0], dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(decays[0], dtype=torch.float32))
-        self.out_proj = nn.Linear(d, hidden)
+        self.out_proj: nn.Module = nn.Linear(d, hidden)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> MambaBlock:
         kept = {name: getattr(self, name).data for name in _FLOAT32_PARAMETERS}

@@ -114,6 +114,7 @@ def _trace(
         "num_layers": layers,
         "layer_branches": [config.branch(layer)] * layers,
         "layer_gates": None,
+        "layer_merges": None,
         "layer_heads": [config.heads(layer).entry()] * layers,
         "window_size": config.layer_window(layer),
         "attention_type": "local_global",

@@ -13,9 +13,10 @@ parameter's name, so that another engine and any number of processes can go on.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,10 @@ SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "global_heads", "window_size"),
     *("attention_type", "mamba_version", "mamba_expand", "mamba_head_dim", "mamba_state_size", "conv_kernel"),
     *("gate_rank", "use_alignment", "srte_encoding", "srte_rank", "rope_theta", "norm_eps", "layer_branches"),
-    *("layer_gates", "layer_heads", "tie_word_embeddings"),
+    *("layer_gates", "layer_heads", "layer_merges", "tie_word_embeddings"),
 )
+#: Without a value they leave a model's fingerprint as it was before there were any.
+_LATER_FIELDS = {"layer_heads", "layer_merges"}
 
 
 @dataclass
@@ -132,6 +135,29 @@ def save_checkpoint(
         processes.on_all(write_share)
         processes.on_main(finish)
     return path
+
+
+def weights_fingerprint(config: HybridLanguageModelConfig, parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hexadecimal digest of sizes and weights: what a plan is bound to. The same on every device.
+
+    Args:
+        parameters: (name, value) of each, in the order of the names.
+    """
+    fields = [(name, getattr(config, name)) for name in SHAPE_FIELDS]
+    known = [str(value) for name, value in fields if value is not None or name not in _LATER_FIELDS]
+    digest = hashlib.sha256(json.dumps(known).encode())
+    for name, parameter in parameters:
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def saved_fingerprint(path: Path, model: HybridLanguageModel) -> str:
+    """`weights_fingerprint` of a checkpoint directory of this model, whose own weights may be spread over processes."""
+    files = [safe_open(file, framework="pt") for file in sorted(path.glob("model*.safetensors"))]
+    place = {name: file for file in files for name in file.keys()}
+    names = sorted(name for name, _ in model.named_parameters())
+    return weights_fingerprint(model.config, ((name, place[name].get_tensor(name)) for name in names))
 
 
 @contextmanager

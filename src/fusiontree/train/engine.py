@@ -118,7 +118,7 @@ class TrainingEngine:
         self.gradients = StepGradients(
             settings, self.processes, parallel=self.parallel, loss=self.loss, monitor=self.monitor
         )
-        self.meter = StepMeter(settings.loss, throughput)
+        self.meter = StepMeter(throughput)
         self.guard = StepGuard(settings.training)
         self.step = 0
         self.view = ProgressView("none", settings.training.max_steps, 0, visible=False)
@@ -162,6 +162,8 @@ class TrainingEngine:
         teacher = None
         if settings.loss.teacher is not None:
             teacher = load_teacher(settings.loss.teacher, self.tokenizer, config.vocab_size, self.accelerator.device)
+            if settings.loss.hidden_coeff:
+                teacher.require_layers_of(config)
         return state, model, teacher
 
     def _loader(self, split: str) -> Loader:
@@ -294,7 +296,8 @@ class TrainingEngine:
         return stopping > 0
 
     def _finish_step(self, values: list[float], totals: StepTotals, seconds: float, with_details: bool) -> None:
-        self.meter.add(values, totals, learning_rate_at(self.step, self.settings.training), seconds)
+        rate = learning_rate_at(self.step, self.settings.training)
+        self.meter.add(values, totals, rate, seconds, self.loss.coefficients)
         if with_details:
             self._record_gates(int(totals.tokens))
         loss = self.meter.newest["loss"] or 0.0
@@ -345,6 +348,8 @@ class TrainingEngine:
 
     def _log(self) -> None:
         row = self.meter.close_row(self.step) | self._length() | {"skipped_steps": self.guard.skipped}
+        if self.settings.loss.commit_from is not None:
+            row |= {f"{name}_coeff": self.loss.coefficients[name] for name in ("load_balance", "entropy")}
         if self.processes.is_main:
             self.files.write(self.files.metrics, row, self.view.warn)
         remaining = self.settings.training.max_steps - self.step

@@ -1,4 +1,4 @@
-"""The composite training loss: language model + gate load balance - gate entropy + distillation.
+"""The composite training loss: language model + gate load balance - gate entropy + distillation + hidden states.
 
 Every term is a sum over the rows of a whole optimizer step (all micro-batches, all ranks) divided by that step's own
 total. Each micro-batch therefore returns its *share* of the step's loss; the shares add up, and how a batch is cut into
@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, L layers, n counted tokens of a chunk, V vocabulary, H
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from fusiontree.models.hybrid_model import HybridOutput
     from fusiontree.train.teacher import Teacher
 
-TERMS = ("lm", "load_balance", "entropy", "distillation")
+TERMS = ("lm", "load_balance", "entropy", "distillation", "hidden")
 
 #: Tokens whose [n, V] logits exist at a time in the distillation term.
 DISTILLATION_CHUNK = 512
@@ -65,7 +66,7 @@ class LossShare:
     total: torch.Tensor
     """Scalar with gradient: the weighted sum of the terms."""
     terms: torch.Tensor
-    """[4] float32, detached: each term unweighted, in the order of `TERMS`."""
+    """[5] float32, detached: each term unweighted, in the order of `TERMS`."""
     gates: torch.Tensor
     """[2] float32, detached: sum over tokens of the mean gate, and the tokens it sums over (0 without working gate)."""
 
@@ -82,6 +83,19 @@ def negative_entropy_sum(stats: GateStats) -> torch.Tensor:
     return -(_over_active_layers(stats.entropy, stats) * stats.tokens).sum()
 
 
+def hidden_distance_sum(states: Sequence[torch.Tensor], taught: Sequence[torch.Tensor]) -> torch.Tensor:
+    """|x - y|^2 / |y|^2 of each token, summed over tokens, averaged over layers; float32.
+
+    Args:
+        states, taught: x and y of each layer, [B, T, H] each; y carries no gradient.
+    """
+    distances = [
+        ((x.float() - y.float()).square().sum(-1) / y.float().square().sum(-1).clamp_min(1e-12)).sum()
+        for x, y in zip(states, taught, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
 @torch.no_grad()
 def _gate_sum(stats: GateStats) -> torch.Tensor:
     tokens = stats.tokens.sum() * stats.active.any()
@@ -94,21 +108,41 @@ def _over_active_layers(value_LB: torch.Tensor, stats: GateStats) -> torch.Tenso
     return (value_LB * active_L1).sum(0) / active_L1.sum().clamp_min(1.0)
 
 
-class HybridModelLoss:
-    """Loss of a step, one micro-batch at a time.
+def coefficients_at(step: int, max_steps: int, s: LossSettings) -> dict[str, float]:
+    """The terms' weights in optimizer step `step` (from 1) of `max_steps`, by the names of `TERMS`.
 
-    total = lm + load_balance_coeff * load_balance + entropy_reg_coeff * entropy + distillation_coeff * distillation
+    From `commit_from * max_steps` on gates are let go, linearly until the last step: the load balance's weight falls to
+    0, and the entropy's turns from `entropy_reg_coeff`, which keeps gates undecided, to minus `commit_coeff`.
+    """
+    begin = max_steps if s.commit_from is None else s.commit_from * max_steps
+    done = max(0.0, (step - begin) / (max_steps - begin)) if step > begin else 0.0
+    end = s.entropy_reg_coeff if s.commit_coeff is None else s.commit_coeff
+    return {
+        "lm": 1.0,
+        "load_balance": (1 - done) * s.load_balance_coeff,
+        "entropy": (1 - done) * s.entropy_reg_coeff - done * end,
+        "distillation": s.distillation_coeff,
+        "hidden": s.hidden_coeff,
+    }
+
+
+class HybridModelLoss:
+    """Loss of a step, one micro-batch at a time: the terms, each times its coefficient (`coefficients_at`).
 
     - lm: cross entropy summed over counted labels / counted labels of the step.
     - load_balance: hinge of each row's gate mean around `gate_target` +- `gate_margin`, averaged over the active layers
       and the rows of the step.
     - entropy: minus the mean binary entropy of the gates, over real tokens, channels and active layers of the step.
     - distillation: T^2 KL(teacher || student) at temperature T (Hinton et al. 2015), averaged over counted tokens.
+    - hidden: |x - y|^2 / |y|^2 with x a layer's output and y the teacher's, averaged over real tokens and layers.
+
+    `coefficients` are those of the next micro-batch; whoever counts steps sets them.
     """
 
     def __init__(self, settings: LossSettings, teacher: Teacher | None = None):
         self.settings = settings
         self.teacher = teacher
+        self.coefficients = coefficients_at(0, 1, settings)
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -126,26 +160,32 @@ class HybridModelLoss:
             totals: of the whole step.
             head_weight: [V, H] the student's output embedding; only read when distilling.
         """
-        stats, s = output.gate_stats, self.settings
+        stats, s, weights = output.gate_stats, self.settings, self.coefficients
         assert output.loss is not None and stats is not None
         counted = count_labels(batch.labels, batch.position_ids)
         lm = output.loss * (counted / totals.labels)
         load_balance = load_balance_sum(stats, s.gate_target, s.gate_margin) / totals.rows
         entropy = negative_entropy_sum(stats) / totals.tokens
-        total = lm + s.load_balance_coeff * load_balance + s.entropy_reg_coeff * entropy
-        distillation = torch.zeros_like(lm)
+        total = lm + weights["load_balance"] * load_balance + weights["entropy"] * entropy
+        distillation = hidden = torch.zeros_like(lm)
         if self.teacher is not None:
             assert head_weight is not None and output.hidden_states is not None
-            hidden_BTH = output.hidden_states[-1]
-            distillation = self._divergence_sum(hidden_BTH, head_weight, batch) / totals.labels
-            total = total + s.distillation_coeff * distillation
-        terms = torch.stack([term.detach().float() for term in (lm, load_balance, entropy, distillation)])
+            taught = self.teacher.layer_outputs(batch) if s.hidden_coeff else (self.teacher.hidden_states(batch),)
+            if s.hidden_coeff:
+                hidden = hidden_distance_sum(output.hidden_states[1:], taught) / totals.tokens
+                total = total + weights["hidden"] * hidden
+            if s.distillation_coeff:
+                divergence = self._divergence_sum(output.hidden_states[-1], head_weight, taught[-1], batch)
+                distillation = divergence / totals.labels
+                total = total + weights["distillation"] * distillation
+        terms = torch.stack([term.detach().float() for term in (lm, load_balance, entropy, distillation, hidden)])
         return LossShare(total=total, terms=terms, gates=_gate_sum(stats))
 
-    def _divergence_sum(self, hidden_BTH: torch.Tensor, head_weight: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _divergence_sum(
+        self, hidden_BTH: torch.Tensor, head_weight: torch.Tensor, teacher_BTG: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
         """T^2 KL(teacher || student) summed over the counted tokens."""
         assert self.teacher is not None
-        teacher_BTG = self.teacher.hidden_states(batch)
         counts_BT = shift_labels(batch.labels, batch.position_ids) != IGNORE_INDEX
         student_nH, teacher_nG = hidden_BTH[counts_BT], teacher_BTG[counts_BT]
         vocabulary = self.teacher.vocabulary

@@ -30,6 +30,8 @@ _COMPONENTS = {
     "gate": "gates",
     "fusion_proj": "fusion projections",
     "small_mlp": "small MLPs",
+    "merged": "merged maps",
+    "constant": "constants",
     "ln_input": "norms",
     "ln_output": "norms",
 }

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusiontree.data.batch import Batch
 from fusiontree.train.losses import TERMS, StepTotals
-from fusiontree.train.settings import LossSettings
 from fusiontree.train.throughput import Throughput
 
-_SUMS = ("steps", "labels", "tokens", "seconds", "flops", "gate", "gate_weight", *TERMS)
+_SUMS = ("steps", "labels", "tokens", "seconds", "flops", "gate", "gate_weight", "beside", *TERMS)
 
 
 class StepMeter:
@@ -22,13 +21,7 @@ class StepMeter:
     `seconds_per_step` those of the last row's steps.
     """
 
-    def __init__(self, loss: LossSettings, throughput: Throughput):
-        self._coefficients = {
-            "lm": 1.0,
-            "load_balance": loss.load_balance_coeff,
-            "entropy": loss.entropy_reg_coeff,
-            "distillation": loss.distillation_coeff,
-        }
+    def __init__(self, throughput: Throughput):
         self._throughput = throughput
         self.tokens = 0
         self.gate_std: float | None = None
@@ -48,13 +41,21 @@ class StepMeter:
         """Count what a step asks of this process's device."""
         self._window["flops"] += self._throughput.flops(micro_batches)
 
-    def add(self, values: list[float], totals: StepTotals, learning_rate: float, seconds: float) -> None:
+    def add(
+        self,
+        values: list[float],
+        totals: StepTotals,
+        learning_rate: float,
+        seconds: float,
+        coefficients: Mapping[str, float],
+    ) -> None:
         """Count a step.
 
         Args:
             values: the loss terms in the order of `TERMS`, the gate's sum and weight, the gradient norm unclipped.
             totals: of the step.
             seconds: that the step took.
+            coefficients: of the terms in this step.
         """
         terms = dict(zip(TERMS, values[: len(TERMS)], strict=True))
         gate, gate_weight, grad_norm = values[len(TERMS) :]
@@ -68,10 +69,12 @@ class StepMeter:
         window["lm"] += terms["lm"] * totals.labels
         for name in TERMS[1:]:
             window[name] += terms[name]
+        beside = sum(coefficients[name] * terms[name] for name in TERMS[1:])
+        window["beside"] += beside
         self._last = {"lr": learning_rate, "grad_norm": grad_norm}
         self.tokens += int(totals.tokens)
         self.newest = {
-            "loss": self._composite(terms),
+            "loss": terms["lm"] + beside,
             "tokens_per_second": totals.tokens / seconds,
             "gate_mean": gate / gate_weight if gate_weight else None,
             "lr": learning_rate,
@@ -82,9 +85,6 @@ class StepMeter:
         self._window["tokens"] += totals.tokens
         self._window["seconds"] += seconds
         self.tokens += int(totals.tokens)
-
-    def _composite(self, terms: dict[str, float]) -> float:
-        return sum(self._coefficients[name] * terms[name] for name in TERMS)
 
     def close_row(self, step: int) -> dict[str, Any]:
         """The row of all steps since the last one: losses are means (the LM loss over tokens), `lr` and `grad_norm` the
@@ -98,7 +98,7 @@ class StepMeter:
         self.seconds_per_step = window["seconds"] / steps
         row = {
             "step": step,
-            "loss": self._composite(terms),
+            "loss": terms["lm"] + window["beside"] / steps,  # coefficients may change from step to step
             **{f"{name}_loss": terms[name] for name in TERMS},
             **self._last,
             "tokens": self.tokens,

@@ -35,6 +35,8 @@ class GateMonitor:
         self.last: GateStatistics | None = None
         self._sums: GateDetails | None = None
         self._means: list[list[float | None]] = []
+        # Per layer what Mamba and attention said on average, [H] each, when its gate was last recorded.
+        self._outputs: list[tuple[list[float], list[float]] | None] = [None] * num_layers
 
     def due(self, step: int) -> bool:
         """Whether optimizer step `step` (from 1) is recorded: the first one, then every `interval`."""
@@ -66,6 +68,7 @@ class GateMonitor:
         if self._sums is not None:
             sums = GateDetails(**{f.name: reduce(getattr(self._sums, f.name)).cpu() for f in fields(GateDetails)})
             layers = [layer_statistics(sums, index, branch) for index, branch in enumerate(self.branches)]
+            self._outputs = [mean_outputs(sums, index) or before for index, before in enumerate(self._outputs)]
         self._sums = None
         statistics = GateStatistics(
             step=step,
@@ -84,13 +87,15 @@ class GateMonitor:
         means = [layer.mean if layer.tokens else None for layer in statistics.layers]
         self._means = [*self._means, means][-self.settings.plan_records :]
 
-    def plan(self, source: str) -> PrunePlan:
+    def plan(self, source: str, model: str | None = None) -> PrunePlan:
         """Cut by thresholds: a layer whose mean gate, averaged over the last `plan_records` records, lies above
         `mamba_threshold` keeps Mamba alone, below `attention_threshold` attention alone; none before `plan_min_steps`,
         with a standard deviation above `plan_max_std`, or where fewer than `plan_confidence` of the records agree.
+        What the removed branch said on average in the last record stands in for it.
 
         Args:
             source: the run that the records come from.
+            model: fingerprint of its model.
         """
         s, step = self.settings, self.last.step if self.last else 0
         decisions = [self._decide(index, branch, step) for index, branch in enumerate(self.branches)]
@@ -101,7 +106,17 @@ class GateMonitor:
             "max_std": s.plan_max_std,
             "confidence": s.plan_confidence,
         }
-        return PrunePlan(criterion="gate thresholds", thresholds=thresholds, source=source, step=step, layers=decisions)
+        for decision, branch, outputs in zip(decisions, self.branches, self._outputs, strict=True):
+            if decision.keep != branch and outputs is not None:
+                decision.constant = outputs[1 if decision.keep == "mamba" else 0]
+        return PrunePlan(
+            criterion="gate thresholds",
+            thresholds=thresholds,
+            source=source,
+            step=step,
+            layers=decisions,
+            model=model,
+        )
 
     def _decide(self, index: int, branch: BranchKind, step: int) -> LayerDecision:
         s = self.settings
@@ -132,14 +147,17 @@ class GateMonitor:
         return LayerDecision(keep=keep, reason=reason, evidence=evidence)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values: the last record and the layer means that the plan averages."""
-        return {"last": self.last.dumps() if self.last else None, "means": self._means}
+        """JSON values: the last record, the layer means that the plan averages, and the branches' mean outputs."""
+        return {"last": self.last.dumps() if self.last else None, "means": self._means, "outputs": self._outputs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         last = state["last"]
         self.last = GateStatistics.loads(last, source="the checkpoint's gate record") if last else None
         self._means = [list(means) for means in state["means"]]
+        # Older checkpoints have none.
+        found = state.get("outputs") or [None] * len(self.branches)
+        self._outputs = [None if pair is None else (pair[0], pair[1]) for pair in found]
 
 
 def layer_statistics(sums: GateDetails, index: int, branch: BranchKind) -> LayerGateStatistics:
@@ -166,6 +184,18 @@ def layer_statistics(sums: GateDetails, index: int, branch: BranchKind) -> Layer
         # Three decimals draw any heat map and keep a record of 18 layers x 1536 channels below 200 kB.
         channel_mean=[round(value, 3) for value in channel_mean_H.tolist()],
     )
+
+
+def mean_outputs(sums: GateDetails, index: int) -> tuple[list[float], list[float]] | None:
+    """One layer's mean outputs of Mamba and attention, [H] each to six digits; None where its gate was not at work."""
+    tokens = float(sums.tokens[index])
+    if tokens == 0:
+        return None
+    mamba, attention = (
+        [float(f"{value:.6g}") for value in (part[index] / tokens).tolist()]
+        for part in (sums.mamba_sum, sums.attention_sum)
+    )
+    return mamba, attention
 
 
 def histogram_quantiles(histogram: list[float], levels: tuple[float, ...]) -> list[float]:

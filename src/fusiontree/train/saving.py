@@ -8,7 +8,7 @@ from typing import Any
 
 from fusiontree.artifacts import checkpoint_name
 from fusiontree.errors import InputError
-from fusiontree.train.checkpoint import TrainingState, save_checkpoint
+from fusiontree.train.checkpoint import TrainingState, save_checkpoint, saved_fingerprint
 from fusiontree.train.checkpoint_files import BEST, point
 from fusiontree.train.monitor_gate import GateMonitor
 from fusiontree.train.parallel import Parallel
@@ -77,4 +77,5 @@ class RunSaver:
         if state.best is not None and state.best["step"] == state.step:
             point(self._run / BEST, path)
         if self._settings.gate_monitor.enabled and self._settings.gate_monitor.export_plan:
-            self._monitor.plan(source=str(self._run)).save(self._run / "prune_plan.json")
+            model = saved_fingerprint(path, self._parallel.module)
+            self._monitor.plan(str(self._run), model).save(self._run / "prune_plan.json")

@@ -96,14 +96,30 @@ class LossSettings(Settings):
     gate_margin: float = Field(0.05, ge=0, lt=0.5, description="deviation from the target that costs nothing")
     distillation_coeff: float = Field(0.0, ge=0, description="weight of the distillation term; 0 = no teacher")
     distillation_temperature: float = Field(2.0, gt=0, description="softens teacher and student alike")
+    hidden_coeff: float = Field(
+        0.0, ge=0, description="weight of the distance of each layer's output from the teacher's, of as many layers"
+    )
     teacher: str | None = Field(None, description="causal LM to distil from: a local folder or a hub name")
+    commit_from: float | None = Field(
+        None, ge=0, lt=1, description="share of the steps after which gates commit, see `coefficients_at`; null = never"
+    )
+    commit_coeff: float | None = Field(
+        None, ge=0, description="weight of the gates' entropy at the end, sign turned; null = entropy_reg_coeff"
+    )
 
     @model_validator(mode="after")
     def _teacher_and_weight_together(self) -> LossSettings:
-        if self.distillation_coeff > 0 and self.teacher is None:
-            raise ValueError("distillation_coeff is above 0 but no teacher is named: set loss.teacher")
-        if self.teacher is not None and self.distillation_coeff == 0:
+        weights = {name: getattr(self, name) for name in ("distillation_coeff", "hidden_coeff")}
+        if self.teacher is None and (given := [name for name, weight in weights.items() if weight > 0]):
+            raise ValueError(f"{given[0]} is above 0 but no teacher is named: set loss.teacher")
+        if self.teacher is not None and not any(weights.values()):
             raise ValueError("a teacher is named but distillation_coeff is 0: set loss.distillation_coeff")
+        return self
+
+    @model_validator(mode="after")
+    def _commits_where_asked(self) -> LossSettings:
+        if self.commit_coeff is not None and self.commit_from is None:
+            raise ValueError("commit_coeff has no effect without commit_from: set both, or neither")
         return self
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fusiontree.data.batch import Batch
 from fusiontree.errors import InputError
-from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals
+from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals, coefficients_at
 from fusiontree.train.monitor_gate import GateMonitor
 from fusiontree.train.parallel import Parallel
 from fusiontree.train.processes import Processes
@@ -69,10 +69,11 @@ class StepGradients:
             with_details: hand the gates' full statistics to the monitor.
 
         Returns:
-            This process's loss terms in the order of `TERMS`, its gate sum and gate weight; [6] float32.
+            This process's loss terms in the order of `TERMS`, its gate sum and gate weight; [7] float32.
         """
         device = self._processes.device
         seed_step(self._settings.seed, step, self._processes.index)
+        self._loss.coefficients = coefficients_at(step, self._settings.training.max_steps, self._settings.loss)
         sums = torch.zeros(len(TERMS) + 2, device=device)
         for index, micro_batch in enumerate(micro_batches):
             batch = micro_batch.to(device, non_blocking=True)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusiontree.data.tokenizer import holds_tokenizer, load_tokenizer
 from fusiontree.errors import InputError
-from fusiontree.models import HybridLanguageModel
+from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 
 if TYPE_CHECKING:
     from fusiontree.data.batch import Batch
@@ -36,6 +36,7 @@ class Teacher:
     def __init__(self, model: nn.Module, vocabulary: int, name: str = "teacher"):
         self.model = model.eval().requires_grad_(False)
         self.vocabulary = vocabulary
+        self._name = name
         self.head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
         base: Any = model.backbone if isinstance(model, HybridLanguageModel) else model.base_model
         self._base: Callable[..., Any] = base
@@ -45,6 +46,31 @@ class Teacher:
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """[B, T, G] last hidden states; document boundaries reach the teacher as `position_ids`."""
         return self._base(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def layer_outputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """What each layer says, [B, T, H] each, of a teacher that `require_layers_of` has let pass."""
+        given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        return self._base(**given, use_cache=False, output_hidden_states=True).hidden_states[1:]
+
+    def require_layers_of(self, config: HybridLanguageModelConfig) -> None:
+        """Whether hidden states can be compared layer by layer.
+
+        Raises:
+            InputError: it is no FusionTree model, or one of other sizes than the student's.
+        """
+        own = self.model.config
+        sizes = f"{config.num_layers} layers of width {config.hidden_size}"
+        if not isinstance(own, HybridLanguageModelConfig):
+            found = f"is a {type(self.model).__name__}"
+        elif (own.num_layers, own.hidden_size) != (config.num_layers, config.hidden_size):
+            found = f"has {own.num_layers} layers of width {own.hidden_size}"
+        else:
+            return
+        raise InputError(
+            f"loss.hidden_coeff compares hidden states layer by layer, but the teacher {self._name} {found}, the "
+            f"student a FusionTree model of {sizes}: set loss.hidden_coeff to 0, or name the model it was cut from"
+        )
 
     @torch.no_grad()
     def _check_head(self, name: str) -> None:
