@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusiontree
+from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.errors import InputError
-from fusiontree.train.checkpoint import load_model, load_moments
+from fusiontree.train.checkpoint import load_model, load_moments, weights_fingerprint
 from fusiontree.train.checkpoint_files import check_files, newest_checkpoint
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings
@@ -238,3 +239,15 @@ def test_a_run_that_never_began_is_no_run(run_settings, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no token of the evaluation data can be predicted"):
         fusiontree.train(wrong)
     assert fusiontree.train(sections).step == 1
+
+
+def test_a_models_fingerprint_stays_what_it_was() -> None:
+    """Plans are bound to it: a field that comes in and has no value must not change it."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "global_heads": 2, "window_size": 4}
+    sizes |= {"mamba_head_dim": 8, "mamba_state_size": 4, "gate_rank": 4, "srte_rank": 4}
+    model = HybridLanguageModel(HybridLanguageModelConfig(**sizes))
+    parameters = sorted(model.named_parameters())
+    with torch.no_grad():
+        for number, (_, parameter) in enumerate(parameters):
+            parameter.fill_(number / 8)
+    assert weights_fingerprint(model.config, parameters) == "adc395f31da2c541c7eccaa05b2d0fdd"
