@@ -188,6 +188,10 @@ def test_lines_that_cannot_be_continued(
     assert main(["generate", str(folder), "--jsonl", str(source), "--device", "cpu"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and sentence in shown.err and shown.err.count("\n") == 1
+    source.write_text('{"prompt": "a"}')
+    for out, problem in ((tmp_path, "is a folder: name a file"), (source / "x", "a file is in the way")):
+        assert main(["generate", str(folder), "--jsonl", str(source), "--out", str(out), "--device", "cpu"]) == 2
+        assert problem in capsys.readouterr().err
     for more, problem in ((["-p", "a"], "--jsonl holds the prompts"), (["--out", "x"], "--out is for --jsonl")):
         arguments = ["--jsonl", str(source)] if more[0] == "-p" else ["-p", "a"]
         assert main(["generate", str(folder), *arguments, *more]) == 2

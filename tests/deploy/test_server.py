@@ -388,6 +388,20 @@ def test_a_server_that_is_stopped_finishes_what_it_began(tiny_folder: Path) -> N
         client.completions.create(model="bare", prompt="a", max_tokens=1)
 
 
+def test_what_cannot_be_finished_in_time_is_told_so(tiny_folder: Path) -> None:
+    server = ServerProcess(tiny_folder, "--drain-seconds", "1", "--max-new-tokens", "200000")
+    answers: list[httpx.Response] = []
+    body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 200000}).encode()
+    thread = threading.Thread(target=lambda: answers.append(post(server, body)))
+    thread.start()
+    while sum(running(server)) < 1:
+        time.sleep(0.01)
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(timeout=60)
+    assert answers[0].status_code == 503 and "stopping" in sentence_of(answers[0])
+    assert server.stop() == 0
+
+
 @pytest.mark.slow
 def test_a_killed_server_loses_nothing_but_what_ran(folder: Path) -> None:
     server = ServerProcess(folder, "--max-rows", "1", "--request-seconds", "2", "--drain-seconds", "0")

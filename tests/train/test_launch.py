@@ -42,6 +42,28 @@ def write(sections: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
+def test_zero_needs_no_launcher_for_one_process(run_settings, tmp_path: Path) -> None:
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        training={"max_steps": 2, "eval_interval": 0},
+        system={"device": "cpu", "num_threads": 1, "zero_stage": 2},
+    )
+    config = write(sections, tmp_path / "run.yaml")
+    command = [warm.python(), "-m", "fusiontree", "train", "--config", config]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "latest" / "model.safetensors").exists()
+    alone = subprocess.run(
+        [*command, f"output_dir={tmp_path / 'other'}"],
+        env=ENVIRONMENT | {"WORLD_SIZE": "2", "RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 2
+    (line,) = alone.stderr.splitlines()
+    assert line.startswith("error: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT are not set: start it with torchrun")
+
+
 def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         output_dir=str(tmp_path / "run"),
@@ -77,7 +99,7 @@ def test_processes_that_differ_are_refused_in_one_sentence(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         overrides = [different.format(other=other)] if rank == "1" else []
-        command = [sys.executable, "-m", "fusiontree", "train", "--config", config, *overrides]
+        command = [warm.python(), "-m", "fusiontree", "train", "--config", config, *overrides]
         processes.append(
             subprocess.Popen(
                 command, env=ENVIRONMENT | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

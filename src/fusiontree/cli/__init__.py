@@ -36,6 +36,9 @@ _MENDABLE = {
     errno.EFBIG: "the file would be larger than this system allows; choose another place",
     errno.EACCES: "permission denied; change who may use it or choose another path",
     errno.EPERM: "permission denied; change who may use it or choose another path",
+    errno.EISDIR: "is a folder, where a file is needed",
+    errno.ENOTDIR: "a file is in the way; choose another path",
+    errno.EEXIST: "a file is in the way; choose another path",
     errno.EROFS: "the file system is read-only; choose another place",
 }
 
@@ -141,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output (`| head`) went away; without this the interpreter's last flush would complain.

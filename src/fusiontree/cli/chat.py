@@ -112,7 +112,10 @@ class Conversation:
         if self.messages == self._opening:
             raise InputError("nothing was said yet")
         ids = self._runtime.encode_chat(self.messages, answers=False)
-        self._runtime.save_conversation(path, ids, json.dumps(self.messages, ensure_ascii=False))
+        try:
+            self._runtime.save_conversation(path, ids, json.dumps(self.messages, ensure_ascii=False))
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
         typer.echo(f"saved to {path}", err=True)
 
 

@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
@@ -200,6 +201,10 @@ class _JsonLines(logging.Formatter):
         return json.dumps(content, ensure_ascii=False)
 
 
+# To send the last answers in, when the time to finish what runs is over.
+_ANSWERING_S = 5
+
+
 class _Server(uvicorn.Server):
     """Says when it listens, and takes nothing new once it is told to stop."""
 
@@ -213,7 +218,12 @@ class _Server(uvicorn.Server):
         logger.info("listening", extra={"fields": {"address": self._address, "model": self._service.settings.name}})
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self._service.engine.draining = True
+        engine = self._service.engine
+        if not engine.draining:  # what then still runs is answered with 503
+            engine.draining = True
+            ending = threading.Timer(self._service.settings.drain_seconds, engine.stop)
+            ending.daemon = True
+            ending.start()
         super().handle_exit(sig, frame)
 
 
@@ -238,7 +248,7 @@ def run(runtime: InferenceRuntime, settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=settings.drain_seconds,
+        timeout_graceful_shutdown=settings.drain_seconds + _ANSWERING_S,
     )
     # Once it has stopped, uvicorn raises the signal again, which would kill the process that just ended in order.
     signal.signal(signal.SIGTERM, lambda number, frame: None)

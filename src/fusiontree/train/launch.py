@@ -42,6 +42,12 @@ def check_launch(settings: RunSettings) -> None:
             f"system.num_devices is {system.num_devices} but {runs}: start it with torchrun "
             f"--nproc_per_node={system.num_devices} -m fusiontree train …, or set system.num_devices={launched}"
         )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if launched > 1 and missing:
+        raise InputError(
+            f"WORLD_SIZE is {launched} but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start it "
+            "with torchrun, which sets them all, or unset WORLD_SIZE"
+        )
     if system.uses_deepspeed:
         key = "system.deepspeed_config" if system.deepspeed_config else "system.zero_stage"
         if importlib.util.find_spec("deepspeed") is None:
@@ -112,8 +118,9 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
             _leave_communication_to_gloo()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, launched_processes()))
-    launcher = _single_launch() if system.is_sharded and "RANK" not in os.environ else {}
-    with _environment({_USE_DEEPSPEED: str(system.uses_deepspeed).lower(), **launcher}):
+    if system.is_sharded and "RANK" not in os.environ:
+        os.environ.update(_single_launch())  # and left so: DeepSpeed reads it when it wraps the model
+    with _environment({_USE_DEEPSPEED: str(system.uses_deepspeed).lower()}):
         accelerator = Accelerator(
             # With `cpu`, accelerate ignores DeepSpeed in silence; without, it takes the CPU where there is no GPU.
             cpu=not on_cuda and not system.uses_deepspeed,
