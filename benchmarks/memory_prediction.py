@@ -101,7 +101,7 @@ def peak_of_run(settings: dict[str, Any]) -> dict[str, int]:
     before = peak_memory_bytes(torch.device("cpu")) or 0
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         engine = TrainingEngine(RunSettings.parse(settings))
-        engine.saver.save = lambda: None  # type: ignore[method-assign]  # the steps alone
+        engine.saver.save = lambda warn: None  # type: ignore[method-assign]  # the steps alone
         engine.run()
     trace = Path(settings["output_dir"]) / f"trace-{os.environ.get('RANK', '0')}.json"
     profiler.export_chrome_trace(str(trace))

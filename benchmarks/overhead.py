@@ -91,7 +91,7 @@ class EngineLoop:
     def save(self) -> float:
         """Seconds that a checkpoint takes; each is a new one, in a directory of its own."""
         started = time.perf_counter()
-        self.engine.saver.save()
+        self.engine.saver.save(self.engine.view.warn)
         return time.perf_counter() - started
 
 

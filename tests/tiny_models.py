@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.data import load_tokenizer
+
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 
 TINY = {
     "vocab_size": 320,

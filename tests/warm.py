@@ -15,6 +15,7 @@ the exit code; signals that it gets it passes on, and if it is killed, the serve
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -126,7 +127,9 @@ def _serve(address: str) -> dict[str, Any]:
                     return json.loads(message.decode("utf-8", "surrogateescape"))
                 for stream in streams:
                     os.close(stream)
-                connection.send(str(pid).encode())
+                # The executable may have been killed; the connection's end then tells below.
+                with contextlib.suppress(OSError):
+                    connection.send(str(pid).encode())
                 pidfd = os.pidfd_open(pid)
                 running[pidfd] = (pid, connection)
                 selector.register(pidfd, selectors.EVENT_READ)
@@ -139,11 +142,13 @@ def _serve(address: str) -> dict[str, Any]:
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 if connection.fileno() in selector.get_map():
                     selector.unregister(connection)
-                    connection.send(str(code).encode())
+                    with contextlib.suppress(OSError):
+                        connection.send(str(code).encode())
                 connection.close()
             elif key.data is not None:  # the executable was killed
-                selector.unregister(key.fileobj)
-                os.kill(key.data, signal.SIGKILL)
+                if key.fileobj.fileno() >= 0:  # its fork did not end in the same moment
+                    selector.unregister(key.fileobj)
+                    os.kill(key.data, signal.SIGKILL)
             else:
                 for pid, _ in running.values():
                     os.kill(pid, signal.SIGKILL)

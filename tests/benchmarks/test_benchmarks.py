@@ -68,9 +68,10 @@ def test_quality_records_each_run_once_and_reports_them(
     quality.main([*where, "--report"])
     assert f"| Llama | 0 | float32 | {llama['parameters'] / 1e6:.2f} M |" in path.with_suffix(".md").read_text()
 
-    quality.main([*settings, "--models", "llama", "--optimizer", "muon"])
-    *_, muon = (json.loads(line) for line in path.read_text().splitlines())
-    assert muon["run"] == llama["run"] | {"optimizer": "muon"} and muon["val_loss"] != llama["val_loss"]
+    if hasattr(torch.optim, "Muon"):
+        quality.main([*settings, "--models", "llama", "--optimizer", "muon"])
+        *_, muon = (json.loads(line) for line in path.read_text().splitlines())
+        assert muon["run"] == llama["run"] | {"optimizer": "muon"} and muon["val_loss"] != llama["val_loss"]
 
     path.write_text(json.dumps(ours | {"revision": "0" * 12}) + "\n")
     with pytest.raises(SystemExit, match="revision 000000000000"):

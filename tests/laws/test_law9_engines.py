@@ -18,6 +18,7 @@ import torch
 
 import fusiontree
 import warm
+from tiny_models import needs_muon
 
 STEPS = 20
 WORKER = Path(__file__).with_name("engines_worker.py")
@@ -97,7 +98,8 @@ def runs(settings, tmp_path_factory) -> Path:
     taught = {"teacher": str(directory / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
     for engine in ("ddp", "zero2", "fsdp2"):
         job(f"{engine}-taught", engine, training={"max_steps": 3, "eval_interval": 0}, loss=taught)
-    job("ddp-muon", "ddp", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"})
+    if hasattr(torch.optim, "Muon"):
+        job("ddp-muon", "ddp", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"})
     # One run handed from engine to engine every five steps; the last leg is one process.
     before = directory / "ddp" / "checkpoints" / "step_00000005"
     for step, engine in ((10, "zero3"), (15, "fsdp2"), (20, "zero2")):
@@ -106,6 +108,7 @@ def runs(settings, tmp_path_factory) -> Path:
     for engine in ("ddp", "zero2", "zero3", "fsdp2"):
         training = {"max_steps": 8, "save_interval": 2, "eval_interval": 0, "max_skipped_steps": 1}
         job(f"{engine}-spoilt", engine, training=training, spoilt=(4, 5))
+        job(f"{engine}-late", engine, training={"max_steps": 3, "save_interval": 1, "eval_interval": 0}, spoilt=(1,))
     file = tmp_path_factory.mktemp("jobs") / "jobs.json"
     file.write_text(json.dumps(jobs))
     done = subprocess.run(
@@ -188,12 +191,13 @@ def test_distillation_is_that_of_one_process(runs: Path, alone, engine: str) -> 
         assert row["distillation_loss"] == pytest.approx(other["distillation_loss"], rel=1e-5) and row["loss"] > 0
 
 
+@needs_muon
 def test_muon_steps_in_two_processes_as_in_one(runs: Path, alone) -> None:
     """It turns matrices in bf16: the rounding of the gradients' sums comes out larger."""
     expected = rows(alone("one-muon", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"}))
     for row, other in zip(rows(runs / "ddp-muon"), expected, strict=True):
         assert row["lm_loss"] == pytest.approx(other["lm_loss"], rel=BF16_ROUNDING)
-    assert expected[-1]["lm_loss"] < rows(runs / "ddp")[7]["lm_loss"] + 0.5  # it learns
+    assert expected[-1]["lm_loss"] < expected[0]["lm_loss"] - 0.2  # it learns
 
 
 def test_a_run_goes_on_in_another_engine_and_with_another_number_of_processes(runs: Path, alone) -> None:
@@ -217,3 +221,12 @@ def test_a_fault_in_one_process_takes_all_back_to_the_checkpoint(runs: Path, eng
     assert [row["loss"] is None for row in logged] == [step in (4, 5) for step in range(1, 9)]
     assert [row["skipped_steps"] for row in logged] == [0, 0, 0, 1, 3, 3, 3, 3]
     require_equal(logged[:3] + logged[5:], [row for row in rows(runs / "ddp-spoilt") if row["step"] not in (4, 5)])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_checkpoint_from_before_the_first_finite_step_goes_on(runs: Path, alone, engine: str) -> None:
+    run = runs / f"{engine}-late"
+    assert "error" not in json.loads((run / "seen.json").read_text())
+    late = {"max_steps": 3, "eval_interval": 0}
+    one = alone(f"after-{engine}-late", resume=str(run / "checkpoints" / "step_00000001"), training=late)
+    require_equal(rows(run)[1:], rows(one))

@@ -14,8 +14,11 @@ import torch
 
 import fusiontree
 from fusiontree.errors import InputError
+from fusiontree.train import saving
+from fusiontree.train.checkpoint import load_moments
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings
+from tiny_models import needs_muon
 
 STEPS = 8
 
@@ -52,6 +55,24 @@ def test_a_step_that_is_not_finite_changes_no_weight(run_settings, tmp_path: Pat
     assert [row["skipped_steps"] for row in rows(run)] == [0, 0, 0, 1, 1, 1, 1, 1]
     assert rows(run)[3]["loss"] is None and rows(run)[4]["loss"] > 0
     assert "step 4 is not finite (lm nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=needs_muon)])
+def test_a_run_is_saved_before_its_first_finite_step(run_settings, tmp_path: Path, optimizer: str) -> None:
+    """Steps that are left out count, and moments come with the first that is not."""
+    training = {"max_steps": 4, "save_interval": 1, "save_total_limit": None, "eval_interval": 0}
+    sections = run_settings(output_dir=str(tmp_path / "run"), training=training | {"optimizer": optimizer})
+    engine_with_faults(sections, lambda step: step == 1).run()
+    first = tmp_path / "run" / "checkpoints" / "step_00000001"
+    moments = load_moments(first)
+    assert moments["step"] == 0 and not any(moments[name].any() for name in moments)
+    again = run_settings(output_dir=str(tmp_path / "again"), training=sections["training"])
+    fusiontree.train(again, resume=str(first))
+    assert [row["loss"] for row in rows(tmp_path / "again")] == [row["loss"] for row in rows(tmp_path / "run")[1:]]
+    last = [tmp_path / name / "checkpoints" / "step_00000004" for name in ("run", "again")]
+    assert load_moments(last[1])["step"] == 3
+    found, expected = (fusiontree.load(path, device="cpu").state_dict() for path in last)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_it_goes_back_once_and_then_stops_with_the_layer(run_settings, tmp_path: Path) -> None:
@@ -160,3 +181,27 @@ def test_a_checkpoint_that_cannot_be_saved_costs_only_itself(run_settings, tmp_p
     shown = capsys.readouterr().err
     assert "step_00000004 could not be saved: No space left on device; free some space" in shown
     assert "step_00000002 is whole" in shown and "training goes on" in shown
+
+
+@pytest.mark.parametrize("failing", ["point", "drop_old", "prune_plan.json"])
+def test_what_follows_a_checkpoint_costs_only_itself(
+    run_settings, tmp_path: Path, capsys, monkeypatch, failing: str
+) -> None:
+    training = {"max_steps": 4, "save_interval": 2, "save_total_limit": 1, "eval_interval": 2, "save_best": True}
+    sections = run_settings(output_dir=str(tmp_path / "run"), training=training, logging={"progress": "plain"})
+    if failing == "prune_plan.json":
+        (tmp_path / "run" / failing).mkdir(parents=True)  # no file can take its place
+    else:
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(saving, failing, full)
+    result = fusiontree.train(sections)
+    assert result.step == 4 and result.checkpoint is not None and result.checkpoint.name == "step_00000004"
+    shown = capsys.readouterr().err
+    assert "step_00000002 is saved, but " in shown and "step_00000004 is saved, but " in shown
+    assert "could not be saved" not in shown
+    assert (tmp_path / "run" / "best").exists() == (failing != "point")
+    if failing != "drop_old":
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]

@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 
+from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.optim import build_optimizers, decayed, learning_rate_at, parameter_groups, set_learning_rate
 from fusiontree.train.settings import TrainingSettings
+from tiny_models import needs_muon
 
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "global_heads": 1, "window_size": 4, "vocab_size": 32}
 SIZES |= {"mamba_head_dim": 8, "mamba_state_size": 4, "gate_rank": 4, "srte_rank": 4}
@@ -57,6 +59,7 @@ def test_weight_decay_shrinks_only_what_decays() -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
 
 
+@needs_muon
 def test_muon_takes_the_maps_between_hidden_spaces_and_adamw_the_rest() -> None:
     model = HybridLanguageModel(HybridLanguageModelConfig(**SIZES))
     settings = TrainingSettings(optimizer="muon", weight_decay=0.3)
@@ -73,6 +76,7 @@ def test_muon_takes_the_maps_between_hidden_spaces_and_adamw_the_rest() -> None:
     assert {group["weight_decay"] for group in adamw.param_groups} == {0.3, 0.0}
 
 
+@needs_muon
 def test_muon_turns_a_matrix_and_keeps_the_size_of_an_adamw_step() -> None:
     """Its update is nearly orthogonal, at the root mean square that AdamW's steps have (0.2 of the rate)."""
     model = HybridLanguageModel(HybridLanguageModelConfig(**SIZES))
@@ -87,6 +91,13 @@ def test_muon_turns_a_matrix_and_keeps_the_size_of_an_adamw_step() -> None:
     spread = [values[0] / values[-1] for values in map(torch.linalg.svdvals, (update, weight.grad))]
     assert spread[0] < 5 < spread[1]
     assert update.pow(2).mean().sqrt().item() == pytest.approx(0.2 * 0.01, rel=0.3)
+
+
+def test_muon_is_refused_by_a_torch_without_it(monkeypatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    model = HybridLanguageModel(HybridLanguageModelConfig(**SIZES))
+    with pytest.raises(InputError, match=r"muon needs torch 2\.9 or later, this is .*: set it to adamw"):
+        build_optimizers(model, TrainingSettings(optimizer="muon"))
 
 
 def test_groups_say_what_is_in_them() -> None:

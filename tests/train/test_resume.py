@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,11 @@ from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
 from fusiontree.errors import InputError
+from fusiontree.train import processes
+from fusiontree.train.checkpoint import load_state
+from fusiontree.train.engine import TrainingEngine
+from fusiontree.train.settings import RunSettings
+from tiny_models import needs_muon
 
 
 def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> None:
@@ -71,9 +77,7 @@ def test_a_row_of_metrics_may_span_a_stop(run_settings, tmp_path: Path, precisio
             # The learning rate is still warming up, so that max_steps does not bend it; the last step logs anyway.
             loss = {"commit_from": 0.2, "commit_coeff": 0.3}  # whose weights change from step to step
             settings = run_settings(training=training | {"max_steps": 9}, loss=loss, output_dir=str(directory))
-            engine = fusiontree.train.engine.TrainingEngine(
-                fusiontree.train.settings.RunSettings.parse(settings), resume="auto"
-            )
+            engine = TrainingEngine(RunSettings.parse(settings), resume="auto")
             halt_after(engine, max_steps)
             engine.run()
     assert rows(directories[1], "metrics.jsonl") == rows(directories[0], "metrics.jsonl")
@@ -81,13 +85,14 @@ def test_a_row_of_metrics_may_span_a_stop(run_settings, tmp_path: Path, precisio
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@needs_muon
 @pytest.mark.parametrize("schedule", ["linear", "wsd"])
 def test_every_schedule_and_muon_go_on_exactly(run_settings, tmp_path: Path, schedule: str) -> None:
     training = {"optimizer": "muon", "lr_schedule": schedule, "lr_decay_ratio": 0.5, "max_steps": 8}
     training |= {"save_interval": 3, "eval_interval": 0}
     straight, stopped = (run_settings(training=training, output_dir=str(tmp_path / name)) for name in ("one", "two"))
     fusiontree.train(straight)
-    engine = fusiontree.train.engine.TrainingEngine(fusiontree.train.settings.RunSettings.parse(stopped))
+    engine = TrainingEngine(RunSettings.parse(stopped))
     halt_after(engine, 5)
     assert engine.run().step == 5
     assert fusiontree.train(stopped, resume="auto").step == 8
@@ -118,3 +123,51 @@ def test_a_run_can_start_from_another_runs_checkpoint(run_settings, tmp_path: Pa
     assert [row["step"] for row in rows(tmp_path / "second", "metrics.jsonl")] == [4, 5]
     manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
     assert manifest["parent_run"].endswith("step_00000003")
+
+
+def stop_in_evaluation(engine: TrainingEngine, step: int) -> None:
+    """Deliver SIGTERM to this process when the engine begins to evaluate `step`."""
+    measure = engine.evaluation.measure
+
+    def stopped(*arguments: Any) -> Any:
+        if engine.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments)
+
+    engine.evaluation.measure = stopped  # type: ignore[method-assign]
+
+
+def test_an_evaluation_that_is_made_up_for_can_be_the_best(run_settings, tmp_path: Path) -> None:
+    training = {"max_steps": 9, "eval_interval": 2, "save_interval": 1, "save_total_limit": 1, "save_best": True}
+    run = tmp_path / "run"
+    settings = RunSettings.parse(run_settings(training=training, output_dir=str(run)))
+    engine = TrainingEngine(settings)
+    stop_in_evaluation(engine, 4)
+    assert engine.run().step == 4
+    assert (run / "best").resolve().name == "step_00000002"
+    engine = TrainingEngine(settings, resume="auto")
+    halt_after(engine, 5)
+    assert engine.run().step == 5
+    losses = {row["step"]: row["eval_loss"] for row in rows(run, "metrics.jsonl") if "eval_loss" in row}
+    assert losses[4] < losses[2], "step 4 must be the best for this test to tell anything"
+    assert (run / "best").resolve().name == "step_00000004"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_00000004", "step_00000005"]
+    # Killed right after its evaluation, a run would know of it.
+    assert load_state(run / "best").best == {"step": 4, "loss": losses[4]}
+
+
+def test_an_evaluation_that_was_cut_in_several_processes_is_made_up_for(
+    run_settings, tmp_path: Path, monkeypatch
+) -> None:
+    """The loop of two processes in one, whose sums are its own."""
+    training = {"max_steps": 6, "eval_interval": 3, "save_interval": 0}
+    settings = RunSettings.parse(run_settings(training=training, output_dir=str(tmp_path / "run")))
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "_store", lambda: store)
+    engine = TrainingEngine(settings)
+    engine.processes.count = 2
+    stop_in_evaluation(engine, 3)
+    assert engine.run().step == 3
+    TrainingEngine(settings, resume="auto").run()
+    evaluated = [row["step"] for row in rows(tmp_path / "run", "metrics.jsonl") if "eval_loss" in row]
+    assert evaluated == [0, 3, 6]

@@ -34,7 +34,6 @@ from fusiontree.models.hybrid_model import HybridLanguageModel
 from fusiontree.train.checkpoint_files import (
     LATEST,
     STATE_DIRECTORY,
-    drop_old,
     list_files,
     newest_checkpoint,
     point,
@@ -90,21 +89,15 @@ class SavedMoments(Mapping[str, torch.Tensor]):
         return len(self._files)
 
 
-def save_checkpoint(
-    run: Path, parallel: Parallel, processes: Processes, tokenizer: Any, state: TrainingState, limit: int | None
-) -> Path:
-    """Write `run/checkpoints/step_XXXXXXXX` whole or not at all, point `latest` to it, drop what exceeds `limit`.
+def save_checkpoint(run: Path, parallel: Parallel, processes: Processes, tokenizer: Any, state: TrainingState) -> Path:
+    """Write `run/checkpoints/step_XXXXXXXX` whole or not at all, and point `latest` to it.
 
     All processes call it; each writes its share of the moments, the main one the rest.
-
-    Args:
-        limit: checkpoints to keep, this one included; None keeps all.
 
     Raises:
         InputError: disk full, file too large or no permission; earlier checkpoints are untouched.
     """
-    directory = run / "checkpoints"
-    path = directory / checkpoint_name(state.step)
+    path = run / "checkpoints" / checkpoint_name(state.step)
     weights, moments = parallel.weights(), parallel.moments()
     with ExitStack() as unfinished:
 
@@ -128,8 +121,6 @@ def save_checkpoint(
                 list_files(target)
                 unfinished.close()
                 point(run / LATEST, path)
-                if limit is not None:
-                    drop_old(directory, keep=path, limit=limit)
 
         target = processes.on_main(begin)
         processes.on_all(write_share)

@@ -126,6 +126,7 @@ class TrainingEngine:
         self.saver = RunSaver(
             settings,
             checkpoint,
+            best=state.best if state is not None else None,
             parallel=self.parallel,
             processes=self.processes,
             tokenizer=self.tokenizer,
@@ -204,7 +205,7 @@ class TrainingEngine:
                 for _ in self.steps(stop):
                     pass
                 if self.step > 0:
-                    self.saver.save()
+                    self.saver.save(self.view.warn)
                 signal = self.processes.first(stop.signal)
                 announce_end(
                     self.view,
@@ -242,9 +243,9 @@ class TrainingEngine:
             passed_over=self.passed_over,
             evaluates=self.evaluation.loader is not None,
         )
-        self._evaluate_if_due(stop)
+        was_cut = self._evaluate_if_due(stop)
         batches = iter(self.train_loader)
-        stopping = self.processes.any(bool(stop))
+        stopping = was_cut or self.processes.any(bool(stop))
         while self.step < t.max_steps and not stopping:
             before = self.step
             stopping = self._train_step(batches, stop)
@@ -252,12 +253,13 @@ class TrainingEngine:
                 continue  # it went back to a checkpoint
             if self.step % t.log_interval == 0 or self.step == t.max_steps:
                 self._log()
-            self._evaluate_if_due(stop)
+            was_cut = self._evaluate_if_due(stop)
             if t.save_interval and self.step % t.save_interval == 0:
                 self.saver.save_on_the_way(self.view.warn)
             yield self.step
-            # Several processes agree in their next step; one alone need not wait for it.
-            stopping = stopping or (self.processes.count == 1 and bool(stop))
+            # Several processes agree in their next step, which a cut evaluation forbids: only where the run ends is it
+            # made up for. One process alone need not wait either.
+            stopping = stopping or was_cut or (self.processes.count == 1 and bool(stop))
 
     def close(self) -> None:
         """Close logs and display; the group of processes stays."""
@@ -359,12 +361,13 @@ class TrainingEngine:
         """The last step's tokens in a row, to show beside its other numbers; nothing where all rows are alike."""
         return {"length": self.train_loader.length} if self.lengths.varies else {}
 
-    def _evaluate_if_due(self, stop: StopRequest) -> None:
+    def _evaluate_if_due(self, stop: StopRequest) -> bool:
+        """Returns: whether a stop, asked for in any process, cut it short in all of them."""
         if not self.evaluation.is_due(self.step):
-            return
+            return False
         row = self.evaluation.at(self.step, self.parallel.model, lambda: bool(stop))
         if row is None:
-            return
+            return True
         if self.processes.is_main:
             self.files.write(self.files.metrics, row, self.view.warn)
         self.view.message(
@@ -372,6 +375,7 @@ class TrainingEngine:
         )
         if self.evaluation.is_best():
             self.saver.save_on_the_way(self.view.warn)
+        return False
 
     def _state(self) -> TrainingState:
         return TrainingState(

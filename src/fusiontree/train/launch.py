@@ -45,8 +45,8 @@ def check_launch(settings: RunSettings) -> None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if launched > 1 and missing:
         raise InputError(
-            f"WORLD_SIZE is {launched} but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start it "
-            "with torchrun, which sets them all, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {launched} but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start "
+            "it with torchrun, which sets them all, or unset WORLD_SIZE"
         )
     if system.uses_deepspeed:
         key = "system.deepspeed_config" if system.deepspeed_config else "system.zero_stage"

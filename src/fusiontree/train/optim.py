@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusiontree.errors import InputError
 from fusiontree.train.settings import TrainingSettings
 
 #: Parameters of the recurrence and of the gates' vectors that decay would pull to a meaningless value.
@@ -81,6 +82,9 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
 
     Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982), so that one learning rate and
     one weight decay serve both.
+
+    Raises:
+        InputError: Muon is asked for of a torch without it.
     """
     parameters = dict(model.named_parameters())
     groups: dict[str, list[dict[str, Any]]] = {"Muon": [], "AdamW": []}
@@ -91,6 +95,10 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
         )
     found: list[torch.optim.Optimizer] = []
     if groups["Muon"]:
+        if not hasattr(torch.optim, "Muon"):
+            raise InputError(
+                f"training.optimizer: muon needs torch 2.9 or later, this is {torch.__version__}: set it to adamw"
+            )
         found.append(torch.optim.Muon(groups["Muon"], lr=settings.learning_rate, adjust_lr_fn="match_rms_adamw"))
     device = next(model.parameters()).device
     adamw = torch.optim.AdamW(

@@ -131,7 +131,9 @@ class Parallel:
 
     def moments(self) -> dict[str, torch.Tensor]:
         """This process's share of the optimizer's state: `step`, and `<parameter>.<moment>` whole, in host memory."""
-        share = {"step": self._step()}
+        if not self._adamw.state:
+            self._make_room(torch.tensor(0.0))  # no step was finite so far
+        share = {"step": next(iter(self._adamw.state.values()))["step"].detach().cpu().clone()}
         for index, (parameter, name) in enumerate(self._trained()):
             for moment in self._moments_of(parameter):
                 value = self._whole_moment(parameter, moment)
@@ -148,9 +150,10 @@ class Parallel:
     def _moments_of(self, parameter: nn.Parameter) -> tuple[str, ...]:
         return MOMENTS[type(self._optimizer_of[parameter]).__name__]
 
-    def _step(self) -> torch.Tensor:
-        adamw = self.optimizers[-1]  # Muon counts no steps
-        return next(iter(adamw.state.values()))["step"].detach().cpu().clone()
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """The one that counts steps: Muon does not."""
+        return self.optimizers[-1]
 
     def _whole_moment(self, parameter: nn.Parameter, moment: str) -> torch.Tensor:
         return self._state_of(parameter)[moment]
@@ -185,7 +188,7 @@ class Parallel:
         """Moments of zeros after `step` updates."""
         for parameter, optimizer in self._optimizer_of.items():
             optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in self._moments_of(parameter)}
-            if optimizer is self.optimizers[-1]:
+            if optimizer is self._adamw:
                 # The fused kernels want the step where the parameter is.
                 optimizer.state[parameter]["step"] = step.to(parameter.device, copy=True)
 
@@ -271,7 +274,7 @@ class ZeroRedundancy(Parallel):
         self.model.backward(share * self.accelerator.num_processes, scale_wrt_gas=False)  # type: ignore[operator]
 
     def update(self, learning_rate: float) -> float:
-        set_learning_rate(self._zero.optimizer, learning_rate)
+        set_learning_rate(self._adamw, learning_rate)
         self.model.step()  # type: ignore[operator]  # clips, and leaves out what is not finite, as told by the norm
         if self.stage == 3 and self.module.config.drop_branch_prob > 0:
             # Where a branch was dropped, the next step would add to this one's gradients, or take them once more.
@@ -314,11 +317,13 @@ class ZeroRedundancy(Parallel):
                 parameter.copy_(weights[name])
             safe_set_local_fp32_param(parameter, part)
 
-    def _step(self) -> torch.Tensor:
-        return next(iter(self._zero.optimizer.state.values()))["step"].detach().cpu().clone()
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        return self._zero.optimizer
 
     def moments(self) -> dict[str, torch.Tensor]:
-        self._link()
+        if self._adamw.state:
+            self._link()
         return super().moments()
 
     def _whole_moment(self, parameter: nn.Parameter, moment: str) -> torch.Tensor:
@@ -334,7 +339,7 @@ class ZeroRedundancy(Parallel):
             self._zero.fp32_partitioned_groups_flat if self.stage == 3 else self._zero.single_partition_of_fp32_groups
         )
         for part in flat:
-            self._zero.optimizer.state[part] = {
+            self._adamw.state[part] = {
                 "step": step.to(part.device, copy=True),
                 **{moment: torch.zeros_like(part) for moment in MOMENTS["AdamW"]},
             }

@@ -13,6 +13,11 @@ from fusiontree.errors import ElsewhereError, InputError, first_line
 
 _T = TypeVar("_T")
 
+#: What gloo says when a process at the other end answers too late; NCCL's and the store's errors have a class.
+_LATE = ("Timed out waiting", "Application timeout")
+
+_TIME_WORDS = ("timeout", "Timeout", "timed out", "Timed out", "timing out")
+
 #: What gloo and NCCL say when a process at the other end is no more.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
@@ -58,19 +63,32 @@ class Processes:
 
     def lost(self, error: RuntimeError) -> InputError | None:
         """What an error of waiting for other processes means, or None if it is no such error."""
-        text = str(error)
-        timed_out = any(mark in text for mark in ("Timed out", "timed out", "timeout", "Timeout"))
-        if self.count == 1 or not (timed_out or any(mark in text for mark in _GONE)):
+        if self.count == 1:
             return None
-        if not timed_out:
+        text = str(error)
+        # Not every timeout is one of waiting for others: CUDA's launches, for one, have their own.
+        by_class = isinstance(error, torch.distributed.DistError) and any(word in text for word in _TIME_WORDS)
+        if not by_class and not any(mark in text for mark in _LATE):
+            if not any(mark in text for mark in _GONE):
+                return None
             return ElsewhereError(f"another process of the run has ended: {first_line(error)}")
-        steps = [int(_store().get(f"fusiontree/{index}")) for index in range(self.count)]
+        steps = self._steps()
         behind = [str(index) for index, step in enumerate(steps) if step < max(steps)]
         who = f"process {' and '.join(behind)}" if behind else "a process"
+        where = f" (at step {min(steps)}, others at {max(steps)})" if behind else ""
         return InputError(
-            f"process {self.index} waited longer than system.timeout for {who} of {self.count} "
-            f"(at step {min(steps)}, others at {max(steps)}): look at what holds it up, then go on with --resume auto"
+            f"process {self.index} waited longer than system.timeout for {who} of {self.count}{where}: "
+            "look at what holds it up, then go on with --resume auto"
         )
+
+    def _steps(self) -> list[int]:
+        """The step that each process has begun, 0 before the first; none where the store is gone with its process."""
+        keys = [f"fusiontree/{index}" for index in range(self.count)]
+        try:
+            # `get` would wait for what has not been set.
+            return [int(_store().get(key)) if _store().check([key]) else 0 for key in keys]
+        except RuntimeError:
+            return []
 
     def require_equal(self, facts: Mapping[str, Any], advice: str) -> None:
         """Compare what must be the same in all processes.

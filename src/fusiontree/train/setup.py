@@ -17,6 +17,20 @@ from fusiontree.train.checkpoint_files import STATE_DIRECTORY, check_files, newe
 from fusiontree.train.launch import launched_processes
 from fusiontree.train.settings import RunSettings
 
+#: Settings that may differ from machine to machine: paths, and what the main process alone shows and writes.
+_OWN_SETTINGS: dict[str, Any] = {
+    "output_dir": True,
+    "logging": True,
+    "data": {
+        **dict.fromkeys(("train_paths", "eval_paths", "static_dir", "cache_dir", "tokenizer"), True),
+        "train_sources": {"__all__": {"paths"}},
+        "hf_streaming_sources": {"__all__": {"path"}},
+    },
+    "training": {"init_from"},
+    "loss": {"teacher"},
+    "system": {"deepspeed_config"},
+}
+
 #: Vocabularies that are not given are rounded up to this: matrix kernels like whole tiles.
 VOCABULARY_MULTIPLE = 64
 
@@ -149,11 +163,9 @@ def common_facts(settings: RunSettings) -> dict[str, Any]:
     Data may lie elsewhere on each machine: its fingerprint is compared instead.
     """
     facts: dict[str, Any] = {"the number of processes (WORLD_SIZE)": launched_processes()}
-    for section, values in settings.model_dump(mode="json", exclude={"output_dir", "data", "logging"}).items():
+    for section, values in settings.model_dump(mode="json", exclude=_OWN_SETTINGS).items():
         keys = values if isinstance(values, dict) else {"": values}
         facts |= {f"{section}.{key}".rstrip("."): value for key, value in keys.items()}
-    for name in ("system.deepspeed_config", "training.init_from", "loss.teacher"):
-        del facts[name]
     return facts
 
 
