@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -169,6 +170,38 @@ def test_tasks_of_the_harness(folder: Path, tmp_path: Path, capsys: pytest.Captu
     assert "birds │ acc │ 0.3333 │ 0.2108 │ 6 │ 0" in shown
     assert main(["eval", str(folder), *options]) == 0
     assert "lm_eval:birds: kept from" in capsys.readouterr().err
+    (tmp_path / "birds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert main(["eval", str(folder), *options]) == 0
+    assert "kept from" not in capsys.readouterr().err
+    assert EvalReport.load(folder / "eval_report.json").harness["birds"][0].samples == 3
+
+
+def test_what_is_kept_outlives_a_part_that_fails(
+    folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, path = tmp_path / "tasks", folder / "eval_report.json"
+    tasks.mkdir()
+    lost = {"task": "lost", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}}
+    (tasks / "lost.yaml").write_text(
+        json.dumps(lost | {"test_split": "test", "doc_to_text": "a", "doc_to_target": "b"})
+    )
+    # The harness's own tasks are thousands of files.
+    monkeypatch.setattr(
+        "fusiontree.eval.lm_eval_adapter.TaskManager",
+        lambda include_path, include_defaults=True: TaskManager(include_path=include_path, include_defaults=False),
+    )
+    options = ["eval", str(folder), "--device", "cpu", "--data", str(corpus / "eval.jsonl")]
+    assert main(options) == 0
+    before = EvalReport.load(path)
+    capsys.readouterr()
+    assert main([*options, "--tasks", "needle,lm_eval:typo", "--task-folder", str(tasks)]) == 2
+    assert "there is no task 'typo' in " in capsys.readouterr().err
+    assert EvalReport.load(path) == before  # said before needle was measured
+    assert main([*options, "--tasks", "needle,lm_eval:lost", "--task-folder", str(tasks)]) == 2
+    assert "the task 'lost' cannot be loaded: " in capsys.readouterr().err
+    after = EvalReport.load(path)
+    assert after.parts.keys() == {"tasks in texts", "perplexity"} and after.tasks is not None
+    assert (after.loss, after.by_position) == (before.loss, before.by_position)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +217,12 @@ def test_tasks_of_the_harness(folder: Path, tmp_path: Path, capsys: pytest.Captu
         (["MODEL", "--tasks", "needle"], "--tasks needle is written into texts: give --data FILES"),
         (["MODEL", "--tasks", "code"], "--tasks code completes Python functions: give --code FILES"),
         (["MODEL", "--data", "DATA", "--code", "DATA"], "--code is for --tasks code"),
+        (["MODEL", "--data", "DATA", "--lengths", "64"], "--lengths is for --tasks passkey: name that task"),
+        (["MODEL", "--data", "DATA", "--depths", "0"], "--depths is for --tasks passkey: "),
+        (["MODEL", "--tasks", "lm_eval:birds", "--passkeys", "8"], "--passkeys is for --tasks passkey: "),
+        (["MODEL", "--data", "DATA", "--task-folder", "."], "--task-folder is for --tasks lm_eval:NAME: "),
+        (["MODEL", "--tasks", "passkey", "--limit", "1"], "--limit is for --tasks lm_eval:NAME: "),
+        (["MODEL", "--data", "DATA", "--shots", "0"], "--shots is for --tasks lm_eval:NAME: "),
         (
             ["MODEL", "--tasks", "passkey", "--lengths", "5,x"],
             "--lengths must be numbers with commas between, got '5,x'",

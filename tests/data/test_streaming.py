@@ -248,6 +248,19 @@ def test_a_saved_data_set_is_a_stream_too(tmp_path, make):
         assert plain(stream.read(Place(0, 11))) == expected[11:]
 
 
+def test_a_saved_data_set_has_its_own_split_and_no_configuration(tmp_path, make):
+    saved = datasets.Dataset.from_dict({"text": TEXTS[:5]})
+    saved.save_to_disk(str(tmp_path / "bare"))
+    datasets.Dataset(saved.data, split="test").save_to_disk(str(tmp_path / "test"))
+    for name, split, label in (("bare", None, "bare"), ("test", None, "test/test"), ("test", "test", "test/test")):
+        stream = make(StreamEntry(f"{tmp_path}/{name}", split=split), seed=None)
+        assert next(stream.read(Place())).source == "" and stream.dataset.shards[0].name == f"{tmp_path}/{label}"
+    with pytest.raises(InputError, match=f"^streams: {tmp_path}/test holds the split test, and train is asked for"):
+        make(StreamEntry(f"{tmp_path}/test", split="train"))
+    with pytest.raises(InputError, match=f"^streams: config en is of no use to {tmp_path}/bare, .*: leave it out"):
+        make(StreamEntry(f"{tmp_path}/bare", config="en"))
+
+
 def test_every_epoch_has_its_own_order_and_the_seed_decides_it(two_files, make):
     def first_epochs(count, **options) -> list[list[str]]:
         found = [str(record[1:]) for record in plain(islice(make(*two_files, **options).read(Place()), 65 * count))]

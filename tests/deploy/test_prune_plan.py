@@ -4,6 +4,7 @@ removal costs something, and a branch that says the same of every token costs no
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def text_of(model: HybridLanguageModel) -> CalibrationText:
 
 @pytest.fixture(scope="module")
 def costs(parent: HybridLanguageModel) -> CostModel:
-    return CostModel.measured(parent, context=64, rounds=1, progress=lambda what: None)
+    return CostModel.measured(parent, context=64, rounds=1, progress=lambda what: None, heads=True)
 
 
 def loss_of(model: HybridLanguageModel, text: CalibrationText) -> float:
@@ -136,6 +137,18 @@ def test_head_constants_are_means_and_savings_count_heads(parent, own_text, cost
     mean = torch.cat(said).mean((0, 1))[8 * head : 8 * head + 8]
     torch.testing.assert_close(torch.tensor(joint.decisions[0].head_constants), mean, rtol=0, atol=1e-5)
     assert costs.saving(joint.cuts, order[0, "mamba heads"][1], ["parameters"]) > 0
+
+
+def test_costs_of_what_was_not_measured_and_of_constant_gates(parent, own_text, costs) -> None:
+    whole = Cuts(("both",) * 3)
+    fewer = replace(whole, heads=frozenset({(0, "mamba", 2)}))
+    assert costs.cost(fewer).parameters < costs.parent.parameters
+    with pytest.raises(InputError, match="what mamba heads cost was not measured: .* heads=True"):
+        replace(costs, head_seconds={}).cost(fewer)
+    frozen = whole.with_frozen(1)
+    assert costs.cost(whole).parameters == costs.parent.parameters
+    assert costs.cost(frozen).parameters == sum(p.numel() for p in blank(parent, frozen).parameters())
+    assert costs.cost(frozen).parameters < costs.parent.parameters
 
 
 def test_a_branch_that_never_changes_is_the_first_to_go(parent, own_text, costs) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
@@ -147,6 +148,17 @@ def test_answers_are_those_of_one_row_at_a_time(
     requests, expected = reference[0].asked["generate_until"]
     assert lm.generate_until(requests) == expected
     assert len({len(text) for text in expected}) > 2
+
+
+def test_drawing_without_a_temperature_is_at_1(eval_model: HybridLanguageModel) -> None:
+    def written(**how: Any) -> str:
+        wanted = {"until": [], "max_gen_toks": 20, "seed": 1} | how
+        request = Instance("generate_until", {}, ("the quick brown", wanted), 0)
+        return FusionTreeLM(eval_model).generate_until([request])[0]
+
+    drawn = written(do_sample=True)
+    assert drawn == written(do_sample=True, temperature=1.0)
+    assert drawn != written(do_sample=False) == written()
 
 
 def test_figures_are_those_of_the_reference(

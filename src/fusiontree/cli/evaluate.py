@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ _Progress = Callable[..., None]
 
 
 def evaluate(
+    call: typer.Context,
     model: Path = typer.Argument(..., help="Model folder, or a run directory, whose newest checkpoint is taken."),
     more: list[str] = typer.Argument(None, metavar="[FILES]...", help="More files, as --data *.jsonl gives them."),
     data: list[str] = typer.Option(None, "--data", help="Files or globs: .jsonl, or whole texts of any other suffix."),
@@ -89,6 +91,7 @@ def evaluate(
         raise InputError("--code is for --tasks code; --data files are read for perplexity")
     if harness and importlib.util.find_spec("lm_eval") is None:
         raise InputError("--tasks lm_eval:NAME needs lm-evaluation-harness: pip install 'fusiontree[eval]'")
+    _refuse_what_no_task_reads(call, wanted)
     if task_folder is not None and not task_folder.is_dir():
         raise InputError(f"--task-folder {task_folder} is not a folder")
     folder = out or model
@@ -128,7 +131,8 @@ def evaluate(
             shown_as=shown_as,
         )
         # Perplexity last: what can be wrong with tasks is then said before the longer wait.
-        parts = [job.harness(task, task_folder, limit, shots) for task in harness]
+        manager = functools.cache(lambda: _task_manager(harness, task_folder))
+        parts = [job.harness(task, task_folder, limit, shots, manager) for task in harness]
         if programs is not None:
             parts.insert(0, job.code(programs, text_key))
         if "passkey" in wanted:
@@ -153,6 +157,27 @@ def evaluate(
         print(plot_perplexity_by_position(report, folder / PICTURE))
     if report.passkeys is not None:
         print(plot_passkeys(report.passkeys, folder / HEAT_MAP))
+
+
+def _refuse_what_no_task_reads(call: typer.Context, wanted: list[str]) -> None:
+    """
+    Raises:
+        InputError: an option is given of a task that is not.
+    """
+    is_harness = any(task.startswith(HARNESS) for task in wanted)
+    unread = [] if "passkey" in wanted else [(name, "passkey") for name in ("lengths", "depths", "passkeys")]
+    unread += [] if is_harness else [(name, f"{HARNESS}NAME") for name in ("task_folder", "limit", "shots")]
+    for name, task in unread:
+        if getattr(call.get_parameter_source(name), "name", None) == "COMMANDLINE":
+            raise InputError(
+                f"--{name.replace('_', '-')} is for --tasks {task}: name that task, or leave the option out"
+            )
+
+
+def _task_manager(tasks: list[str], folder: Path | None) -> Any:
+    from fusiontree.eval.lm_eval_adapter import task_manager  # takes seconds, which kept parts need not wait for
+
+    return task_manager(tasks, folder)
 
 
 def _numbers(text: str, option: str, kind: type[_Number], least: int) -> list[_Number]:
@@ -269,9 +294,12 @@ class _Job:
         depends_on = {**self.common, "files": files_identity(texts.paths), "text_key": text_key}
         return Part("code", {"code": None}, depends_on, measure)
 
-    def harness(self, task: str, folder: Path | None, limit: int | None, shots: int | None) -> Part:
+    def harness(
+        self, task: str, folder: Path | None, limit: int | None, shots: int | None, manager: Callable[[], Any]
+    ) -> Part:
         from fusiontree.artifacts import library_versions
         from fusiontree.eval.parts import Part, files_identity
+        from fusiontree.eval.task_files import task_files
 
         def measure() -> dict[str, Any]:
             from fusiontree.eval.lm_eval_adapter import evaluate_harness
@@ -283,18 +311,19 @@ class _Job:
                 limit=limit,
                 shots=shots,
                 progress=self._counted(f"{HARNESS}{task}", "requests"),
+                manager=manager(),
                 **self._options,
             )
             return {"harness": found}
 
         depends_on = {
             **self.common,
-            "folder": [] if folder is None else files_identity([folder]),
+            "folder": [] if folder is None else files_identity(task_files(folder)),
             "limit": limit,
             "shots": shots,
             "lm_eval": library_versions(["lm_eval"]),
         }
-        return Part(f"{HARNESS}{task}", {"harness": [task]}, depends_on, measure)
+        return Part(f"{HARNESS}{task}", {"harness": [task]}, depends_on, measure, check=manager)
 
 
 @contextmanager

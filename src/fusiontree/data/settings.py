@@ -28,7 +28,9 @@ class StreamSource(Settings):
 
     path: str = Field(description="file, glob, http(s) URL, folder that datasets loads, or hub name (@revision)")
     config: str | None = Field(None, description="configuration of a data set")
-    split: str = Field("train", description="split of a data set")
+    split: str | None = Field(
+        None, description="split of a data set; null = train, or the one that a saved folder holds"
+    )
     weight: float = Field(1.0, gt=0, allow_inf_nan=False, description="share of the documents, relative to the others'")
     text_key: str | None = Field(None, min_length=1, description="null = data.text_key")
 

@@ -58,7 +58,8 @@ class StreamEntry:
             end in `@` and a revision. What a file holds is told from its name: .jsonl, .json or .txt, each also with
             .gz or .zst behind it, or .parquet.
         config: configuration of a data set (a folder or a hub name); None = its only one.
-        split: of a data set; a file has none, and this is not looked at.
+        split: of a data set; None = train, or the one that a saved Arrow folder holds. A file has none, and this is
+            not looked at.
         text_key: key or column that holds the text or the messages; not looked at where a line is a text.
         txt_documents: what of a .txt file is one document, the "file" or each "line".
         weight: share of the records, where entries are mixed.
@@ -66,7 +67,7 @@ class StreamEntry:
 
     path: str
     config: str | None = None
-    split: str = "train"
+    split: str | None = None
     text_key: str = "text"
     txt_documents: str = "line"
     weight: float = 1.0
@@ -319,6 +320,7 @@ def _data_set(
     entry: StreamEntry, folder: str | None, patience: Patience, where: str
 ) -> dict[tuple[object, ...], Shard]:
     commit: str | None = None
+    split: str | None = entry.split or "train"
     version: list[object]
     if folder:
         name, version = folder, [_files_in(folder)]
@@ -327,25 +329,34 @@ def _data_set(
         name, _, revision = entry.path.partition("@")
         commit = _hub_revision(name, revision or None, patience, where)
         version, advice = [name, commit], _HUB_ADVICE
+    is_saved = folder is not None and is_arrow_folder(folder)
+    if is_saved and entry.config is not None:
+        raise InputError(
+            f"{where}: config {entry.config} is of no use to {entry.path}, which is a saved data set: leave it out"
+        )
     # Takes a second or two, which streams of files alone need not wait for.
     from datasets import load_dataset, load_from_disk
 
     try:
-        if folder and is_arrow_folder(folder):
-            data_set = load_from_disk(folder).to_iterable_dataset()
+        if is_saved:
+            saved = load_from_disk(folder)
+            split = saved.split and str(saved.split)
+            data_set = saved.to_iterable_dataset()
         else:
-            data_set = load_dataset(name, entry.config, split=entry.split, streaming=True, revision=commit)
+            data_set = load_dataset(name, entry.config, split=split, streaming=True, revision=commit)
         if data_set.column_names and entry.text_key in data_set.column_names:
             data_set = data_set.select_columns([entry.text_key])
         num_shards = data_set.num_shards
     except Exception as error:  # whatever a data set's format and file system raise
         raise InputError(f"{where}: {entry.path} cannot be streamed: {first_line(error)}") from error
-    label = "/".join(part for part in (entry.path, entry.config, entry.split) if part)
+    if is_saved and split is not None and entry.split not in (None, split):
+        raise InputError(f"{where}: {entry.path} holds the split {split}, and {entry.split} is asked for")
+    label = "/".join(part for part in (entry.path, entry.config, split) if part)
     return {
-        (name, commit, entry.config, entry.split, entry.text_key, index): HubShard(
+        (name, commit, entry.config, split, entry.text_key, index): HubShard(
             label if num_shards == 1 else f"{label}[{index}]",
             functools.partial(data_set.shard, num_shards, index),
-            version=[*version, entry.config, entry.split, entry.text_key, num_shards, index],
+            version=[*version, entry.config, split, entry.text_key, num_shards, index],
             text_key=entry.text_key,
             patience=None if folder else patience,
             advice=advice,

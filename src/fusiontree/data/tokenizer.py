@@ -166,6 +166,10 @@ class DocumentEncoder:
             np.array([*self.prefix, *ids, *suffix] if len(ids) else [], dtype=np.int32) for ids in self._encode(texts)
         ]
 
+    def plain(self, text: str) -> list[int]:
+        """The ids of a text without opening and separator."""
+        return list(self._encode([text])[0])
+
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []

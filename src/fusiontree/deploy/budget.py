@@ -72,7 +72,7 @@ class CostModel:
     seconds: dict[tuple[str, str], tuple[float, float]]
     """(kind of layer, branch) -> seconds that the branch takes of reading `context` tokens, and of decoding one."""
     head_seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Kind of heads (`HEAD_PARTS`) -> the same of one head."""
+    """Kind of heads (`HEAD_PARTS`) -> the same of one head; empty where that was not measured."""
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
@@ -122,7 +122,11 @@ class CostModel:
         return cls(config, model.dtype, context, costs["parent"], found, of_heads)
 
     def cost(self, cuts: Cuts) -> Cost:
-        """What the model with these cuts costs: sizes exactly, times by the branches and heads that are gone."""
+        """What the model with these cuts costs: sizes exactly, times by the branches and heads that are gone.
+
+        Raises:
+            InputError: heads are gone, and what a head costs was not measured.
+        """
         prefill, decode = self.parent.prefill_seconds, self.parent.decode_seconds
         for layer, kind in enumerate(cuts.kinds):
             own = self.config.branch(layer)
@@ -135,10 +139,12 @@ class CostModel:
             part = "mamba heads" if branch == "mamba" else "local heads"
             if branch == "attention" and head >= self.config.heads(layer).local:
                 part = "global heads"
-            saved = self.head_seconds.get(part, (0.0, 0.0))
+            if part not in self.head_seconds:
+                raise InputError(f"what {part} cost was not measured: use CostModel.measured with heads=True")
+            saved = self.head_seconds[part]
             prefill, decode = prefill - saved[0], decode - saved[1]
         config = _config_of(self.config, cuts)
-        key = (*cuts.kinds, *(config.heads(layer) for layer in range(config.num_layers)))
+        key = (*cuts.kinds, cuts.frozen, *(config.heads(layer) for layer in range(config.num_layers)))
         if key not in self._sizes:
             self._sizes[key] = sizes(config, self.dtype, self.context)
         parameters, weight_bytes, state_bytes = self._sizes[key]

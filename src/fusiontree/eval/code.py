@@ -24,9 +24,8 @@ from fusiontree.errors import InputError
 from fusiontree.eval.eval_llm import tokenizer_for
 from fusiontree.eval.texts import Texts
 from fusiontree.models import HybridLanguageModel
-from fusiontree.train.evaluation import evaluation_mode, hidden_in_pieces
+from fusiontree.train.evaluation import evaluation_mode, hidden_in_pieces, logits_in_chunks
 
-_CHUNK = 256  # predicted tokens whose logits exist at a time
 _PREFIX_BYTES = 2**28
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -164,17 +163,13 @@ def _encoded(encode: DocumentEncoder, source: str, endings: Sequence[Ending]) ->
     ids: list[int] = list(encode.prefix)
     tasks, place = [], 0
     for ending in endings:
-        ids += _plain(encode, source[place : ending.start])
+        ids += encode.plain(source[place : ending.start])
         start = len(ids)
         text = source[ending.start : ending.stop]
-        ids += _plain(encode, text)
+        ids += encode.plain(text)
         tasks.append(_Task(start, len(ids), text.split("\n")[1].rstrip()))
         place = ending.stop
     return ids, tasks
-
-
-def _plain(encode: DocumentEncoder, text: str) -> list[int]:
-    return encode([text])[0].tolist()[len(encode.prefix) :]
 
 
 def _loss(model: HybridLanguageModel, ids: list[int], tasks: Sequence[_Task], piece: int) -> float:
@@ -185,16 +180,16 @@ def _loss(model: HybridLanguageModel, ids: list[int], tasks: Sequence[_Task], pi
     for part, hidden in hidden_in_pieces(model, [row], piece):
         # A token is predicted from the state behind the one before it.
         inside = places[(places > part.start) & (places <= part.stop)]
-        for chunk in (inside[start : start + _CHUNK] for start in range(0, len(inside), _CHUNK)):
-            before = torch.from_numpy(chunk - 1 - part.start).to(hidden.device)
-            logits = model.lm_head(hidden[0, before]).float()
-            total += F.cross_entropy(logits, torch.from_numpy(row[chunk]).to(hidden.device), reduction="sum").item()
+        before = torch.from_numpy(inside - 1 - part.start).to(hidden.device)
+        targets = torch.from_numpy(row[inside]).to(hidden.device)
+        for chunk, logits in logits_in_chunks(model, hidden[0, before]):
+            total += F.cross_entropy(logits, targets[chunk], reduction="sum").item()
     return total
 
 
 def _next_line(runtime: InferenceRuntime, ids: list[int], task: _Task, encode: DocumentEncoder) -> str:
     """What greedy decoding writes up to the end of the line; with room for twice the tokens of the true one."""
-    room = 2 * len(_plain(encode, f"\n{task.line}\n")) + 8
+    room = 2 * len(encode.plain(f"\n{task.line}\n")) + 8
     longest = runtime.model.config.max_position_embeddings
     if runtime.model.config.srte_encoding == "learned":
         room = max(1, min(room, longest - task.start + 1))

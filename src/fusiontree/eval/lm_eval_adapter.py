@@ -30,9 +30,8 @@ from fusiontree.deploy.text import render_chat
 from fusiontree.errors import InputError, first_line, nearest
 from fusiontree.eval.eval_llm import tokenizer_for
 from fusiontree.models import HybridLanguageModel
-from fusiontree.train.evaluation import evaluation_mode, hidden_in_pieces
+from fusiontree.train.evaluation import evaluation_mode, hidden_in_pieces, logits_in_chunks
 
-_CHUNK = 256  # predicted tokens whose logits exist at a time
 _BOOTSTRAPS = 1000
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -113,8 +112,7 @@ class FusionTreeLM(TemplateLM):
         return render_chat(self.tokenizer, chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        ids = self._encode([string])[0].tolist()
-        return ids[len(self._encode.prefix) :] if add_special_tokens is False else ids
+        return self._encode.plain(string) if add_special_tokens is False else self._encode([string])[0].tolist()
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -179,10 +177,13 @@ class FusionTreeLM(TemplateLM):
         ]
         for part, hidden_BTH in self._hidden(rows):
             inside = [answer for answer in answers if part.start <= answer[1] < part.stop]
-            for chunk in (inside[start : start + _CHUNK] for start in range(0, len(inside), _CHUNK)):
-                indices, places, targets, ones = zip(*chunk, strict=True)
-                where = torch.tensor([indices, places], device=hidden_BTH.device)
-                logits_nV = self._model.lm_head(hidden_BTH[where[0], where[1] - part.start]).float()
+            if not inside:
+                continue
+            indices, places, _, _ = zip(*inside, strict=True)
+            where = torch.tensor([indices, places], device=hidden_BTH.device)
+            states_nH = hidden_BTH[where[0], where[1] - part.start]
+            for chunk, logits_nV in logits_in_chunks(self._model, states_nH):
+                _, _, targets, ones = zip(*inside[chunk], strict=True)
                 target_n1 = torch.tensor(targets, device=hidden_BTH.device)[:, None]
                 found = logits_nV.log_softmax(-1).gather(1, target_n1)[:, 0].tolist()
                 is_likeliest = (logits_nV.argmax(-1) == target_n1[:, 0]).tolist()
@@ -226,7 +227,9 @@ def _options(wanted: dict[str, Any]) -> SamplingOptions:
     Raises:
         InputError: it asks for what there is not.
     """
-    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(wanted))
+    # As in generation with transformers; our own default, 0, would be greedy.
+    drawn = {"temperature": 1.0} if wanted.get("do_sample") else {}
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(drawn | wanted))
     stop = tuple(dict.fromkeys(text for text in kwargs.pop("until") if text))
     new_tokens, is_drawn = kwargs.pop("max_gen_toks"), kwargs.pop("do_sample")
     unknown = [name for name, value in kwargs.items() if name not in _SAMPLING and value is not None]
@@ -248,6 +251,7 @@ def evaluate_harness(
     piece: int = 2048,
     mixed_precision: Literal["bf16", "no"] = "no",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    manager: TaskManager | None = None,
 ) -> dict[str, list[HarnessResult]]:
     """Scores tasks of lm-evaluation-harness, with the seeds that it has by itself (it seeds Python, NumPy and torch).
 
@@ -260,18 +264,16 @@ def evaluate_harness(
         limit: examples of each task; None = all.
         shots: worked examples before each question, where the task leaves that open; None = as the task says.
         tokenizer, piece, mixed_precision, progress: as of `FusionTreeLM`.
+        manager: of `task_manager` for these tasks and this folder, which is called for one if None.
 
     Raises:
         InputError: no such task, one whose data cannot be had, one that runs the model's code, or as `FusionTreeLM`.
     """
     lm = FusionTreeLM(model, tokenizer, name=name, piece=piece, mixed_precision=mixed_precision, progress=progress)
-    # The harness's own are thousands of files.
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if not all(task in manager.all_tasks for task in tasks):
-        manager = TaskManager(include_path=folder)
+    manager = manager or task_manager(tasks, folder)
     results = {}
     for task in tasks:
-        loaded = _load(manager, task, folder)
+        loaded = _load(manager, task)
         answer = simple_evaluate(
             lm,
             tasks=loaded,
@@ -285,16 +287,30 @@ def evaluate_harness(
     return results
 
 
-def _load(manager: Any, task: str, folder: Path | None) -> list[Any]:
+def task_manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
+    """The harness's index of tasks, of the folder alone where that has them all.
+
+    Raises:
+        InputError: there is no such task.
+    """
+    # The harness's own are thousands of files.
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(task in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=folder)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            close = nearest(task, manager.all_tasks)
+            where = f"in {folder} or in lm-evaluation-harness" if folder else "in lm-evaluation-harness"
+            raise InputError(f"there is no task {task!r} {where}" + (f"; did you mean {close!r}?" if close else ""))
+    return manager
+
+
+def _load(manager: Any, task: str) -> list[Any]:
     """What a name stands for.
 
     Raises:
         InputError: see `evaluate_harness`.
     """
-    if task not in manager.all_tasks:
-        close = nearest(task, manager.all_tasks)
-        where = f"in {folder} or in lm-evaluation-harness" if folder else "in lm-evaluation-harness"
-        raise InputError(f"there is no task {task!r} {where}" + (f"; did you mean {close!r}?" if close else ""))
     try:
         loaded = manager.load([task])
     except Exception as error:  # of the data's host, of the data, of a task's own code

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusiontree.artifacts import EvalReport
+from fusiontree.artifacts import EvalReport, library_versions
 from fusiontree.errors import InputError
-from fusiontree.version import __version__
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,19 @@ class Part:
     fields: those of the report that it fills; of the ones that are dictionaries, its own keys.
     depends_on: whatever its figures depend on, as plain values.
     measure: gives the fields.
+    check: says what is wrong with it as far as that is quickly seen, before any part is measured.
     """
 
     name: str
     fields: Mapping[str, Sequence[str] | None]
     depends_on: Mapping[str, Any]
     measure: Callable[[], dict[str, Any]]
+    check: Callable[[], Any] = lambda: None
 
     @property
     def digest(self) -> str:
-        content = {"part": self.name, "fusiontree": __version__, **self.depends_on}
+        # The versions that a report names are thereby those of every part in it.
+        content = {"part": self.name, "versions": library_versions(), **self.depends_on}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def found_in(self, report: EvalReport) -> dict[str, Any] | None:
@@ -47,13 +49,13 @@ class Part:
 
 def run_parts(
     report: EvalReport,
-    parts: Iterable[Part],
+    parts: Sequence[Part],
     path: Path,
     *,
     again: bool = False,
     on_kept: Callable[[str], None] = lambda name: None,
 ) -> EvalReport:
-    """Measures the parts one after the other, and writes the report to `path` after each.
+    """Measures the parts one after the other, and writes the report to `path` after each, with all that is kept.
 
     Args:
         report: what is known before: model and settings.
@@ -66,19 +68,33 @@ def run_parts(
         The report, which holds what was asked for and nothing else.
     """
     earlier = None if again else _earlier(path)
+    found: dict[str, dict[str, Any]] = {}
     for part in parts:
-        update = None if earlier is None else part.found_in(earlier)
-        if update is None:
-            update = part.measure()
-        else:
+        if earlier is not None and (kept := part.found_in(earlier)) is not None:
+            found[part.name] = kept
             on_kept(part.name)
-        update["parts"] = {part.name: part.digest}
-        joined = {
-            field: getattr(report, field) | value if isinstance(value, dict) else value
-            for field, value in update.items()
-        }
-        report = report.model_copy(update=joined)
-        report.save(path)
+    missing = [part for part in parts if part.name not in found]
+    for part in missing:
+        part.check()
+    for part in missing:
+        found[part.name] = part.measure()
+        _joined(report, parts, found).save(path)
+    whole = _joined(report, parts, found)
+    if not missing:  # the report there may hold more than was asked for
+        whole.save(path)
+    return whole
+
+
+def _joined(report: EvalReport, parts: Sequence[Part], found: Mapping[str, dict[str, Any]]) -> EvalReport:
+    """The report with what was found of the parts, in their order."""
+    for part in parts:
+        if part.name in found:
+            update = {**found[part.name], "parts": {part.name: part.digest}}
+            joined = {
+                field: getattr(report, field) | value if isinstance(value, dict) else value
+                for field, value in update.items()
+            }
+            report = report.model_copy(update=joined)
     return report
 
 

@@ -65,14 +65,14 @@ def evaluate_passkeys(
             text that is too short or holds the marker, or a row that is longer than the model's learned time encoding.
     """
     encode = DocumentEncoder(tokenizer_for(model, tokenizer, name), separator_id=None)
-    alphabet = [_plain(encode, digit)[-1:] for digit in "0123456789"]
+    alphabet = [encode.plain(digit)[-1:] for digit in "0123456789"]
     if len({id for ids in alphabet for id in ids}) < 10:
         raise InputError(f"the tokenizer of {name} has no token for each digit, of which passkeys are made")
-    filler = _plain(encode, FILLER)
+    filler = encode.plain(FILLER)
     if texts is not None:
-        filler = [id for text, _ in texts for id in _plain(encode, text)]
+        filler = [id for text, _ in texts for id in encode.plain(text)]
     task = PasskeyTask(
-        length=lengths[0], digits=digits, marker=tuple(_plain(encode, MARKER)), alphabet=[ids[0] for ids in alphabet]
+        length=lengths[0], digits=digits, marker=tuple(encode.plain(MARKER)), alphabet=[ids[0] for ids in alphabet]
     )
     total, done = len(lengths) * len(depths) * rows, 0
 
@@ -107,10 +107,6 @@ def evaluate_passkeys(
         filler=[] if texts is None else texts.paths,
         right=right,
     )
-
-
-def _plain(encode: DocumentEncoder, text: str) -> list[int]:
-    return encode([text])[0].tolist()[len(encode.prefix) :]
 
 
 def _last_logits(model: HybridLanguageModel, ids_BT: torch.Tensor, count: int, piece: int) -> torch.Tensor:

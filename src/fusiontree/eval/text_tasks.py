@@ -24,13 +24,12 @@ from fusiontree.train.evaluation import (
     encoded_documents,
     evaluation_mode,
     hidden_in_pieces,
+    logits_in_chunks,
     packed_rows,
 )
 
 TASKS = ("needle", "structured")
 """What can be written into a document: a fact asked for; a list whose values are asked for, or a sequence to copy."""
-
-_CHUNK = 256  # answer tokens whose logits exist at a time
 
 
 @dataclass(frozen=True)
@@ -161,11 +160,11 @@ def _score_row(model: HybridLanguageModel, row: list[_Document], piece: int) -> 
     for part, hidden in hidden_in_pieces(model, [document.ids for document in row], piece):
         # A token is predicted from the state behind the one before it.
         places = np.flatnonzero(is_answer[part.start + 1 : part.stop + 1])
-        for chunk in (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK)):
-            targets = torch.from_numpy(ids[part.start + 1 + chunk]).to(hidden.device)
-            logits = model.lm_head(hidden[0, torch.from_numpy(chunk).to(hidden.device)]).float()
-            losses[part.start + 1 + chunk] = F.cross_entropy(logits, targets, reduction="none").cpu().numpy()
-            is_likeliest[part.start + 1 + chunk] = (logits.argmax(-1) == targets).cpu().numpy()
+        for chunk, logits in logits_in_chunks(model, hidden[0, torch.from_numpy(places).to(hidden.device)]):
+            predicted = part.start + 1 + places[chunk]
+            targets = torch.from_numpy(ids[predicted]).to(hidden.device)
+            losses[predicted] = F.cross_entropy(logits, targets, reduction="none").cpu().numpy()
+            is_likeliest[predicted] = (logits.argmax(-1) == targets).cpu().numpy()
     spans = [(answer, slice(start + answer.start, start + answer.stop)) for answer, start in answers]
     return [_Scored(answer, bool(is_likeliest[span].all()), float(losses[span].sum())) for answer, span in spans]
 

@@ -150,7 +150,6 @@ class HybridCache(Cache):
     def _setup(self, geometry: list[dict[str, int]], capacity: int) -> None:
         super().__init__(layers=[HybridLayerState(sizes, capacity) for sizes in geometry])
         self.geometry = geometry
-        # Per row, [B] each; None before the first token.
         self.lengths: torch.Tensor | None = None
         self.next_position: torch.Tensor | None = None
         self.read: torch.Tensor | None = None
@@ -325,10 +324,8 @@ class HybridCache(Cache):
         if snapshot.geometry != self.geometry:
             raise InputError("the snapshot belongs to a model of another geometry")
         copied = snapshot.clone()
-        self.layers = copied.layers
-        self.lengths, self.next_position, self.read = copied.lengths, copied.next_position, copied.read
-        self.seen, self.max_length, self.max_position = copied.seen, copied.max_length, copied.max_position
-        self.even = copied.even
+        for name in ("layers", *_ROW_COUNTS, "seen", "max_length", "max_position", "even"):
+            setattr(self, name, getattr(copied, name))
 
     def state(self) -> dict[str, torch.Tensor]:
         """All that later tokens can read, by name, in canonical form: keys and values [B,slots,heads,D], where slots

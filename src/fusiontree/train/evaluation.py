@@ -27,6 +27,8 @@ from fusiontree.ops.cross_entropy import token_cross_entropy
 FIRST_BUCKET = 64
 """Tokens of the first position bucket; each later one ends at twice its start."""
 
+_CHUNK = 256  # tokens whose logits exist at a time
+
 _SizedT = TypeVar("_SizedT", bound=Sized)
 
 
@@ -253,3 +255,14 @@ def hidden_in_pieces(
                 use_cache=cache is not None,
             ).last_hidden_state,
         )
+
+
+def logits_in_chunks(model: HybridLanguageModel, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The logits of hidden states [n, H], few at a time, since all at once would take n times the vocabulary.
+
+    Returns:
+        For each chunk, which of the states it is, and their logits [.., V] in float32.
+    """
+    for start in range(0, len(states), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        yield chunk, model.lm_head(states[chunk]).float()
