@@ -123,7 +123,7 @@ def test_what_cannot_be_saved_is_said_and_the_conversation_goes_on(folder: Path,
         "error: say where to: /save FILE",
     ]
     code, shown, said = talk("hello", f"/save {folder}/config.json/x", "hello")
-    assert code == 0 and len(shown) == 2 and "config.json/x cannot be written: " in said
+    assert code == 0 and len(shown) > len(answers(folder, "hello")) and "config.json/x cannot be written: " in said
     code, _, said = talk("hello", "/save x", options=("--memory", "0"))
     assert code == 0 and "there is no state of this conversation to save" in said
 

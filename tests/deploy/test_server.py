@@ -389,12 +389,12 @@ def test_a_server_that_is_stopped_finishes_what_it_began(tiny_folder: Path) -> N
 
 
 def test_what_cannot_be_finished_in_time_is_told_so(tiny_folder: Path) -> None:
-    server = ServerProcess(tiny_folder, "--drain-seconds", "1", "--max-new-tokens", "200000")
+    server = ServerProcess(tiny_folder, "--name", "tiny", "--drain-seconds", "1", "--max-new-tokens", "200000")
     answers: list[httpx.Response] = []
     body = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 200000}).encode()
     thread = threading.Thread(target=lambda: answers.append(post(server, body)))
     thread.start()
-    while sum(running(server)) < 1:
+    while thread.is_alive() and sum(running(server)) < 1:
         time.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)
     thread.join(timeout=60)
