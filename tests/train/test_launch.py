@@ -216,7 +216,15 @@ def test_twenty_kills_of_random_processes_change_nothing(run_settings, tmp_path:
     stopped = run_settings(**changes, output_dir=str(tmp_path / "stopped"))
 
     def train(sections: dict[str, Any], config: str) -> subprocess.Popen[str]:
-        return torchrun("-m", "fusiontree", "train", "--config", config, "--resume", "auto")
+        # torchrun itself is a real one, whose children are then those that train.
+        command = [sys.executable, *warm.torchrun()[1:], "-m", "fusiontree", "train", "--config", config]
+        return subprocess.Popen(
+            [*command, "--resume", "auto"],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     undisturbed = train(straight, write(straight, tmp_path / "straight.yaml"))
     shown, _ = undisturbed.communicate(timeout=900)
