@@ -185,8 +185,8 @@ def main(argv: list[str]) -> None:
             {k: v for k, v in one.items() if k not in ("files", "static_dir", "tokenizer", "cache")} for one in found
         ],
     }
-    path = options.results / f"loading_{records.cpu_slug(record['cpu'])}.json"
-    records.save_by_settings(path, record, lambda kept: "\n".join(["# Loading data\n", *map(table, kept)]))
+    heading = "# Loading data\n"
+    records.save_for_cpu(options.results, "loading", record, lambda kept: "\n".join([heading, *map(table, kept)]))
     print(table(record))
 
 

@@ -215,8 +215,7 @@ def main(argv: list[str]) -> None:
         "command": " ".join(["python benchmarks/memory_prediction.py", *records.shown_arguments(argv)]),
         **records.provenance(),
     }
-    path = options.results / f"memory_prediction_{records.cpu_slug(records.cpu_model())}.json"
-    records.save_by_settings(path, record, report)
+    path = records.save_for_cpu(options.results, "memory_prediction", record, report)
     print(path.with_suffix(".md").read_text())
 
 

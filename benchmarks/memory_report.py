@@ -13,8 +13,8 @@ def save(directory: Path, record: dict) -> str:
     Returns:
         The record's own tables.
     """
-    path = directory / f"memory_{records.cpu_slug(record['cpu'])}.json"
-    records.save_by_settings(path, record, lambda kept: "\n".join(["# Memory of training\n", *map(tables, kept)]))
+    heading = "# Memory of training\n"
+    records.save_for_cpu(directory, "memory", record, lambda kept: "\n".join([heading, *map(tables, kept)]))
     return tables(record)
 
 

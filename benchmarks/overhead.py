@@ -190,8 +190,7 @@ def main(argv: list[str]) -> None:
         "command": " ".join(["python benchmarks/overhead.py", *records.shown_arguments(argv)]),
         **records.provenance(),
     }
-    path = options.results / f"overhead_{records.cpu_slug(records.cpu_model())}.json"
-    records.save_by_settings(path, record, report)
+    path = records.save_for_cpu(options.results, "overhead", record, report)
     print(path.with_suffix(".md").read_text())
 
 

@@ -64,6 +64,13 @@ def save_by_settings(path: Path, record: dict, report: Callable[[list[dict]], st
         path.with_suffix(".md").write_text(report(kept), encoding="utf-8")
 
 
+def save_for_cpu(directory: Path, name: str, record: dict, report: Callable[[list[dict]], str]) -> Path:
+    """`save_by_settings` into the file of such records that is its processor's; returns the file."""
+    path = directory / f"{name}_{cpu_slug(record['cpu'])}.json"
+    save_by_settings(path, record, report)
+    return path
+
+
 def origin(runs: list[dict]) -> str:
     """The line under a table: where, with which code, when and how its runs were made."""
     where = {f"{r['cpu']}, {r['threads']} thread(s), torch {r['versions']['torch']}" for r in runs}

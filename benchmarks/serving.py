@@ -254,8 +254,7 @@ def main(argv: list[str]) -> None:
         "revision": records.code_revision("models", "ops", "deploy"),
         "command": " ".join(["python benchmarks/serving.py", *records.shown_arguments(argv)]),
     }
-    path = options.results / f"serving_{records.cpu_slug(record['cpu'])}.json"
-    records.save_by_settings(path, record, report)
+    records.save_for_cpu(options.results, "serving", record, report)
 
 
 if __name__ == "__main__":

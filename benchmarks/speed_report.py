@@ -85,8 +85,7 @@ def save(directory: Path, record: dict) -> str:
     Returns:
         The record's own table.
     """
-    path = directory / f"speed_{records.cpu_slug(record['cpu'])}.json"
-    records.save_by_settings(path, record, _report)
+    records.save_for_cpu(directory, "speed", record, _report)
     return table(record["summary"])
 
 

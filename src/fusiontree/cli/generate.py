@@ -77,12 +77,12 @@ def generate(
         _own_options(options, record, number, f"{jsonl}, line {line}") for number, (line, record) in enumerate(lines)
     ]
     settings = SchedulerSettings(max_rows=rows)
-    loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
-    runtime = InferenceRuntime(loaded, settings=settings, compile=compile)
     if out is not None:  # before the work, not after it
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise InputError(f"--out {out} is a folder: name a file")
+    loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
+    runtime = InferenceRuntime(loaded, settings=settings, compile=compile)
     if compile and loaded.device.type == "cpu":
         typer.echo("compiling a step of decoding, which takes a minute or so the first time", err=True)
     if jsonl is None:

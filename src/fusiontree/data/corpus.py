@@ -61,7 +61,7 @@ def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
             raise InputError(f"{where} holds an empty name")
         expanded = os.path.expanduser(pattern)
         if glob.has_magic(expanded) and not os.path.lexists(expanded):
-            found_here = sorted(_matches(expanded))
+            found_here = sorted(matching_paths(expanded))
             folders = tuple(path + os.sep for path in found_here if is_arrow_folder(path))
             # Of a saved data set, the folder counts and not the files in it.
             matches = [
@@ -79,7 +79,7 @@ def resolve_paths(patterns: Sequence[str], *, where: str) -> list[str]:
     return list(found.values())
 
 
-def _matches(pattern: str) -> set[str]:
+def matching_paths(pattern: str) -> set[str]:
     """What a glob matches, each folder below `**` entered once, by its shortest path, however links lead into it.
 
     (`glob.glob` follows links, and two that lead back to their folder make it visit 2**40 paths.)
@@ -107,7 +107,7 @@ def _matches(pattern: str) -> set[str]:
                     if entry.is_dir():
                         below.append(os.path.join(folder, entry.name, ""))
                 if after:
-                    found |= _matches(os.path.join(glob.escape(folder), *after))
+                    found |= matching_paths(os.path.join(glob.escape(folder), *after))
         folders = below
     return found
 

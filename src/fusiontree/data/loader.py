@@ -20,7 +20,7 @@ from fusiontree.data.opening import Split, open_source
 from fusiontree.data.order import Place
 from fusiontree.data.packing import Row, pack, pack_best_fit
 from fusiontree.data.records import BLANK_LINE, BadRecord
-from fusiontree.data.report import DataReport
+from fusiontree.data.report import DataReport, refusal
 from fusiontree.data.settings import DataSettings
 from fusiontree.data.source import DocumentSource
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of, separator_id_of
@@ -111,7 +111,7 @@ class Loader:
         self._announced: set[str] = set()
         for place, bad in source.damage():
             if on_bad_record == "error":
-                raise _refused(place, bad)
+                raise refusal(place, bad)
             if rank == 0:
                 logger.warning("%s: %s, %s; what comes before is read", place, bad.kind, bad.detail)
 
@@ -241,14 +241,10 @@ class Loader:
         if bad.kind == BLANK_LINE:
             return
         if self._on_bad_record == "error":
-            raise _refused(source, bad)
+            raise refusal(source, bad)
         if is_new and self._rank == 0 and bad.kind not in self._announced:
             self._announced.add(bad.kind)
             logger.warning("skipped %s: %s, %s; others like it are only counted", source, bad.kind, bad.detail)
-
-
-def _refused(source: str, bad: BadRecord) -> InputError:
-    return InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
 
 
 def _check_shape(batch_size: int, length: int) -> None:

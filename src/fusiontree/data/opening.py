@@ -13,7 +13,7 @@ from fusiontree.data.order import MixedOrder, Order, PlainOrder
 from fusiontree.data.ordered import OrderedSource
 from fusiontree.data.records import BadRecord
 from fusiontree.data.remote import Patience
-from fusiontree.data.report import DataReport
+from fusiontree.data.report import DataReport, refusal
 from fusiontree.data.settings import STREAMING_PRESETS, DataSettings, StreamSource
 from fusiontree.data.source import DocumentSource, RecordSet
 from fusiontree.data.static import LongContextDataset
@@ -179,6 +179,6 @@ def _texts(corpus: Corpus, on_bad_record: Literal["skip", "error"]) -> Iterator[
             continue
         report.add(source, text)
         if on_bad_record == "error" and report.skipped:
-            raise InputError(f"{source}: {text.kind}, {text.detail} (data.on_bad_record: skip leaves such records out)")
+            raise refusal(source, text)
     if report.skipped:
         logger.warning(report.summary())

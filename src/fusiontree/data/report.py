@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusiontree.data.records import BLANK_LINE, BadRecord
+from fusiontree.errors import InputError
 
 MAX_EXAMPLES = 5
 
@@ -16,6 +17,11 @@ class Skipped:
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
+
+
+def refusal(source: str, bad: BadRecord) -> InputError:
+    """What `on_bad_record: error` says of a record; `source` is its `file:line`."""
+    return InputError(f"{source}: {bad.kind}, {bad.detail} (data.on_bad_record: skip leaves such records out)")
 
 
 @dataclass

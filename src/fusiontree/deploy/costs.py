@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 
+from fusiontree.deploy.quantized import weight_bytes
 from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
 
 #: Of a prompt whose reading and continuing are timed, and of the state that counts as memory.
@@ -80,7 +81,7 @@ def measure_costs(
     return {
         name: Cost(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
-            weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+            weight_bytes=weight_bytes(model),
             state_bytes=state_bytes[name],
             prefill_seconds=median(prefill for prefill, _ in seconds[name]),
             decode_seconds=median(decode for _, decode in seconds[name]),

@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusiontree.artifacts import BenchReport, ModelFigures, git_revision
 from fusiontree.config import Settings
+from fusiontree.deploy.quantized import weight_bytes
 from fusiontree.eval.peers import count_parameters
 
 
@@ -134,7 +135,7 @@ class _Subject:
         return ModelFigures(
             name=self.name,
             parameters=count_parameters(self.model),
-            parameter_bytes=sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            parameter_bytes=weight_bytes(self.model),
             state_bytes=self.state_bytes,
             prefill_tokens_per_second=self.prompt.numel() / middle["prefill"],
             first_token_seconds=middle["first_token"],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fusiontree.data.corpus import matching_paths
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +34,7 @@ def task_files(folder: Path) -> list[Path]:
                 waiting += [path for path in included if path.is_file() and path not in found]
                 found |= dict.fromkeys(path for path in included if path.is_file())
             elif name in ("data_files", "data_dir", "dataset_path"):
-                matches = (match for path in _strings(value) for match in sorted(glob.glob(path, recursive=True)))
+                matches = (match for path in _strings(value) for match in sorted(matching_paths(path)))
                 found |= dict.fromkeys(map(Path, matches))
     return list(found)
 

@@ -283,7 +283,11 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         heads = self.heads(layer)
         if self.branch(layer) == "attention":
             return heads.queries * self.head_dim
-        return heads.mamba * self.mamba_head_dim or self.mamba_inner_size  # version 1 counts no heads
+        return self.mamba_width(layer)
+
+    def mamba_width(self, layer: int) -> int:
+        """Inner width of the Mamba branch of layer `layer`."""
+        return self.heads(layer).mamba * self.mamba_head_dim or self.mamba_inner_size  # version 1 counts no heads
 
     def heads(self, layer: int) -> LayerHeads:
         """How many heads layer `layer` has, of each kind."""

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 
 from fusiontree.errors import InputError
 from fusiontree.train.deepspeed_config import deepspeed_config, forget_in_transformers
+from fusiontree.train.optim import check_optimizer
 from fusiontree.train.settings import RunSettings
 
 _TRUE = ("1", "true", "yes", "on")
@@ -69,11 +70,7 @@ def check_launch(settings: RunSettings) -> None:
         raise InputError(
             "the launcher asks for FSDP (ACCELERATE_USE_FSDP) but system.fsdp is false: set it, or launch with torchrun"
         )
-    if settings.training.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise InputError(
-            f"training.optimizer is muon, which torch {torch.__version__} does not have: install 2.9 or later, or set "
-            "it to adamw"
-        )
+    check_optimizer(settings.training)
     wanted = settings.training.mixed_precision
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", wanted):

@@ -77,6 +77,14 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[Param
     ]
 
 
+def check_optimizer(settings: TrainingSettings) -> None:
+    """Raises InputError where Muon is asked for of a torch without it."""
+    if settings.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise InputError(
+            f"training.optimizer: muon needs torch 2.9 or later, this is {torch.__version__}: set it to adamw"
+        )
+
+
 def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """AdamW, fused on the devices that have it, and before it Muon if asked for; `names` lists a group's parameters.
 
@@ -95,10 +103,7 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
         )
     found: list[torch.optim.Optimizer] = []
     if groups["Muon"]:
-        if not hasattr(torch.optim, "Muon"):
-            raise InputError(
-                f"training.optimizer: muon needs torch 2.9 or later, this is {torch.__version__}: set it to adamw"
-            )
+        check_optimizer(settings)
         found.append(torch.optim.Muon(groups["Muon"], lr=settings.learning_rate, adjust_lr_fn="match_rms_adamw"))
     device = next(model.parameters()).device
     adamw = torch.optim.AdamW(

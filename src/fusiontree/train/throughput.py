@@ -95,8 +95,7 @@ class FlopCount:
             branch, heads = config.branch(layer), config.heads(layer)
             share = kept if branch == "both" else 1.0
             if branch in ("both", "mamba"):
-                inner = heads.mamba * config.mamba_head_dim or config.mamba_inner_size  # version 1 counts no heads
-                self._per_token += share * 4 * inner * config.mamba_state_size
+                self._per_token += share * 4 * config.mamba_width(layer) * config.mamba_state_size
             per_head = share * 4 * config.head_dim
             self._per_pair[config.layer_window(layer)] += per_head * heads.local
             self._per_pair[None] += per_head * heads.globals
