@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import records
 import torch
@@ -42,19 +42,32 @@ from fusiontree.models import HybridLanguageModel
 from fusiontree.train.evaluation import evaluate_documents
 from fusiontree.train.settings import RunSettings
 
-STAGES = ("parent", "criteria", "frontier", "heal", "costs")
+STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "costs")
 OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
 RANDOM_SEEDS = (0, 1, 2)
-RULES = (
-    ("gate", 0),
-    ("contribution", 0),
-    ("ablation", 0),
-    ("recall", 0),
-    ("trained", 0),
-    *(("random", s) for s in RANDOM_SEEDS),
-)
+FREEZE_GATES = 0.002  # nats, all gates together: what the calibration text cannot tell from nothing
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
+
+
+class Rule(NamedTuple):
+    """How a plan is made; a fine one takes single heads and gates too, and merges maps in the export."""
+
+    criterion: str
+    seed: int = 0
+    fine: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.criterion}-{self.seed}{'-fine' if self.fine else ''}"
+
+
+RANDOM = tuple(Rule("random", seed) for seed in RANDOM_SEEDS)
+RULES = (
+    *(Rule(criterion) for criterion in ("gate", "contribution", "ablation", "recall", "trained")),
+    *RANDOM,
+    *(Rule(criterion, fine=True) for criterion in ("ablation", "recall")),
+)
 
 
 class Study:
@@ -150,31 +163,45 @@ class Study:
         if self._costs is None:
             file = self.work / "costs.json"
             if not file.exists():
-                found = CostModel.measured(self.parent, context=self.options.context, rounds=5, progress=_say)
+                found = CostModel.measured(
+                    self.parent, context=self.options.context, rounds=5, progress=_say, heads=True, gates=True
+                )
                 stored = {
                     "parent": asdict(found.parent),
                     "seconds": [[*key, *value] for key, value in found.seconds.items()],
+                    "head_seconds": found.head_seconds,
+                    "gate_seconds": found.gate_seconds,
                 }
                 file.write_text(json.dumps(stored), encoding="utf-8")
             stored = json.loads(file.read_text(encoding="utf-8"))
             seconds = {(kind, branch): (prefill, decode) for kind, branch, prefill, decode in stored["seconds"]}
             parent, model = Cost(**stored["parent"]), self.parent
-            self._costs = CostModel(model.config, model.dtype, self.options.context, parent, seconds)
+            self._costs = CostModel(
+                model.config,
+                model.dtype,
+                self.options.context,
+                parent,
+                seconds,
+                {part: tuple(value) for part, value in stored["head_seconds"].items()},
+                tuple(stored["gate_seconds"]),
+            )
         return self._costs
 
-    def plan(self, criterion: str, seed: int, targets: dict[str, float], empty_layers: bool = False) -> PrunePlan:
-        """A plan, of which the budget is met by the costs that the branches add up to."""
+    def plan(self, rule: Rule, targets: dict[str, float], empty_layers: bool = False) -> PrunePlan:
+        """A plan, of which the budget is met by the costs that its cuts add up to."""
         shown = "-".join(f"{key}{value:g}" for key, value in targets.items())
-        file = self.work / "plans" / f"{criterion}-{seed}-{shown}{'-empty' if empty_layers else ''}.json"
+        file = self.work / "plans" / f"{rule.name}-{shown}{'-empty' if empty_layers else ''}.json"
         if not file.exists():
             documents = iter(Texts([str(self.sections("valid"))]))
             sizes = {"tokens": self.options.calibration_tokens, "length": self.options.length}
             text = calibration_text(self.parent, documents, **sizes)
             settings = PlanSettings(
-                criterion=criterion,
+                criterion=rule.criterion,
                 targets=targets,
-                seed=seed,
+                seed=rule.seed,
                 empty_layers=empty_layers,
+                heads=rule.fine,
+                freeze_gates=FREEZE_GATES if rule.fine else None,
                 context=self.options.context,
                 is_verified=False,
             )
@@ -182,10 +209,10 @@ class Study:
             plan.save(file)
         return PrunePlan.load(file)
 
-    def exported(self, plan: PrunePlan, name: str) -> Path:
+    def exported(self, rule: Rule, plan: PrunePlan, name: str) -> Path:
         folder = self.work / "exports" / name
         if not folder.exists():
-            export(self.parent, plan, folder, parent=str(self.parent_checkpoint()))
+            export(self.parent, plan, folder, merge=rule.fine, parent=str(self.parent_checkpoint()))
         return folder
 
     # Figures.
@@ -223,7 +250,7 @@ class Study:
 
     def _evidence(self) -> dict[str, Any]:
         """What each branch costs alone, beside what its gate and its norm say of it."""
-        plan = self.plan("ablation", 0, dict(BUDGET))
+        plan = self.plan(Rule("ablation"), BUDGET)
         layers = [layer.evidence for layer in plan.layers]
         return {
             "gate_mean": [round(one["gate_mean"], 4) for one in layers],
@@ -241,30 +268,28 @@ class Study:
         return calibration.cut([kept] * len(calibration.blocks)).loss - calibration.parent.loss
 
     def stage_criteria(self) -> None:
-        for criterion, seed in RULES:
-            plan = self.plan(criterion, seed, dict(BUDGET))
-            name = f"{criterion}-{seed}"
-            self.record(
-                {"stage": "criteria", "criterion": criterion, "seed": seed},
-                lambda plan=plan, name=name: self.quality(self.exported(plan, name)) | _plan_figures(plan),
-            )
+        for rule in RULES:
+            self.record({"stage": "criteria", **rule._asdict()}, lambda rule=rule: self._cut(rule, BUDGET, rule.name))
 
     def stage_frontier(self) -> None:
+        """By the chosen rule; layers may lose both branches where the budget cannot be met otherwise."""
         for decode in FRONTIER:
-            for empty_layers in (False, True):
-                run = {"stage": "frontier", "decode": decode, "empty_layers": empty_layers}
-                name = f"frontier-{decode:g}{'-empty' if empty_layers else ''}"
-                try:
-                    plan = self.plan(self.options.criterion, 0, {"decode": decode}, empty_layers)
-                except InputError as error:
-                    self.record(run, lambda error=error: {"impossible": str(error)})
-                    continue
-                self.record(
-                    run, lambda plan=plan, name=name: self.quality(self.exported(plan, name)) | _plan_figures(plan)
-                )
-                healed = self._healed(name) if self.options.heal_frontier else None
-                if healed is not None:
-                    self.record(run | {"healed": True}, lambda healed=healed: self.quality(healed))
+            run, name = {"stage": "frontier", **self.rule._asdict(), "decode": decode}, f"frontier-{decode:g}"
+            self.record(run, lambda decode=decode, name=name: self._reach({"decode": decode}, name))
+            if self.options.heal_frontier and (self.work / "exports" / name).exists():
+                self.record(run | {"healed": True}, lambda name=name: self.quality(self._healed(name)))
+
+    def _reach(self, targets: dict[str, float], name: str) -> dict[str, Any]:
+        for empty_layers in (False, True):
+            try:
+                return self._cut(self.rule, targets, name, empty_layers) | {"empty_layers": empty_layers}
+            except InputError as error:
+                impossible = str(error)
+        return {"impossible": impossible}
+
+    def _cut(self, rule: Rule, targets: dict[str, float], name: str, empty_layers: bool = False) -> dict[str, Any]:
+        plan = self.plan(rule, targets, empty_layers)
+        return self.quality(self.exported(rule, plan, name)) | _plan_figures(plan)
 
     def _healed(self, name: str) -> Path:
         """An export after healing."""
@@ -278,27 +303,40 @@ class Study:
             (run / "done").touch()
         return find_model(run)
 
+    @property
+    def rule(self) -> Rule:
+        """Of the frontier and of healing."""
+        return Rule(self.options.criterion, fine=not self.options.coarse)
+
+    @property
+    def healing_steps(self) -> int:
+        return max(1, round(SHARE_OF_STEPS * self.options.steps))
+
     def stage_heal(self) -> None:
-        """At the main budget: the healed cut, the healed random cuts, the parent continued, a plain smaller model."""
-        best = f"{self.options.criterion}-0"
-        for criterion, seed in ((self.options.criterion, 0), *(("random", seed) for seed in RANDOM_SEEDS)):
-            self.exported(self.plan(criterion, seed, dict(BUDGET)), f"{criterion}-{seed}")
-            self.record(
-                {"stage": "heal", "model": "healed", "criterion": criterion, "seed": seed},
-                lambda name=f"{criterion}-{seed}": self.quality(self._healed(name)),
-            )
-        steps = max(1, round(SHARE_OF_STEPS * self.options.steps))
+        """At the main budget: the healed cut, the parent continued, the healed random cuts."""
+        self._heal(self.rule)
+        steps, size = self.healing_steps, SIZES[self.options.size]
         schedule = {
             "init_from": str(self.parent_checkpoint()),
             "learning_rate": SHARE_OF_RATE * self.options.learning_rate,
             "warmup_steps": round(SHARE_OF_STEPS * steps),
         }
-        size = SIZES[self.options.size]
         continued = self.trained("continued", lambda: self.run_settings("continued", steps, size, training=schedule))
         self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(continued))
-        wanted = count_parameters(self.load(self.work / "exports" / best))
-        smaller = nearest_in_layers(size, wanted)
-        plain = self.trained("smaller", lambda: self.run_settings("smaller", self.options.steps + steps, smaller))
+        for rule in RANDOM:
+            self._heal(rule)
+
+    def _heal(self, rule: Rule) -> None:
+        self.exported(rule, self.plan(rule, BUDGET), rule.name)
+        run = {"stage": "heal", "model": "healed", **rule._asdict()}
+        self.record(run, lambda: self.quality(self._healed(rule.name)))
+
+    def stage_smaller(self) -> None:
+        """A plain model of the cut's size, trained for the tokens of parent and healing together."""
+        export = self.exported(self.rule, self.plan(self.rule, BUDGET), self.rule.name)
+        smaller = nearest_in_layers(SIZES[self.options.size], count_parameters(self.load(export)))
+        steps = self.options.steps + self.healing_steps
+        plain = self.trained("smaller", lambda: self.run_settings("smaller", steps, smaller))
         self.record({"stage": "heal", "model": "plain smaller"}, lambda: self.quality(plain))
 
     def stage_costs(self) -> None:
@@ -307,8 +345,7 @@ class Study:
         folders |= {folder.name: folder for folder in sorted((self.work / "exports").glob("*"))}
         if (self.work / "smaller" / "done").exists():
             folders["plain smaller"] = find_model(self.work / "smaller")
-        dtype = torch.bfloat16 if self.options.dtype == "bf16" else torch.float32
-        models = {name: self.load(folder).to(dtype) for name, folder in folders.items()}
+        models = {name: self.load(folder) for name, folder in folders.items()}
         found = measure_costs(models, context=self.options.context, rounds=self.options.rounds, progress=_say)
         figures = {
             name: {key: round(value, 4) for key, value in cost.against(found["parent"]).items()} | asdict(cost)
@@ -323,6 +360,8 @@ def _plan_figures(plan: PrunePlan) -> dict[str, Any]:
 
     return {
         "layers": "".join(letters(layer) for layer in plan.layers),
+        "heads_cut": sum(layer.num_heads_removed for layer in plan.layers),
+        "gates_frozen": sum(layer.gate is not None for layer in plan.layers),
         "expected": {key: round(value, 4) for key, value in plan.expected.items()},
     }
 
@@ -346,6 +385,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--section", type=int, default=1500, help="characters of a document")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--criterion", default="ablation", help="of the frontier and of healing")
+    parser.add_argument("--coarse", action="store_true", help="of whole branches alone there")
     parser.add_argument("--heal-frontier", action="store_true", help="heal every cut of the frontier too")
     parser.add_argument("--context", type=int, default=4096, help="tokens at which speed and memory count")
     parser.add_argument("--rounds", type=int, default=5, help="of timing in the end")

@@ -19,7 +19,8 @@ def report(path: Path) -> str:
         f"# Pruning: {first['size']}, {first['steps']} steps of {first['batch_size']} x {first['length']} tokens, "
         f"{first['dtype']}\n",
         "Loss in nats per token of the test file; recall is the share of answers found: needle / value of a list / "
-        "copy. Layers: B both, M Mamba, A attention, – neither.\n",
+        "copy. Layers: B both, M Mamba, A attention, – neither; then how many single heads are cut and gates frozen. A "
+        "fine plan takes heads and gates too, and its export merges maps.\n",
     ]
     parent = next(iter(found.get("parent", [])), None)
     if parent is not None:
@@ -77,38 +78,42 @@ def _quality(run: dict[str, Any], parent: dict[str, Any] | None) -> list[str]:
     return [f"{run['parameters'] / 1e6:.2f} M", f"{run['loss']:.4f}{against}", recall]
 
 
+def _title(run: dict[str, Any]) -> str:
+    """The rule's name; the seed only of what is drawn."""
+    seed = f" {run['seed']}" if run["criterion"] == "random" else ""
+    return run["criterion"] + seed + (", fine" if run["fine"] else "")
+
+
+def _kept(figures: dict[str, Any]) -> str:
+    return f"{figures['layers']} {figures['heads_cut']} {figures['gates_frozen']}"
+
+
 def _criteria(runs: Runs, parent: dict[str, Any] | None) -> str:
-    rows = [
-        [f"{r['run']['criterion']} {r['run']['seed']}".removesuffix(" 0"), r["layers"], *_quality(r, parent)]
-        for r in runs
-    ]
-    own = [] if parent is None else [["the parent", "B" * len(parent["rise"]), *_quality(parent, None)]]
+    rows = [[_title(r["run"]), _kept(r), *_quality(r, parent)] for r in runs]
+    own = [] if parent is None else [["the parent", "B" * len(parent["rise"]) + " 0 0", *_quality(parent, None)]]
     return _table(["criterion", "layers", "parameters", "loss", "recall"], own + rows)
 
 
 def _frontier(runs: Runs, parent: dict[str, Any] | None) -> str:
-    healed = {(r["run"]["decode"], r["run"]["empty_layers"]): r for r in runs if r["run"].get("healed")}
+    healed = {r["run"]["decode"]: r for r in runs if r["run"].get("healed")}
     rows = []
     for r in (r for r in runs if not r["run"].get("healed")):
-        key = r["run"]["decode"], r["run"]["empty_layers"]
-        name = [f"{key[0]:g}x", "yes" if key[1] else "no"]
+        decode = r["run"]["decode"]
         if "impossible" in r:
-            rows.append([*name, "impossible", "–", "–", "–", "–"])
+            rows.append([f"{decode:g}x", "impossible", "–", "–", "–", "–"])
             continue
-        after = f"{healed[key]['loss']:.4f}" if key in healed else "–"
-        rows.append([*name, r["layers"], *_quality(r, parent), after])
-    return _table(["decode", "layers may empty", "layers", "parameters", "loss", "recall", "loss after healing"], rows)
+        after = f"{healed[decode]['loss']:.4f}" if decode in healed else "–"
+        rows.append([f"{decode:g}x", _kept(r), *_quality(r, parent), after])
+    title = f"Plans by {_title(runs[0]['run'])}.\n\n"
+    return title + _table(["decode", "layers", "parameters", "loss", "recall", "loss after healing"], rows)
 
 
 def _heal(runs: Runs, parent: dict[str, Any] | None) -> str:
-    rows = [
-        [
-            " ".join(str(r["run"][key]) for key in ("model", "criterion", "seed") if key in r["run"]),
-            *_quality(r, parent),
-            ", ".join(f"{loss:.3f}" for _, loss in r["by_position"]),
-        ]
-        for r in runs
-    ]
+    rows = []
+    for r in runs:
+        name = f"healed: {_title(r['run'])}" if "criterion" in r["run"] else r["run"]["model"]
+        by_position = ", ".join(f"{loss:.3f}" for _, loss in r["by_position"])
+        rows.append([name, *_quality(r, parent), by_position])
     own = [] if parent is None else [["the parent", *_quality(parent, None), ""]]
     return _table(["model", "parameters", "loss", "recall", "loss by position"], own + rows)
 

@@ -47,7 +47,7 @@ def text_of(model: HybridLanguageModel) -> CalibrationText:
 
 @pytest.fixture(scope="module")
 def costs(parent: HybridLanguageModel) -> CostModel:
-    return CostModel.measured(parent, context=64, rounds=1, progress=lambda what: None, heads=True)
+    return CostModel.measured(parent, context=64, rounds=1, progress=lambda what: None, heads=True, gates=True)
 
 
 def loss_of(model: HybridLanguageModel, text: CalibrationText) -> float:
@@ -80,6 +80,18 @@ def test_the_expected_loss_and_size_are_those_of_the_cut(parent, own_text, costs
     assert "constant" not in plan.layer_branches or more
     for step in plan.steps:
         assert 0 <= step.layer < 3 and plan.layers[step.layer].has_constants
+
+
+def test_what_frozen_gates_save_is_not_cut_from_branches(parent, own_text, costs) -> None:
+    share = costs.reached(Cuts(("both",) * 3, frozen=frozenset(range(3))))["parameters"]
+    assert share < 1
+    plan = plan_for(parent, own_text, costs, targets={"parameters": share}, freeze_gates=99.0)
+    assert all(layer.gate is not None for layer in plan.layers)
+    assert plan.layer_branches == ["both"] * 3 and plan.steps == []
+    assert plan.expected["parameters"] == pytest.approx(share)
+    assert plan.expected["loss"] == pytest.approx(loss_of(reference_parent(parent, plan), own_text), abs=1e-5)
+    with pytest.raises(InputError, match="gates=True"):
+        replace(costs, gate_seconds=None).cost(Cuts(("both",) * 3, frozen=frozenset({0})))
 
 
 def test_constants_are_the_means_after_the_cut(parent, own_text, costs) -> None:

@@ -30,7 +30,7 @@ def plan(
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
     empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
     heads: bool = typer.Option(False, "--heads", help="Also cut single heads; by ablation or recall."),
-    freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="Also freeze gates, for so many nats."),
+    freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="First freeze gates, for so many nats."),
     tokens: int = typer.Option(16384, "--tokens", min=1, help="Calibration tokens."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens of a row of calibration text."),
     context: int = typer.Option(4096, "--context", min=1, help="Tokens at which speed and memory are counted."),

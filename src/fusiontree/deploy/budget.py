@@ -73,6 +73,8 @@ class CostModel:
     """(kind of layer, branch) -> seconds that the branch takes of reading `context` tokens, and of decoding one."""
     head_seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Kind of heads (`HEAD_PARTS`) -> the same of one head; empty where that was not measured."""
+    gate_seconds: tuple[float, float] | None = None
+    """The same of one layer's gate."""
     _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
@@ -84,11 +86,13 @@ class CostModel:
         rounds: int,
         progress: Callable[[str], None],
         heads: bool = False,
+        gates: bool = False,
     ) -> CostModel:
         """Times the parent beside models that lack one branch, or both, in every layer.
 
         Args:
             heads: also beside models that lack half of the heads of each kind.
+            gates: also beside a model whose gates are frozen.
         """
         config = model.config
         own = [config.branch(layer) for layer in range(config.num_layers)]
@@ -101,6 +105,9 @@ class CostModel:
         models = {"parent": model} | {name: blank(model, Cuts(tuple(kinds))) for name, kinds in variants.items()}
         fewer = {part: cuts for part in HEAD_PARTS if (cuts := _fewer_heads(config, part)).heads} if heads else {}
         models |= {f"fewer {part}": blank(model, cuts) for part, cuts in fewer.items()}
+        gated = frozenset(layer for layer, kind in enumerate(own) if config.has_gate(layer) and kind != "constant")
+        if gates:
+            models["frozen gates"] = blank(model, Cuts(tuple(own), frozen=gated))
         costs = measure_costs(models, context=context, rounds=rounds, progress=progress)
 
         def seconds(whole: Cost, rest: Cost, layers: int) -> tuple[float, float]:
@@ -119,13 +126,14 @@ class CostModel:
         of_heads = {
             part: seconds(costs["parent"], costs[f"fewer {part}"], len(cuts.heads)) for part, cuts in fewer.items()
         }
-        return cls(config, model.dtype, context, costs["parent"], found, of_heads)
+        of_gate = seconds(costs["parent"], costs["frozen gates"], len(gated)) if gates else None
+        return cls(config, model.dtype, context, costs["parent"], found, of_heads, of_gate)
 
     def cost(self, cuts: Cuts) -> Cost:
-        """What the model with these cuts costs: sizes exactly, times by the branches and heads that are gone.
+        """What the model with these cuts costs: sizes exactly, times by the branches, heads and gates that are gone.
 
         Raises:
-            InputError: heads are gone, and what a head costs was not measured.
+            InputError: heads or gates are gone, and what one costs was not measured.
         """
         prefill, decode = self.parent.prefill_seconds, self.parent.decode_seconds
         for layer, kind in enumerate(cuts.kinds):
@@ -143,6 +151,11 @@ class CostModel:
                 raise InputError(f"what {part} cost was not measured: use CostModel.measured with heads=True")
             saved = self.head_seconds[part]
             prefill, decode = prefill - saved[0], decode - saved[1]
+        # Where both branches went, the gate went with them.
+        if frozen := sum(cuts.kinds[layer] != "constant" and self.config.has_gate(layer) for layer in cuts.frozen):
+            if self.gate_seconds is None:
+                raise InputError("what gates cost was not measured: use CostModel.measured with gates=True")
+            prefill, decode = prefill - frozen * self.gate_seconds[0], decode - frozen * self.gate_seconds[1]
         config = _config_of(self.config, cuts)
         key = (*cuts.kinds, cuts.frozen, *(config.heads(layer) for layer in range(config.num_layers)))
         if key not in self._sizes:

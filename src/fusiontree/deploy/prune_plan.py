@@ -37,7 +37,7 @@ class PlanSettings:
         targets: as `parse_targets` gives them; at least one.
         empty_layers: whether a layer may lose both branches.
         heads: whether single heads may go too; for criteria that measure removals (`MEASURED`).
-        freeze_gates: also freeze gates to their means while the loss rises by no more than this, in nats; None: none.
+        freeze_gates: first freeze gates to their means while the loss rises by no more than this, in nats; None: none.
         context: tokens at which time and state are counted.
         rounds: of timing.
         seed: of the random criterion, and of the rows that train the scalars.
@@ -98,6 +98,7 @@ def make_plan(
             rounds=settings.rounds,
             progress=lambda what: progress(f"costs: {what}"),
             heads=settings.heads,
+            gates=settings.freeze_gates is not None,
         )
     return _Planner(calibration, costs, settings, source, progress).plan()
 
@@ -207,10 +208,8 @@ class _Planner:
         self.cheapest = math.inf
 
     def plan(self) -> PrunePlan:
-        joint, expected = self._cut_to_budget()
-        joint = self._freeze_gates(joint)
-        if joint.cuts.frozen:
-            expected = self._measured(joint)
+        # Gates first: what they save need not be cut elsewhere.
+        joint, expected = self._cut_to_budget(self._freeze_gates(self.calibration.parent))
         return PrunePlan(
             criterion=self.settings.criterion,
             thresholds={},
@@ -239,12 +238,11 @@ class _Planner:
             case _:
                 return criteria.random_scores(places, self.settings.seed)
 
-    def _cut_to_budget(self) -> tuple[Joint, dict[str, float]]:
-        """Removes branches until the targets of speed and size are reached, or, without any, while the loss allows it.
+    def _cut_to_budget(self, joint: Joint) -> tuple[Joint, dict[str, float]]:
+        """Removes branches and heads until the targets of speed and size are reached; without any, while the loss allows.
 
         Costs are first those that the branches add up to, and at the end those of the whole model, measured.
         """
-        joint = self.calibration.parent
         while True:
             reached = self.costs.reached(joint.cuts)
             if self.wanted and not shortfall(self.settings.targets, reached):
@@ -254,7 +252,7 @@ class _Planner:
                     return joint, reached
             found = self._next(joint)
             if found is None:
-                if not self.wanted and self.steps:
+                if not self.wanted and (self.steps or joint.cuts.frozen):
                     return joint, self._measured(joint)
                 raise InputError(self._impossible(joint))
             removal, joint = found
