@@ -239,7 +239,7 @@ class _Planner:
                 return criteria.random_scores(places, self.settings.seed)
 
     def _cut_to_budget(self, joint: Joint) -> tuple[Joint, dict[str, float]]:
-        """Removes branches and heads until the targets of speed and size are reached; without any, while the loss allows.
+        """Cuts until the targets of speed and size are reached; without any, while the loss allows it.
 
         Costs are first those that the branches add up to, and at the end those of the whole model, measured.
         """
