@@ -83,6 +83,7 @@ def test_text_comes_as_it_is_made(folder: Path) -> None:
         (["MODEL", "-p", "a", "--dtype", "int3"], b"", "--dtype must be one of float32, bfloat16, float16, got 'int3'"),
         (["MODEL", "-p", "a", "--device", "abacus"], b"", "device 'abacus' cannot be used here"),
         (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be at least 0"),
+        (["MODEL", "-p", "a", "--greedy", "-t", "0.5"], b"", "--greedy draws nothing, so --temperature has no effect"),
         (["MODEL", "-p", "a", "-n", "0"], b"", "max_new_tokens must be at least 1, got 0"),
         (["MODEL", "-p", "a", "-n", "many"], b"", "Invalid value for '--max-new-tokens'"),
     ],

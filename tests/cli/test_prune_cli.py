@@ -79,6 +79,24 @@ def test_an_export_is_a_model_like_any_other(
     assert set(fusiontree.load(tmp_path / "cut2", device="cpu").config.layer_branches) == {"constant"}
 
 
+def test_an_export_in_another_type_is_of_the_model_as_it_was_saved(plan: Path, run: Path, tmp_path: Path) -> None:
+    quick = ["--context", "0", "--device", "cpu"]
+    assert main(["export", str(run), str(plan), str(tmp_path / "wide"), *quick]) == 0
+    assert main(["export", str(run), str(plan), str(tmp_path / "narrow"), "--dtype", "bfloat16", *quick]) == 0
+    wide, narrow = (fusiontree.load(tmp_path / name, device="cpu") for name in ("wide", "narrow"))
+    assert narrow.dtype == torch.bfloat16 and narrow.layers[0].mamba.A_log.dtype == torch.float32
+    rounded = wide.to(torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, rounded[name]) for name, tensor in narrow.state_dict().items())
+
+
+def test_a_plan_for_a_rounded_model_is_carried_out_on_it(run: Path, corpus: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "plan.json", tmp_path / "cut"
+    given = ["--data", str(corpus / "train.jsonl"), "--target", "parameters=0.9x", "--out", str(file), *QUICK]
+    assert main(["plan", str(run), *given, "--dtype", "bfloat16"]) == 0
+    assert main(["export", str(run), str(file), str(out), "--context", "0", "--device", "cpu"]) == 0
+    assert fusiontree.load(out, device="cpu").dtype == torch.bfloat16
+
+
 def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "heads.json", tmp_path / "cut"
     wanted = ["--target", "max_loss_increase=0.01", "--heads", "--show"]
@@ -235,6 +253,7 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
         ),
         (["plan", "RUN", "--data", "TEXT", "--heads", "--criterion", "gate"], "--heads goes with a --target"),
         (["plan", "BARE", "--data", "TEXT", "--target", "parameters=0.9x"], "holds no tokenizer"),
+        (["plan", "NOTHING", "--show"], "nothing.json does not exist"),
         (["plan", "TEXT"], "is a file: name a model to plan for, or add --show"),
         (
             ["plan", "RUN", "gate_monitor.plan_records=2", "--target", "decode=2x"],

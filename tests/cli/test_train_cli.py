@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -175,6 +176,14 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
         (["system.deepspeed_config=missing.json"], "system.deepspeed_config: missing.json cannot be read"),
         (["system.offload_optimizer=true"], "offload_optimizer needs zero_stage"),
         (
+            ["training.save_best=true", "training.eval_interval=0"],
+            "training.save_best: that is the checkpoint of the lowest",
+        ),
+        (
+            ["training.init_from=missing"],
+            "training.init_from: missing holds no model (it has no config.json) and",
+        ),
+        (
             ["system.num_devices=8"],
             "system.num_devices is 8 but 1 process runs: start it with torchrun --nproc_per_node=8",
         ),
@@ -311,6 +320,15 @@ def test_a_checkpoint_beyond_the_last_step_is_refused_before_anything_is_written
     assert train("--resume", str(run), f"output_dir={other}", "training.max_steps=4")[0] == 0
 
 
+def test_a_new_run_starts_from_the_newest_checkpoint_of_another(train: Train, tmp_path: Path) -> None:
+    assert train("training.max_steps=2", "training.save_interval=1")[0] == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    start = ["training.max_steps=1", "training.learning_rate=1e-30", "training.weight_decay=0"]
+    assert train(f"training.init_from={run}", f"output_dir={other}", *start)[0] == 0
+    weights = [load_file(folder / "latest" / "model.safetensors") for folder in (run, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_a_tokenizer_that_changed_is_named_when_a_run_does_not_fit_it(train: Train, tmp_path: Path) -> None:
     assert train("training.max_steps=1")[0] == 0
     code, _, errors = train("--resume", "auto", "training.max_steps=2", "model.vocab_size=384")
@@ -332,6 +350,16 @@ def test_what_the_launcher_asks_for_must_be_what_the_settings_ask_for(
     monkeypatch.setenv(variable, value)
     code, _, errors = train("system.num_devices=1")
     assert code == 2 and said in errors
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_mistake_that_every_process_sees_is_told_by_one(
+    train: Train, monkeypatch: pytest.MonkeyPatch, rank: str, lines: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    code, _, errors = train("system.num_devices=3")
+    assert code == 2 and errors.count("system.num_devices is 3 but 2 processes run") == lines
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from serving import ServerProcess, add_template
 
 from fusiontree import HybridLanguageModel
+from fusiontree.cli import main
 from fusiontree.deploy.runtime import InferenceRuntime
 
 PROMPT = "the quick brown fox"
@@ -360,6 +361,21 @@ def test_without_the_key_nothing_but_health_is_answered(server: ServerProcess) -
         server.client("wrong").completions.create(model="tiny", prompt="a", max_tokens=1)
     for key in (KEY, "other-key", "from-environment"):
         assert server.client(key).completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "anybody who reaches 0.0.0.0 could use the model"),
+        (["--without-key", "--api-key-file", "keys"], "--without-key lets anybody in, --api-key-file asks for a key"),
+    ],
+)
+def test_a_server_does_not_start_where_it_is_unclear_who_may_use_it(
+    folder: Path, options: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FUSIONTREE_API_KEY", raising=False)
+    assert main(["serve", str(folder), *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_a_server_that_is_stopped_finishes_what_it_began(tiny_folder: Path) -> None:

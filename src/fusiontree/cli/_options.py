@@ -57,6 +57,23 @@ def load_for_use(
     return loaded
 
 
+#: Of `generate` and `chat`, where neither `--temperature` nor `--greedy` is given.
+TEMPERATURE = 0.8
+
+
+def temperature_of(temperature: float | None, greedy: bool) -> float:
+    """What `--temperature` and `--greedy` mean together.
+
+    Raises:
+        InputError: both are given.
+    """
+    if not greedy:
+        return TEMPERATURE if temperature is None else temperature
+    if temperature is not None:
+        raise InputError("--greedy draws nothing, so --temperature has no effect on it: leave one of the two out")
+    return 0.0
+
+
 @contextmanager
 def working(command: str) -> Iterator[Callable[[str], None]]:
     """A line on stderr that shows, where that is a terminal, what a long command is doing: call it with a few words."""

@@ -23,7 +23,9 @@ def chat(
     system: str = typer.Option(None, "--system", help="What the conversation begins with, said by the system."),
     resume: Path = typer.Option(None, "--resume", help="Go on with a conversation that /save has written."),
     max_new_tokens: int = typer.Option(512, "--max-new-tokens", "-n", help="At most this many tokens an answer."),
-    temperature: float = typer.Option(0.8, "--temperature", "-t", help="Higher draws unlikely tokens more often."),
+    temperature: float = typer.Option(
+        None, "--temperature", "-t", help="Higher draws unlikely tokens more often; default: 0.8."
+    ),
     top_k: int = typer.Option(None, "--top-k", help="Draw among this many likeliest tokens only."),
     top_p: float = typer.Option(0.95, "--top-p", help="Draw among the likeliest tokens of this total probability."),
     repetition_penalty: float = typer.Option(
@@ -41,14 +43,14 @@ def chat(
 
     What was said is kept as a state and not read again. In the conversation, /help lists what can be done.
     """
-    from fusiontree.cli._options import byte_size, load_for_use
+    from fusiontree.cli._options import byte_size, load_for_use, temperature_of
     from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
     if resume is not None and system is not None:
         raise InputError("--resume brings what the conversation begins with; leave out --system")
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
-        temperature=0.0 if greedy else temperature,
+        temperature=temperature_of(temperature, greedy),
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,

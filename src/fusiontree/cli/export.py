@@ -18,22 +18,25 @@ def export(
         4096, "--context", min=0, help="Tokens at which speed is measured; 0 = do not measure."
     ),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
-    dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+    dtype: str = typer.Option(None, "--dtype", help="Of what is written: float32, bfloat16, float16."),
 ) -> None:
     """Apply a prune plan: write the smaller model, its tokenizer, manifest, plan and a model card.
 
     What became constant is folded into the weights around it, in float64; the result loads like any other model.
     """
     from fusiontree.artifacts import PrunePlan
-    from fusiontree.cli._options import dtype_named, working
+    from fusiontree.cli._options import DTYPES, dtype_named, working
     from fusiontree.deploy.export_pruned import check_free
     from fusiontree.deploy.export_pruned import export as export_model
     from fusiontree.deploy.loading import find_model, load
     from fusiontree.deploy.reference import check_plan
 
     check_free(out)
+    wanted = dtype_named(dtype)
     loaded_plan = PrunePlan.load(plan)
-    loaded = load(model, device=device, dtype=dtype_named(dtype))
+    # A plan for a model that was loaded in another type than it was saved in is bound to its rounded weights.
+    planned = loaded_plan.measured.get("dtype")
+    loaded = load(model, device=device, dtype=dtype_named(planned) if planned in DTYPES else None)
     check_plan(loaded, loaded_plan, where=str(plan))
     with working("export") as progress:
         cut = export_model(
@@ -41,6 +44,7 @@ def export(
             loaded_plan,
             out,
             merge=merge,
+            dtype=wanted,
             context=context or None,
             parent=str(find_model(model)),
             progress=progress,

@@ -27,7 +27,9 @@ def generate(
         None, "--out", help="With --jsonl: where the lines with texts go; default: standard output."
     ),
     max_new_tokens: int = typer.Option(128, "--max-new-tokens", "-n", help="At most this many tokens."),
-    temperature: float = typer.Option(0.8, "--temperature", "-t", help="Higher draws unlikely tokens more often."),
+    temperature: float = typer.Option(
+        None, "--temperature", "-t", help="Higher draws unlikely tokens more often; default: 0.8."
+    ),
     top_k: int = typer.Option(None, "--top-k", help="Draw among this many likeliest tokens only."),
     top_p: float = typer.Option(0.95, "--top-p", help="Draw among the likeliest tokens of this total probability."),
     min_p: float = typer.Option(
@@ -60,12 +62,12 @@ def generate(
         lines, text = [], _read_prompt(prompt, file)
     else:
         lines, text = list(_read_lines(jsonl)), ""
-    from fusiontree.cli._options import load_for_use
+    from fusiontree.cli._options import load_for_use, temperature_of
     from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
     options = SamplingOptions(
         max_new_tokens=max_new_tokens,
-        temperature=0.0 if greedy else temperature,
+        temperature=temperature_of(temperature, greedy),
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,

@@ -52,6 +52,8 @@ def plan(
             raise InputError(f"{model} is a file: name a model to plan for, or add --show to draw a plan")
         draw(PrunePlan.load(model))
         return
+    if show and model.suffix == ".json" and not model.exists():
+        raise InputError(f"plan {model} does not exist")
     from fusiontree.artifacts import make_directory
     from fusiontree.cli._options import dtype_named, working
     from fusiontree.deploy.budget import parse_targets

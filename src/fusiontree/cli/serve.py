@@ -49,6 +49,8 @@ def serve(
     missing = [library for library in _LIBRARIES if importlib.util.find_spec(library) is None]
     if missing:
         raise InputError(f"serving needs {', '.join(missing)}: pip install 'fusiontree[serve]'")
+    if without_key and api_key_file is not None:
+        raise InputError("--without-key lets anybody in, --api-key-file asks for a key: leave one of the two out")
     keys = _read_keys(api_key_file)
     if not keys and not without_key and not _is_loopback(host):
         raise InputError(

@@ -29,6 +29,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     merge: bool = False,
+    dtype: torch.dtype | None = None,
     context: int | None = None,
     parent: str | None = None,
     progress: Callable[[str], None] = lambda what: None,
@@ -43,6 +44,7 @@ def export(
         plan: as `PrunePlan.load` returns it.
         path: of a directory that does not exist yet.
         merge: also multiply out linear maps that no one else reads between, see `fold`.
+        dtype: of what is written; None: that of the parent.
         context: also time parent and export at this many tokens, for the card; None measures no time.
         parent: name of the parent for the manifest and the card; default: where it was loaded from.
         progress: called with what is done next.
@@ -59,6 +61,7 @@ def export(
     parent = parent or str(model.name_or_path) or "unnamed"
     progress("folding")
     cut = fold(model, plan, merge)
+    cut.to(dtype or model.dtype)
     difference, largest = compare(reference_parent(model, plan), cut)
     costs = None
     if context is not None:

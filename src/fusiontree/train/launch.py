@@ -16,7 +16,7 @@ from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
-from fusiontree.errors import InputError
+from fusiontree.errors import ElsewhereError, InputError
 from fusiontree.train.deepspeed_config import deepspeed_config, forget_in_transformers
 from fusiontree.train.optim import check_optimizer
 from fusiontree.train.settings import RunSettings
@@ -39,7 +39,8 @@ def check_launch(settings: RunSettings) -> None:
     system, launched = settings.system, launched_processes()
     if system.num_devices is not None and system.num_devices != launched:
         runs = "1 process runs" if launched == 1 else f"{launched} processes run"
-        raise InputError(
+        # Every process sees it; one of them says it.
+        raise (InputError if os.environ.get("RANK", "0") == "0" else ElsewhereError)(
             f"system.num_devices is {system.num_devices} but {runs}: start it with torchrun "
             f"--nproc_per_node={system.num_devices} -m fusiontree train …, or set system.num_devices={launched}"
         )

@@ -56,7 +56,9 @@ class TrainingSettings(Settings):
         6.0, gt=0, description="standard deviations above the recent mean at which a loss is reported as a spike"
     )
     log_interval: int = Field(10, ge=1, description="steps summarised by one row of metrics.jsonl")
-    init_from: str | None = Field(None, description="model folder whose weights a new run starts from; null = random")
+    init_from: str | None = Field(
+        None, description="model folder or run whose weights a new run starts from; null = random"
+    )
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -234,6 +236,16 @@ class RunSettings(Settings):
                 f"training.optimizer: muon needs whole matrices, which {self.system.engine} divides among processes: "
                 "set it to adamw, or train with DDP",
                 "training.optimizer",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> RunSettings:
+        if self.training.save_best and not (self.training.eval_interval and self.data.eval_paths):
+            raise SettingError(
+                "training.save_best: that is the checkpoint of the lowest evaluation loss: name data.eval_paths and "
+                "set training.eval_interval above 0, or leave save_best out",
+                "training.save_best",
             )
         return self
 

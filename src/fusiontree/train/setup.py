@@ -170,7 +170,7 @@ def common_facts(settings: RunSettings) -> dict[str, Any]:
 
 
 def initial_weights(settings: RunSettings) -> Path | None:
-    """The folder that a new run's weights come from, if any.
+    """The folder that a new run's weights come from, if any: of a run directory its newest checkpoint.
 
     Raises:
         InputError: `training.init_from` holds no model.
@@ -178,9 +178,15 @@ def initial_weights(settings: RunSettings) -> Path | None:
     if settings.training.init_from is None:
         return None
     folder = Path(settings.training.init_from).expanduser()
-    if not (folder / "config.json").is_file():
-        raise InputError(f"training.init_from: {folder} holds no model (it has no config.json)")
-    return folder
+    if (folder / "config.json").is_file():
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest is None or not (newest / "config.json").is_file():
+        raise InputError(
+            f"training.init_from: {folder} holds no model (it has no config.json) and is no run directory with a "
+            "checkpoint"
+        )
+    return newest
 
 
 def require_steps_left(settings: RunSettings, checkpoint: Path, step: int) -> None:
