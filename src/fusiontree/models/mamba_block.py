@@ -17,6 +17,7 @@ from fusiontree.models.cache import HybridLayerState
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout
 from fusiontree.ops import causal_conv1d, selective_scan, ssd_scan
+from fusiontree.ops.gated_norm import gated_rms_norm
 
 _FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 
@@ -102,8 +103,7 @@ class MambaBlock(nn.Module):
             layout,
             state,
         )  # [B,T,h,P]
-        y = y * F.silu(z).unflatten(-1, (h, -1))
-        return F.rms_norm(y, (self.head_dim,), eps=self.norm_eps).flatten(-2) * self.norm_weight
+        return gated_rms_norm(y, z, self.norm_weight, eps=self.norm_eps)
 
     def _forward_selective(self, u: torch.Tensor, layout: Layout, state: HybridLayerState | None) -> torch.Tensor:
         x, z = self.in_proj(u).chunk(2, dim=-1)  # [B,T,d] each

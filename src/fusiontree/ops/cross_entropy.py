@@ -14,6 +14,8 @@ from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.precision import autocast_dtype, product_dtype, state_dtype, without_autocast
 
 DEFAULT_CHUNK_SIZE = 1024
+# Logits whose softmax is taken at once on CPU: what it makes of them stays in the processor's cache.
+CPU_BLOCK_ELEMENTS = 2**18
 
 
 def linear_cross_entropy(
@@ -93,14 +95,25 @@ def _counted(hidden: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
     return flat_hidden[places], flat_labels[places], places
 
 
-def _softmax(hidden_cH: Tensor, weight_VH: Tensor, target_c1: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(hidden weight^T) in float32 (float64) [c,V], and minus the logarithm of the target's share [c]."""
-    logits = hidden_cH @ weight_VH.t()
-    sums = state_dtype(logits)
-    largest, target = logits.amax(-1, keepdim=True).to(sums), logits.gather(1, target_c1).to(sums)
-    probabilities = torch.softmax(logits, dim=-1, dtype=sums)
-    # The largest probability is 1 / sum exp(logit - largest), and unlike the target's never underflows.
-    return probabilities, (largest - target - probabilities.amax(-1, keepdim=True).log()).squeeze(1)
+def _losses(logits_cV: Tensor, target_c1: Tensor, *, differentiate: bool) -> Tensor:
+    """Minus the logarithm of each target's share, [c] float32 (float64); the softmax runs in that too.
+
+    Args:
+        differentiate: also put the gradient of the sum of losses in the place of the logits.
+    """
+    losses_c = torch.empty(len(logits_cV), dtype=state_dtype(logits_cV), device=logits_cV.device)
+    rows = max(1, CPU_BLOCK_ELEMENTS // logits_cV.shape[1]) if logits_cV.device.type == "cpu" else len(logits_cV)
+    for start in range(0, len(logits_cV), rows):
+        logits, targets = logits_cV[start : start + rows], target_c1[start : start + rows]
+        largest, target = (t.to(losses_c.dtype) for t in (logits.amax(-1, keepdim=True), logits.gather(1, targets)))
+        probabilities = torch.softmax(logits, dim=-1, dtype=losses_c.dtype)
+        # The largest probability is 1 / sum exp(logit - largest), and unlike the target's never underflows.
+        log_sum_1 = largest - probabilities.amax(-1, keepdim=True).log()
+        losses_c[start : start + rows] = (log_sum_1 - target).squeeze(1)
+        if differentiate:
+            probabilities.scatter_add_(1, targets, probabilities.new_full(targets.shape, -1.0))
+            logits.copy_(probabilities)
+    return losses_c
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -117,12 +130,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk_size):
             chunk_cH = counted[start : start + chunk_size].to(dtype)
             target_c1 = targets[start : start + chunk_size, None]
-            probabilities_cV, losses_c = _softmax(chunk_cH, projection, target_c1)
-            loss += losses_c.sum()
-            if dcounted is None and dweight is None:
-                continue
-            probabilities_cV.scatter_add_(1, target_c1, probabilities_cV.new_full(target_c1.shape, -1.0))
-            dlogits_cV = probabilities_cV.to(dtype)  # of the sum of losses; the mean's factor follows in backward
+            logits_cV = chunk_cH @ projection.t()
+            loss += _losses(logits_cV, target_c1, differentiate=dcounted is not None or dweight is not None).sum()
+            dlogits_cV = logits_cV  # of the sum of losses; the mean's factor follows in backward
             if dcounted is not None:
                 dcounted[start : start + chunk_size] = dlogits_cV @ projection
             if dweight is not None and dweight.dtype == dtype:
@@ -163,7 +173,8 @@ def _token_cross_entropy_torch(hidden, weight, labels, *, chunk_size, ignore_ind
         losses = torch.zeros(labels.numel(), dtype=state_dtype(hidden), device=hidden.device)
         for start in range(0, len(targets), chunk_size):
             span = slice(start, start + chunk_size)
-            _, losses_c = _softmax(counted[span].to(dtype), projection, targets[span, None])
+            logits_cV = counted[span].to(dtype) @ projection.t()
+            losses_c = _losses(logits_cV, targets[span, None], differentiate=False)
             losses[span if places is None else places[span]] = losses_c
     return losses.view(labels.shape)
 

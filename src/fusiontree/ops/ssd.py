@@ -5,7 +5,8 @@ Within a chunk the scan is a masked matrix product, between chunks a short recur
 
 - Resets are exact. A pair of tokens interacts only inside one segment, so its decay is exp of a difference of
   cumulative sums that is never positive; everything else is masked before the exp.
-- The backward pass recomputes decays and chunk states, so nothing of size T x chunk is kept.
+- The backward pass recomputes decays and chunk states from a state for every piece of some chunks, so nothing of size
+  T x chunk is kept.
 
 The chunked mathematics, forward and backward, is in `ssd_chunks`.
 
@@ -146,36 +147,35 @@ def _one_token(
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """The whole sequence: full chunks first, then one shorter chunk, so that nothing is padded."""
+    """The whole sequence: pieces of full chunks, then one shorter chunk, so that nothing is padded."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, reset, initial_state, chunk_size):
-        ctx.save_for_backward(x, dt, A, B, C, D, reset, initial_state)
-        ctx.chunk_size = chunk_size
-        state = _first_state(x, B, reset, initial_state)
+        states = [_first_state(x, B, reset, initial_state)]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for start, stop, chunk in pieces(x.shape[1], chunk_size):
+        for start, stop, chunk in pieces(x, chunk_size):
             chunks = Chunks(x, dt, A, B, C, D, reset, start, stop, chunk)
-            state = chunks.fill_states(state)
+            states.append(chunks.fill_states(states[-1]))
             y[:, start:stop] = chunks.outputs()
-        return y, state
+        ctx.save_for_backward(x, dt, A, B, C, D, reset, *states[:-1])
+        ctx.chunk_size = chunk_size
+        ctx.state_grad_dtype = None if initial_state is None else initial_state.dtype
+        return y, states[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
-        x, dt, A, B, C, D, reset, initial_state = ctx.saved_tensors
+        x, dt, A, B, C, D, reset, *states = ctx.saved_tensors
         with without_autocast(x):
-            state = _first_state(x, B, reset, initial_state)
-            dstate = dstate.to(state.dtype)
-            parts = [Chunks(x, dt, A, B, C, D, reset, *bounds) for bounds in pieces(x.shape[1], ctx.chunk_size)]
-            for part in parts:
-                state = part.fill_states(state)
+            dstate = dstate.to(states[0].dtype)
             dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-            dA, dD = (torch.zeros(A.shape, dtype=state.dtype, device=A.device) for _ in range(2))
-            while parts:
-                part = parts.pop()  # its states are freed before those of the next
+            dA, dD = (torch.zeros(A.shape, dtype=dstate.dtype, device=A.device) for _ in range(2))
+            bounds = pieces(x, ctx.chunk_size)
+            for (start, stop, chunk), state in zip(reversed(bounds), reversed(states), strict=True):
+                part = Chunks(x, dt, A, B, C, D, reset, start, stop, chunk)
+                part.fill_states(state)
                 grads, dstate = part.gradients(dy, dstate)
-                span = slice(part.start, part.stop)
+                span = slice(start, stop)
                 dx[:, span], ddt[:, span], dB[:, span], dC[:, span] = grads.x, grads.dt, grads.B, grads.C
                 dA += grads.A
                 if grads.D is not None:
@@ -188,7 +188,7 @@ class _ChunkedScan(torch.autograd.Function):
             dC,
             None if D is None else dD.to(D.dtype),
             None,
-            None if initial_state is None else dstate.to(initial_state.dtype),
+            None if ctx.state_grad_dtype is None else dstate.to(ctx.state_grad_dtype),
             None,
         )
 

@@ -24,6 +24,8 @@ from fusiontree.ops.precision import smallest_log_decay, state_dtype
 
 # Elements of the [L,L] matrices built at once on CPU: 1 MiB of float32, the cache of one core. Other devices take all.
 CPU_SLAB_ELEMENTS = 2**18
+# Elements of x, in all rows, that are taken at once on CPU: their dozen intermediate tensors then lie in a cache.
+CPU_PIECE_ELEMENTS = 2**19
 
 
 class Gradients(NamedTuple):
@@ -45,10 +47,15 @@ class _Slab(NamedTuple):
     heads: slice
 
 
-def pieces(length: int, chunk: int) -> list[tuple[int, int, int]]:
-    """(start, stop, tokens per chunk) of the full chunks together, and of the rest."""
-    whole = length // chunk * chunk
-    full = [(0, whole, chunk)] if whole else []
+def pieces(x: Tensor, chunk: int) -> list[tuple[int, int, int]]:
+    """(start, stop, tokens per chunk) of runs of full chunks, in their order, and of the rest."""
+    length = x.shape[1]
+    whole, step = length // chunk * chunk, chunk
+    if x.device.type == "cpu":
+        step *= max(1, CPU_PIECE_ELEMENTS // max(1, chunk * x[:, 0].numel()))
+    else:
+        step = max(1, whole)
+    full = [(start, min(start + step, whole), chunk) for start in range(0, whole, step)]
     return full + ([(whole, length, length - whole)] if whole < length else [])
 
 
