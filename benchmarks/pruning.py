@@ -77,7 +77,8 @@ class Study:
         self.options = options
         self.work: Path = options.work
         self.path: Path = options.results / "pruning.jsonl"
-        self.revision = records.code_revision(*OUR_CODE)
+        # Of the code that is running, whatever becomes of the files meanwhile.
+        self.revision, self.provenance = records.code_revision(*OUR_CODE), records.provenance()
         names = ("size", "steps", "batch_size", "length", "learning_rate", "context", "calibration_tokens", "dtype")
         self.setting = {name: getattr(options, name) for name in names}
         self._parent: HybridLanguageModel | None = None
@@ -236,7 +237,7 @@ class Study:
             print(f"{run}: recorded already", flush=True)
             return
         figures = measure()
-        extra = {"revision": self.revision, "threads": self.options.threads, **records.provenance()}
+        extra = {"revision": self.revision, "threads": self.options.threads, **self.provenance}
         shown = " ".join(records.shown_arguments(sys.argv[1:]))
         records.append_record(
             self.path, {"run": run, **figures, **extra, "command": f"python benchmarks/pruning.py {shown}"}

@@ -125,10 +125,11 @@ def cpu_slug(cpu: str) -> str:
 
 
 def shown_arguments(argv: list[str]) -> list[str]:
-    """The arguments, without the directory of the results."""
-    if "--results" in argv:
-        at = argv.index("--results")
-        return argv[:at] + argv[at + 2 :]
+    """The arguments, without the directories that a machine keeps results and models in."""
+    for option in ("--results", "--work"):
+        if option in argv:
+            at = argv.index(option)
+            argv = argv[:at] + argv[at + 2 :]
     return argv
 
 

@@ -46,7 +46,7 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
     Raises:
         InputError: there is nothing to evaluate on, or as training.
     """
-    if settings.training.eval_interval == 0 or not settings.data.eval_paths:
+    if not settings.evaluates:
         raise InputError(
             "healing reports the loss that it recovers: name data.eval_paths, and training.eval_interval above 0"
         )

@@ -130,9 +130,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk_size):
             chunk_cH = counted[start : start + chunk_size].to(dtype)
             target_c1 = targets[start : start + chunk_size, None]
-            logits_cV = chunk_cH @ projection.t()
-            loss += _losses(logits_cV, target_c1, differentiate=dcounted is not None or dweight is not None).sum()
-            dlogits_cV = logits_cV  # of the sum of losses; the mean's factor follows in backward
+            # Of the sum of losses, once `_losses` has put it there; the mean's factor follows in backward.
+            dlogits_cV = chunk_cH @ projection.t()
+            loss += _losses(dlogits_cV, target_c1, differentiate=dcounted is not None or dweight is not None).sum()
             if dcounted is not None:
                 dcounted[start : start + chunk_size] = dlogits_cV @ projection
             if dweight is not None and dweight.dtype == dtype:

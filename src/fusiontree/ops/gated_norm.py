@@ -70,7 +70,7 @@ def _blocks(y: torch.Tensor, z: torch.Tensor) -> Iterator[tuple[slice, torch.Ten
     """Runs of tokens, with y and z [n,h,P] of them in the computing dtype."""
     y_nhP, z_nhP = y.flatten(0, 1), z.flatten(0, 1).unflatten(-1, y.shape[2:])
     rows, dtype = len(y_nhP), state_dtype(y)
-    step = max(1, CPU_BLOCK_ELEMENTS // max(1, z.shape[-1])) if y.device.type == "cpu" else rows
+    step = CPU_BLOCK_ELEMENTS // z.shape[-1] if y.device.type == "cpu" else rows
     for start in range(0, rows, max(1, step)):
         block = slice(start, start + step)
         yield block, y_nhP[block].to(dtype), z_nhP[block].to(dtype)

@@ -50,11 +50,9 @@ class _Slab(NamedTuple):
 def pieces(x: Tensor, chunk: int) -> list[tuple[int, int, int]]:
     """(start, stop, tokens per chunk) of runs of full chunks, in their order, and of the rest."""
     length = x.shape[1]
-    whole, step = length // chunk * chunk, chunk
-    if x.device.type == "cpu":
-        step *= max(1, CPU_PIECE_ELEMENTS // max(1, chunk * x[:, 0].numel()))
-    else:
-        step = max(1, whole)
+    whole = length // chunk * chunk
+    chunks = CPU_PIECE_ELEMENTS // max(1, chunk * x[:, 0].numel()) if x.device.type == "cpu" else length // chunk
+    step = chunk * max(1, chunks)
     full = [(start, min(start + step, whole), chunk) for start in range(0, whole, step)]
     return full + ([(whole, length, length - whole)] if whole < length else [])
 

@@ -153,8 +153,7 @@ class TrainingEngine:
         self.tokenizer = tokenizer_of(settings)
         config = model_config(settings, self.tokenizer)
         self.train_loader = self._loader("train")
-        evaluates = settings.training.eval_interval > 0 and len(settings.data.eval_paths) > 0
-        self.evaluation = RunEvaluation(settings, self._loader("eval") if evaluates else None, self.processes)
+        self.evaluation = RunEvaluation(settings, self._loader("eval") if settings.evaluates else None, self.processes)
         seed_model(settings.seed)
         start = checkpoint or initial_weights(settings)
         model = load_model(start, config) if start else HybridLanguageModel(config)

@@ -241,7 +241,7 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> RunSettings:
-        if self.training.save_best and not (self.training.eval_interval and self.data.eval_paths):
+        if self.training.save_best and not self.evaluates:
             raise SettingError(
                 "training.save_best: that is the checkpoint of the lowest evaluation loss: name data.eval_paths and "
                 "set training.eval_interval above 0, or leave save_best out",
@@ -257,6 +257,11 @@ class RunSettings(Settings):
                 "data.packing",
             )
         return self
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates on the way: how often is said, and on what."""
+        return self.training.eval_interval > 0 and len(self.data.eval_paths) > 0
 
     def length_schedule(self, devices: int = 1) -> LengthSchedule:
         """Which shape each step's batches have.
