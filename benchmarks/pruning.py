@@ -42,12 +42,13 @@ from fusiontree.models import HybridLanguageModel
 from fusiontree.train.evaluation import evaluate_documents
 from fusiontree.train.settings import RunSettings
 
-STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "costs")
+STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "commit", "costs")
 OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
 RANDOM_SEEDS = (0, 1, 2)
 FREEZE_GATES = 0.002  # nats, all gates together: what the calibration text cannot tell from nothing
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
+COMMIT = {"commit_from": 0.0, "commit_coeff": 0.3}  # of the steps that follow the parent's
 
 
 class Rule(NamedTuple):
@@ -158,6 +159,10 @@ class Study:
             self._parent = self.load(self.parent_checkpoint())
         return self._parent
 
+    def source(self, name: str) -> HybridLanguageModel:
+        """A model to cut: the parent, or one of its size that a run left."""
+        return self.parent if name == "parent" else self.load(find_model(self.work / name))
+
     @property
     def costs(self) -> CostModel:
         """One measurement for all plans: equal saving then means equal for every criterion."""
@@ -188,14 +193,17 @@ class Study:
             )
         return self._costs
 
-    def plan(self, rule: Rule, targets: dict[str, float], empty_layers: bool = False) -> PrunePlan:
+    def plan(
+        self, rule: Rule, targets: dict[str, float], empty_layers: bool = False, source: str = "parent"
+    ) -> PrunePlan:
         """A plan, of which the budget is met by the costs that its cuts add up to."""
         shown = "-".join(f"{key}{value:g}" for key, value in targets.items())
-        file = self.work / "plans" / f"{rule.name}-{shown}{'-empty' if empty_layers else ''}.json"
+        file = self.work / "plans" / source / f"{rule.name}-{shown}{'-empty' if empty_layers else ''}.json"
         if not file.exists():
             documents = iter(Texts([str(self.sections("valid"))]))
             sizes = {"tokens": self.options.calibration_tokens, "length": self.options.length}
-            text = calibration_text(self.parent, documents, **sizes)
+            model = self.source(source)
+            text = calibration_text(model, documents, **sizes)
             settings = PlanSettings(
                 criterion=rule.criterion,
                 targets=targets,
@@ -206,14 +214,14 @@ class Study:
                 context=self.options.context,
                 is_verified=False,
             )
-            plan = make_plan(self.parent, text, settings, source="parent", costs=self.costs, progress=_say)
+            plan = make_plan(model, text, settings, source=source, costs=self.costs, progress=_say)
             plan.save(file)
         return PrunePlan.load(file)
 
-    def exported(self, rule: Rule, plan: PrunePlan, name: str) -> Path:
+    def exported(self, rule: Rule, plan: PrunePlan, name: str, source: str = "parent") -> Path:
         folder = self.work / "exports" / name
         if not folder.exists():
-            export(self.parent, plan, folder, merge=rule.fine, parent=str(self.parent_checkpoint()))
+            export(self.source(source), plan, folder, merge=rule.fine, parent=str(find_model(self.work / source)))
         return folder
 
     # Figures.
@@ -288,9 +296,11 @@ class Study:
                 impossible = str(error)
         return {"impossible": impossible}
 
-    def _cut(self, rule: Rule, targets: dict[str, float], name: str, empty_layers: bool = False) -> dict[str, Any]:
-        plan = self.plan(rule, targets, empty_layers)
-        return self.quality(self.exported(rule, plan, name)) | _plan_figures(plan)
+    def _cut(
+        self, rule: Rule, targets: dict[str, float], name: str, empty_layers: bool = False, source: str = "parent"
+    ) -> dict[str, Any]:
+        plan = self.plan(rule, targets, empty_layers, source)
+        return self.quality(self.exported(rule, plan, name, source)) | _plan_figures(plan)
 
     def _healed(self, name: str) -> Path:
         """An export after healing."""
@@ -316,16 +326,19 @@ class Study:
     def stage_heal(self) -> None:
         """At the main budget: the healed cut, the parent continued, the healed random cuts."""
         self._heal(self.rule)
+        self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(self._continued("continued")))
+        for rule in RANDOM:
+            self._heal(rule)
+
+    def _continued(self, name: str, **changes: Any) -> Path:
+        """The parent trained on for the steps of healing, on its schedule."""
         steps, size = self.healing_steps, SIZES[self.options.size]
         schedule = {
             "init_from": str(self.parent_checkpoint()),
             "learning_rate": SHARE_OF_RATE * self.options.learning_rate,
             "warmup_steps": round(SHARE_OF_STEPS * steps),
         }
-        continued = self.trained("continued", lambda: self.run_settings("continued", steps, size, training=schedule))
-        self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(continued))
-        for rule in RANDOM:
-            self._heal(rule)
+        return self.trained(name, lambda: self.run_settings(name, steps, size, training=schedule, **changes))
 
     def _heal(self, rule: Rule) -> None:
         self.exported(rule, self.plan(rule, BUDGET), rule.name)
@@ -339,6 +352,23 @@ class Study:
         steps = self.options.steps + self.healing_steps
         plain = self.trained("smaller", lambda: self.run_settings("smaller", steps, smaller))
         self.record({"stage": "heal", "model": "plain smaller"}, lambda: self.quality(plain))
+
+    def stage_commit(self) -> None:
+        """Gates that commit in the last steps beside gates that do not: the loss, and what equal cuts then cost."""
+        for name, loss in (("continued", {}), ("committed", COMMIT)):
+            run = {"stage": "commit", "model": name}
+            self.record(run, lambda name=name, loss=loss: self._with_gates(self._continued(name, loss=loss), name))
+            for rule in (Rule("gate"), self.rule):
+                self.record(
+                    run | rule._asdict(),
+                    lambda name=name, rule=rule: self._cut(rule, BUDGET, f"{name}-{rule.name}", source=name),
+                )
+
+    def _with_gates(self, folder: Path, name: str) -> dict[str, Any]:
+        """A model's figures, and what its gates do on the calibration text, as a plan found it."""
+        layers = [layer.evidence for layer in self.plan(Rule("gate"), BUDGET, source=name).layers]
+        gates = {key: [round(layer[key], 4) for layer in layers] for key in ("gate_mean", "gate_std")}
+        return self.quality(folder) | gates
 
     def stage_costs(self) -> None:
         """Everything that was made, in one run."""

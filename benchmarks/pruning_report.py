@@ -31,6 +31,8 @@ def report(path: Path) -> str:
         parts += ["## The frontier\n", _frontier(found["frontier"], parent)]
     if "heal" in found:
         parts += ["## Healing and its rivals\n", _heal(found["heal"], parent)]
+    if "commit" in found:
+        parts += ["## Gates that commit in the last steps\n", _commit(found["commit"], parent)]
     if "costs" in found:
         parts += ["## Measured in one run, against the parent\n", _costs(found["costs"][-1]["costs"])]
     parts.append(records.origin(runs))
@@ -116,6 +118,17 @@ def _heal(runs: Runs, parent: dict[str, Any] | None) -> str:
         rows.append([name, *_quality(r, parent), by_position])
     own = [] if parent is None else [["the parent", *_quality(parent, None), ""]]
     return _table(["model", "parameters", "loss", "recall", "loss by position"], own + rows)
+
+
+def _commit(runs: Runs, parent: dict[str, Any] | None) -> str:
+    rows = []
+    for r in runs:
+        gates = ", ".join(
+            f"{m:.2f} ± {s:.2f}" for m, s in zip(r.get("gate_mean", []), r.get("gate_std", []), strict=True)
+        )
+        cut = f"{_title(r['run'])}: {_kept(r)}" if "criterion" in r["run"] else "–"
+        rows.append([r["run"]["model"], cut, *_quality(r, parent), gates or "–"])
+    return _table(["the parent", "cut by", "parameters", "loss", "recall", "gates, by layer"], rows)
 
 
 def _costs(costs: dict[str, dict[str, float]]) -> str:

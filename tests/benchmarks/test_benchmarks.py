@@ -346,7 +346,7 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
     done = run_script("pruning.py", *folders, *TINY, *sizes, *amounts)
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line)["run"] for line in (tmp_path / "pruning.jsonl").read_text().splitlines()]
-    assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "costs"}
+    assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "commit", "costs"}
     healed = [run["model"] for run in runs if run["stage"] == "heal"]
     assert healed == ["healed", "parent continued", "healed", "healed", "healed", "plain smaller"]
     shown = (tmp_path / "pruning.md").read_text()
@@ -355,6 +355,7 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
         "Criteria at equal saving",
         "frontier",
         "rivals",
+        "Gates that commit",
         "Measured in one run",
     ):
         assert title in shown
