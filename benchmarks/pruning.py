@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import records
 import torch
-from pruning_inputs import SIZES, nearest_in_layers, write_sections
+from pruning_inputs import SIZES, most_layers_within, nearest_in_layers, write_sections
 from pruning_report import report
 
 import fusiontree
@@ -346,12 +346,16 @@ class Study:
         self.record(run, lambda: self.quality(self._healed(rule.name)))
 
     def stage_smaller(self) -> None:
-        """A plain model of the cut's size, trained for the tokens of parent and healing together."""
+        """Plain models of fewer layers, trained for the tokens of parent and healing together."""
+        size, steps = SIZES[self.options.size], self.options.steps + self.healing_steps
         export = self.exported(self.rule, self.plan(self.rule, BUDGET), self.rule.name)
-        smaller = nearest_in_layers(SIZES[self.options.size], count_parameters(self.load(export)))
-        steps = self.options.steps + self.healing_steps
-        plain = self.trained("smaller", lambda: self.run_settings("smaller", steps, smaller))
-        self.record({"stage": "heal", "model": "plain smaller"}, lambda: self.quality(plain))
+        rivals = {
+            "smaller": nearest_in_layers(size, count_parameters(self.load(export))),
+            "within-budget": most_layers_within(size, BUDGET["memory"], self.options.context),
+        }
+        for name, rival in rivals.items():
+            plain = self.trained(name, lambda name=name, rival=rival: self.run_settings(name, steps, rival))
+            self.record({"stage": "heal", "model": f"plain {name}"}, lambda plain=plain: self.quality(plain))
 
     def stage_commit(self) -> None:
         """Gates that commit in the last steps beside gates that do not: the loss, and what equal cuts then cost."""
@@ -374,8 +378,8 @@ class Study:
         """Everything that was made, in one run."""
         folders = {"parent": self.parent_checkpoint()}
         folders |= {folder.name: folder for folder in sorted((self.work / "exports").glob("*"))}
-        if (self.work / "smaller" / "done").exists():
-            folders["plain smaller"] = find_model(self.work / "smaller")
+        plain = (name for name in ("smaller", "within-budget") if (self.work / name / "done").exists())
+        folders |= {f"plain {name}": find_model(self.work / name) for name in plain}
         models = {name: self.load(folder) for name, folder in folders.items()}
         found = measure_costs(models, context=self.options.context, rounds=self.options.rounds, progress=_say)
         figures = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fusiontree.deploy.budget import sizes
 from fusiontree.eval.peers import count_parameters
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 
@@ -45,6 +46,19 @@ def nearest_in_layers(size: dict[str, Any], parameters: int) -> dict[str, Any]:
             return abs(count_parameters(HybridLanguageModel(config)) - parameters)
 
     return size | {"num_layers": min(range(1, size["num_layers"] + 1), key=distance)}
+
+
+def most_layers_within(size: dict[str, Any], share: float, context: int) -> dict[str, Any]:
+    """The size with the most layers of which weights and state of `context` tokens take that share of its own bytes."""
+
+    def needed(layers: int) -> int:
+        config = HybridLanguageModelConfig(**size | {"num_layers": layers, "tie_word_embeddings": True})
+        _, weights, state = sizes(config, torch.float32, context)
+        return weights + state
+
+    limit = share * needed(size["num_layers"])
+    layers = [one for one in range(1, size["num_layers"]) if needed(one) <= limit]
+    return size | {"num_layers": max(layers, default=1)}
 
 
 def write_sections(source: Path, destination: Path, size: int) -> None:

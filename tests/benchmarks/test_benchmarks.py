@@ -348,7 +348,15 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
     runs = [json.loads(line)["run"] for line in (tmp_path / "pruning.jsonl").read_text().splitlines()]
     assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "commit", "costs"}
     healed = [run["model"] for run in runs if run["stage"] == "heal"]
-    assert healed == ["healed", "parent continued", "healed", "healed", "healed", "plain smaller"]
+    assert healed == [
+        "healed",
+        "parent continued",
+        "healed",
+        "healed",
+        "healed",
+        "plain smaller",
+        "plain within-budget",
+    ]
     shown = (tmp_path / "pruning.md").read_text()
     for title in (
         "What the branches are worth",
