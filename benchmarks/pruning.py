@@ -52,15 +52,20 @@ COMMIT = {"commit_from": 0.0, "commit_coeff": 0.3}  # of the steps that follow t
 
 
 class Rule(NamedTuple):
-    """How a plan is made; a fine one takes single heads and gates too, and merges maps in the export."""
+    """How a plan is made; a fine one takes single heads and gates too, and merges maps in the export.
+
+    empty_layers: layers may lose both branches.
+    """
 
     criterion: str
     seed: int = 0
     fine: bool = False
+    empty_layers: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.criterion}-{self.seed}{'-fine' if self.fine else ''}"
+        grain = ("-fine" if self.fine else "") + ("-empty" if self.empty_layers else "")
+        return f"{self.criterion}-{self.seed}{grain}"
 
 
 RANDOM = tuple(Rule("random", seed) for seed in RANDOM_SEEDS)
@@ -68,6 +73,7 @@ RULES = (
     *(Rule(criterion) for criterion in ("gate", "contribution", "ablation", "recall", "trained")),
     *RANDOM,
     *(Rule(criterion, fine=True) for criterion in ("ablation", "recall")),
+    Rule("ablation", fine=True, empty_layers=True),
 )
 
 
@@ -193,12 +199,10 @@ class Study:
             )
         return self._costs
 
-    def plan(
-        self, rule: Rule, targets: dict[str, float], empty_layers: bool = False, source: str = "parent"
-    ) -> PrunePlan:
+    def plan(self, rule: Rule, targets: dict[str, float], source: str = "parent") -> PrunePlan:
         """A plan, of which the budget is met by the costs that its cuts add up to."""
         shown = "-".join(f"{key}{value:g}" for key, value in targets.items())
-        file = self.work / "plans" / source / f"{rule.name}-{shown}{'-empty' if empty_layers else ''}.json"
+        file = self.work / "plans" / source / f"{rule.name}-{shown}.json"
         if not file.exists():
             documents = iter(Texts([str(self.sections("valid"))]))
             sizes = {"tokens": self.options.calibration_tokens, "length": self.options.length}
@@ -208,7 +212,7 @@ class Study:
                 criterion=rule.criterion,
                 targets=targets,
                 seed=rule.seed,
-                empty_layers=empty_layers,
+                empty_layers=rule.empty_layers,
                 heads=rule.fine,
                 freeze_gates=FREEZE_GATES if rule.fine else None,
                 context=self.options.context,
@@ -281,25 +285,23 @@ class Study:
             self.record({"stage": "criteria", **rule._asdict()}, lambda rule=rule: self._cut(rule, BUDGET, rule.name))
 
     def stage_frontier(self) -> None:
-        """By the chosen rule; layers may lose both branches where the budget cannot be met otherwise."""
-        for decode in FRONTIER:
-            run, name = {"stage": "frontier", **self.rule._asdict(), "decode": decode}, f"frontier-{decode:g}"
-            self.record(run, lambda decode=decode, name=name: self._reach({"decode": decode}, name))
-            if self.options.heal_frontier and (self.work / "exports" / name).exists():
-                self.record(run | {"healed": True}, lambda name=name: self.quality(self._healed(name)))
+        """By the chosen rule, which leaves every layer a branch, and by the same one without that condition."""
+        for rule in self.rules:
+            for decode in FRONTIER:
+                run = {"stage": "frontier", **rule._asdict(), "decode": decode}
+                name = f"frontier-{rule.name}-{decode:g}"
+                self.record(run, lambda rule=rule, decode=decode, name=name: self._reach(rule, decode, name))
+                if self.options.heal_frontier and (self.work / "exports" / name).exists():
+                    self.record(run | {"healed": True}, lambda name=name: self.quality(self._healed(name)))
 
-    def _reach(self, targets: dict[str, float], name: str) -> dict[str, Any]:
-        for empty_layers in (False, True):
-            try:
-                return self._cut(self.rule, targets, name, empty_layers) | {"empty_layers": empty_layers}
-            except InputError as error:
-                impossible = str(error)
-        return {"impossible": impossible}
+    def _reach(self, rule: Rule, decode: float, name: str) -> dict[str, Any]:
+        try:
+            return self._cut(rule, {"decode": decode}, name)
+        except InputError as error:
+            return {"impossible": str(error)}
 
-    def _cut(
-        self, rule: Rule, targets: dict[str, float], name: str, empty_layers: bool = False, source: str = "parent"
-    ) -> dict[str, Any]:
-        plan = self.plan(rule, targets, empty_layers, source)
+    def _cut(self, rule: Rule, targets: dict[str, float], name: str, source: str = "parent") -> dict[str, Any]:
+        plan = self.plan(rule, targets, source)
         return self.quality(self.exported(rule, plan, name, source)) | _plan_figures(plan)
 
     def _healed(self, name: str) -> Path:
@@ -320,12 +322,17 @@ class Study:
         return Rule(self.options.criterion, fine=not self.options.coarse)
 
     @property
+    def rules(self) -> tuple[Rule, Rule]:
+        return self.rule, self.rule._replace(empty_layers=True)
+
+    @property
     def healing_steps(self) -> int:
         return max(1, round(SHARE_OF_STEPS * self.options.steps))
 
     def stage_heal(self) -> None:
-        """At the main budget: the healed cut, the parent continued, the healed random cuts."""
-        self._heal(self.rule)
+        """At the main budget: the healed cuts, the parent continued, the healed random cuts."""
+        for rule in self.rules:
+            self._heal(rule)
         self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(self._continued("continued")))
         for rule in RANDOM:
             self._heal(rule)

@@ -83,7 +83,9 @@ def _quality(run: dict[str, Any], parent: dict[str, Any] | None) -> list[str]:
 def _title(run: dict[str, Any]) -> str:
     """The rule's name; the seed only of what is drawn."""
     seed = f" {run['seed']}" if run["criterion"] == "random" else ""
-    return run["criterion"] + seed + (", fine" if run["fine"] else "")
+    return (
+        run["criterion"] + seed + (", fine" if run["fine"] else "") + (", empty layers" if run["empty_layers"] else "")
+    )
 
 
 def _kept(figures: dict[str, Any]) -> str:
@@ -97,17 +99,16 @@ def _criteria(runs: Runs, parent: dict[str, Any] | None) -> str:
 
 
 def _frontier(runs: Runs, parent: dict[str, Any] | None) -> str:
-    healed = {r["run"]["decode"]: r for r in runs if r["run"].get("healed")}
+    healed = {(_title(r["run"]), r["run"]["decode"]): r["loss"] for r in runs if r["run"].get("healed")}
     rows = []
     for r in (r for r in runs if not r["run"].get("healed")):
-        decode = r["run"]["decode"]
+        rule, decode = _title(r["run"]), r["run"]["decode"]
         if "impossible" in r:
-            rows.append([f"{decode:g}x", "impossible", "–", "–", "–", "–"])
+            rows.append([rule, f"{decode:g}x", "impossible", "–", "–", "–", "–"])
             continue
-        after = f"{healed[decode]['loss']:.4f}" if decode in healed else "–"
-        rows.append([f"{decode:g}x", _kept(r), *_quality(r, parent), after])
-    title = f"Plans by {_title(runs[0]['run'])}.\n\n"
-    return title + _table(["decode", "layers", "parameters", "loss", "recall", "loss after healing"], rows)
+        after = f"{healed[rule, decode]:.4f}" if (rule, decode) in healed else "–"
+        rows.append([rule, f"{decode:g}x", _kept(r), *_quality(r, parent), after])
+    return _table(["plan", "decode", "layers", "parameters", "loss", "recall", "loss after healing"], rows)
 
 
 def _heal(runs: Runs, parent: dict[str, Any] | None) -> str:
