@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -139,7 +140,8 @@ class Expected:
         texts, decoder, shown = [""], TextDecoder(runtime.tokenizer, prompt), ""
         for token in [token for token in ids if token not in runtime.end_ids]:
             shown += decoder.push(token)
-            texts.append(shown)
+            # A text that ends here also shows what more tokens might have changed.
+            texts.append(shown + copy(decoder).finish())
         return cls(prompt, texts, (best[:, 0] - best[:, 1]).tolist())
 
     def verdict(self, text: str, asked: int, is_whole: bool) -> str:
