@@ -286,7 +286,7 @@ class Study:
 
     def stage_frontier(self) -> None:
         """By the chosen rule, which leaves every layer a branch, and by the same one without that condition."""
-        for rule in self.rules:
+        for rule in (self.rule, self.rule._replace(empty_layers=True)):
             for decode in FRONTIER:
                 run = {"stage": "frontier", **rule._asdict(), "decode": decode}
                 name = f"frontier-{rule.name}-{decode:g}"
@@ -322,17 +322,12 @@ class Study:
         return Rule(self.options.criterion, fine=not self.options.coarse)
 
     @property
-    def rules(self) -> tuple[Rule, Rule]:
-        return self.rule, self.rule._replace(empty_layers=True)
-
-    @property
     def healing_steps(self) -> int:
         return max(1, round(SHARE_OF_STEPS * self.options.steps))
 
     def stage_heal(self) -> None:
-        """At the main budget: the healed cuts, the parent continued, the healed random cuts."""
-        for rule in self.rules:
-            self._heal(rule)
+        """At the main budget: the healed cut, the parent continued, the healed random cuts."""
+        self._heal(self.rule)
         self.record({"stage": "heal", "model": "parent continued"}, lambda: self.quality(self._continued("continued")))
         for rule in RANDOM:
             self._heal(rule)
