@@ -298,6 +298,8 @@ class Study:
         try:
             return self._cut(rule, {"decode": decode}, name)
         except InputError as error:
+            if "cannot be met" not in str(error):
+                raise
             return {"impossible": str(error)}
 
     def _cut(self, rule: Rule, targets: dict[str, float], name: str, source: str = "parent") -> dict[str, Any]:
