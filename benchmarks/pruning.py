@@ -28,13 +28,12 @@ import fusiontree
 from fusiontree.artifacts import LayerDecision, PrunePlan
 from fusiontree.data import train_bpe
 from fusiontree.deploy import export
-from fusiontree.deploy.budget import CostModel
+from fusiontree.deploy.budget import CostModel, ImpossibleBudgetError
 from fusiontree.deploy.calibration import Calibration, calibration_text
 from fusiontree.deploy.costs import Cost, measure_costs
 from fusiontree.deploy.heal import SHARE_OF_RATE, SHARE_OF_STEPS, heal, heal_settings
 from fusiontree.deploy.loading import find_model
 from fusiontree.deploy.prune_plan import PlanSettings, make_plan
-from fusiontree.errors import InputError
 from fusiontree.eval.peers import count_parameters
 from fusiontree.eval.text_tasks import evaluate_tasks
 from fusiontree.eval.texts import Texts
@@ -297,9 +296,7 @@ class Study:
     def _reach(self, rule: Rule, decode: float, name: str) -> dict[str, Any]:
         try:
             return self._cut(rule, {"decode": decode}, name)
-        except InputError as error:
-            if "cannot be met" not in str(error):
-                raise
+        except ImpossibleBudgetError as error:
             return {"impossible": str(error)}
 
     def _cut(self, rule: Rule, targets: dict[str, float], name: str, source: str = "parent") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.deploy.text import TextDecoder
 from fusiontree.eval.near_ties import TOLERANCE
 
-_PATIENCE_S = 600.0
+_PATIENCE_S = 1800.0
 # A piece of text may have been held back for a few tokens.
 _HELD_TOKENS = 4
 

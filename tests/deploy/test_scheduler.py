@@ -263,6 +263,25 @@ def test_prompts_of_a_group_are_read_once(model: HybridLanguageModel) -> None:
         assert sequence.generated == alone.generated
 
 
+def test_short_prompts_are_read_side_by_side(any_model: HybridLanguageModel) -> None:
+    draw, shapes = random.Random(8), []
+    client = Client(any_model, prefill_piece=32, snapshot_interval=32, prefix_bytes=10_000_000)
+    hook = any_model.embed_tokens.register_forward_hook(lambda module, given, output: shapes.append(output.shape[:2]))
+    # A piece of 32 holds four of at most eight tokens; beside ten and one, two would be mostly padding.
+    sequences = [client.submit(draw_prompt(draw, length), 10) for length in (5, 8, 7, 6, 10, 1, 2, 40)]
+    client.scheduler.step()
+    client.scheduler.step()
+    hook.remove()
+    assert [tuple(shape) for shape in shapes if shape[1] > 1][:2] == [(4, 8), (2, 10)]
+    again = [client.submit(sequence.prompt, 10) for sequence in sequences]
+    client.run()
+    for sequence, other in zip(sequences, again, strict=True):
+        alone = client.ids_alone(sequence.prompt, 10)
+        for found in (sequence, other):
+            assert compare_greedy(any_model, sequence.prompt, found.generated, alone) != "different"
+    assert [other.cached_tokens for other in again[:4]] == [5, 8, 7, 6]
+
+
 def test_what_is_cancelled_or_late_ends_wherever_it_is(model: HybridLanguageModel) -> None:
     client = Client(model, max_rows=2)
     decoding = client.submit([5, 6], 1000)

@@ -107,11 +107,12 @@ def test_what_is_no_step_runs_as_before_and_steps_go_on_from_it(uncompiled):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_step_generates_the_same_tokens_until_weights_change():
-    """The real compiler: once for each of two sets of weights."""
-    model = tiny_model(num_layers=1, layer_branches=["both"])
+def test_a_compiled_step_generates_the_same_tokens_until_weights_change(monkeypatch, capfd):
+    """The real compiler: once for each of two sets of weights, whatever room the state has, and it says nothing."""
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    model = tiny_model(num_layers=1, layer_branches=["both"], window_size=100)
     ids, mask = token_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
-    settings = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    settings = GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0)  # more than a state begins with
 
     def scores() -> torch.Tensor:
         output = model.generate(
@@ -132,6 +133,7 @@ def test_a_compiled_step_generates_the_same_tokens_until_weights_change():
         model.layers[0].fusion_proj.weight.mul_(2)
     torch.testing.assert_close(scores(), expected_after, **TOLERANCE)
     assert len(model._decoding_program._programs) == 2
+    assert capfd.readouterr().err == ""
 
 
 @torch.no_grad()

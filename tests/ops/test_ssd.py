@@ -12,7 +12,7 @@ from op_comparison import (
     run_with_gradients,
 )
 
-from fusiontree.ops import ssd_scan
+from fusiontree.ops import ssd_scan, ssd_step
 
 
 def arguments(
@@ -182,6 +182,28 @@ def test_bfloat16_inputs_keep_float32_states_whatever_autocast_says():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run_with_gradients(ssd_scan, case, return_final_state=True, backend="torch")
     assert_close(actual, expected, 0.0)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_step_is_a_scan_of_one_token_that_writes_over_its_state(dtype, resets):
+    case = arguments(1, batch=5, groups=2, resets=resets, initial=True, dtype=dtype)
+    state = case.pop("initial_state").to(torch.float64 if dtype == torch.float64 else torch.float32)
+    expected, after = ssd_scan(**case, initial_state=state, return_final_state=True, backend="reference")
+    memory = state.data_ptr()
+    y = ssd_step(**case, state=state)
+    assert y.dtype == dtype and state.data_ptr() == memory
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state, after, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_of_several_tokens_is_refused():
+    case = arguments(2, initial=True)
+    with pytest.raises(ValueError, match="one token per row, got 2"):
+        ssd_step(
+            **{name: value for name, value in case.items() if name != "initial_state"}, state=case["initial_state"]
+        )
 
 
 def test_memory_is_linear_in_length():

@@ -26,6 +26,11 @@ FASTER, SMALLER = ("decode", "prefill"), ("memory", "parameters")
 LOSS = "max_loss_increase"
 TARGETS = (*FASTER, *SMALLER, LOSS)
 
+
+class ImpossibleBudgetError(InputError):
+    """No cut that is allowed meets the budget; the sentence says the nearest that can be met."""
+
+
 _WIDE = tuple(HybridLanguageModel._keep_in_fp32_modules_strict)  # which `.to` leaves alone, but not on meta
 
 

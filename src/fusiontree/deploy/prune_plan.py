@@ -16,7 +16,7 @@ import torch
 
 from fusiontree.artifacts import Branch, CutStep, GateStatistics, LayerDecision, PrunePlan
 from fusiontree.deploy import criteria
-from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, blank, shortfall
+from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, ImpossibleBudgetError, blank, shortfall
 from fusiontree.deploy.calibration import Calibration, CalibrationText, Joint
 from fusiontree.deploy.costs import DEFAULT_CONTEXT, measure_costs
 from fusiontree.deploy.criteria import CRITERIA, Place, Scores
@@ -88,7 +88,7 @@ def make_plan(
         progress: called with what is done next.
 
     Raises:
-        InputError: the budget cannot be met; the sentence says the nearest that can.
+        ImpossibleBudgetError: the budget cannot be met; the sentence says the nearest that can.
     """
     calibration = Calibration(model, text, measures_recall=settings.criterion == "recall")
     if costs is None:
@@ -254,7 +254,7 @@ class _Planner:
             if found is None:
                 if not self.wanted and (self.steps or joint.cuts.frozen):
                     return joint, self._measured(joint)
-                raise InputError(self._impossible(joint))
+                raise ImpossibleBudgetError(self._impossible(joint))
             removal, joint = found
             step = CutStep(
                 layer=removal.layer,

@@ -25,6 +25,8 @@ from fusiontree.deploy.text import StopText, TextDecoder
 from fusiontree.errors import InputError
 from fusiontree.models import HybridCache, HybridLanguageModel
 
+_MOST_TOGETHER = 8  # prompts that are read as one batch: more of them hardly gain
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerSettings:
@@ -248,6 +250,12 @@ class Scheduler:
             sequence = self._reading[0]
             if sequence.state is None:
                 self._open(sequence)
+            together = self._short_prompts()
+            if len(together) > 1:
+                read += self._read_together(together)
+                for one in together:
+                    self._begin(one)
+                continue
             if sequence.read < len(sequence.prompt):
                 read += self._read_piece(sequence)
             if sequence.read == len(sequence.prompt):
@@ -264,6 +272,47 @@ class Scheduler:
         sequence.snapshot, sequence.logits = found, found.logits
         sequence.read = sequence.cached_tokens = found.tokens
         sequence.on_grid = found.tokens % self.settings.prefill_piece == 0
+
+    def _short_prompts(self) -> list[Sequence]:
+        """The first of those that are read, and those next to it, while they are new and fit one piece side by side.
+
+        None ends on the grid: what is read beside other rows is rounded otherwise than alone.
+        """
+        chosen: list[Sequence] = []
+        longest = tokens = 0
+        for sequence in self._reading:
+            length = len(sequence.prompt)
+            if any(one.group is not None and one.group is sequence.group for one in chosen):
+                continue  # begins with the one that reads for it
+            if sequence.state is None:
+                self._open(sequence)
+            longest, tokens = max(longest, length), tokens + length
+            rows = len(chosen) + 1
+            is_short = sequence.read == 0 and length % self.settings.prefill_piece
+            padded = rows * longest
+            if not is_short or rows > _MOST_TOGETHER or not padded <= min(2 * tokens, self.settings.prefill_piece):
+                break
+            chosen.append(sequence)
+        return chosen
+
+    def _read_together(self, sequences: list[Sequence]) -> int:
+        """Whole prompts as one batch, padded to the longest; the number of tokens, padding included."""
+        prompts, device = [sequence.prompt for sequence in sequences], self._model.device
+        lengths = [len(prompt) for prompt in prompts]
+        longest = max(lengths)
+        input_ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+        ends = torch.tensor(lengths, device=device)[:, None]
+        mask = None if min(lengths) == longest else (torch.arange(longest, device=device) < ends).long()
+        batch = HybridCache(self._model.config, capacity=max(LEAST_ROOM, longest))
+        output = self._model(
+            input_ids, attention_mask=mask, past_key_values=batch, use_cache=True, logits_to_keep=ends - 1
+        )
+        for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+            sequence.state, sequence.logits = batch.view_row(row, length), output.logits[row, 0].float()
+            sequence.read = length
+            self.counts.prompt_tokens += length
+            self._keep(sequence, sequence.prompt, sequence.state, sequence.logits)
+        return longest * len(sequences)
 
     def _read_piece(self, sequence: Sequence) -> int:
         """Up to the next point of the grid; the number of tokens."""

@@ -280,11 +280,15 @@ class HybridCache(Cache):
                 else:
                     target[row] = tensor[source_row]
 
-    def take_row(self, row: int, tokens: int) -> HybridCache:
-        """A copy of `row` as a state of its own: one document without padding, `tokens` tokens long."""
+    def view_row(self, row: int, tokens: int) -> HybridCache:
+        """A state of `row` alone in the same memory: one document without padding, `tokens` tokens long."""
         view = self._mapped(lambda tensor: tensor[row : row + 1])
         view.set_lengths([tokens])
-        return view.snapshot()
+        return view
+
+    def take_row(self, row: int, tokens: int) -> HybridCache:
+        """A copy of what `view_row` gives."""
+        return self.view_row(row, tokens).snapshot()
 
     def first_rows(self, lengths: Sequence[int]) -> HybridCache:
         """A state of the first rows in the same memory, of one document each without padding, so many tokens long."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +30,14 @@ _CPU_OPTIONS: dict[str, Any] = {
     # Only fixed weights can be laid out for products of few rows, which are then several times as fast.
     "freezing": True,
     "max_autotune": True,
-    "max_autotune_gemm_backends": "CPP",
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
 }
+
+
+def _gemm_backends(rows: int) -> str:
+    """Where products are looked for: of one row, none is faster than those that torch writes itself."""
+    return "CPP" if rows == 1 else "ATEN,CPP"
 
 
 class StepInputs(NamedTuple):
@@ -162,7 +169,11 @@ def _compiled(step: _Program, inputs: StepInputs, cache: HybridCache) -> _Progra
     compiled = torch.compile(
         step,
         fullgraph=True,
-        options=_CPU_OPTIONS | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe},
+        options=_CPU_OPTIONS
+        | {
+            "max_autotune_gemm_backends": _gemm_backends(len(inputs.x)),
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        },
     )
 
     states = cache.clone().layers  # the call that compiles is a step as well
@@ -175,7 +186,9 @@ def _compiled(step: _Program, inputs: StepInputs, cache: HybridCache) -> _Progra
         with torch._inductor.config.patch(freezing=True):  # read before the options are
             return compiled(inputs, states)
 
-    run(inputs, states)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # torch's own, as it times products
+        run(inputs, states)
     return run
 
 

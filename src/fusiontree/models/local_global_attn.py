@@ -83,7 +83,8 @@ class LocalGlobalAttention(nn.Module):
         """One token per row, already written: it reads the ring and the buffer where they lie."""
         local, outputs = self.num_heads - self.global_heads, []
         if local:
-            slots = min(self.window, layout.max_length)
+            # One program serves all lengths: it reads the whole ring.
+            slots = self.window if layout.unchecked else min(self.window, layout.max_length)
             ring = layout.share(("ring", self.window), lambda: _ring_layout(layout, self.window, slots))
             k, v = _stored(state.local_keys, state.local_values, slots, q)
             outputs.append(cached_attention(q[:, :, :local], k, v, layout=ring))

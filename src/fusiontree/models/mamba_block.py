@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fusiontree.models.cache import HybridLayerState
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout
-from fusiontree.ops import causal_conv1d, selective_scan, ssd_scan
+from fusiontree.ops import causal_conv1d, selective_scan, ssd_scan, ssd_step
 from fusiontree.ops.gated_norm import gated_rms_norm
 
 _FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
@@ -96,13 +96,12 @@ class MambaBlock(nn.Module):
         z, xBC, dt = self.in_proj(u).split((d, d + 2 * N, h), dim=-1)  # [B,T,d] [B,T,c] [B,T,h]
         xBC = self._convolve(xBC, layout, state)
         x, B, C = xBC.split((d, N, N), dim=-1)
-        y = self._scan(
-            ssd_scan,
-            (x.unflatten(-1, (h, -1)), self._time_step(dt, layout), -self.A_log.exp()),
-            (B[:, :, None], C[:, :, None], self.D),
-            layout,
-            state,
-        )  # [B,T,h,P]
+        inputs = (x.unflatten(-1, (h, -1)), self._time_step(dt, layout), -self.A_log.exp())
+        parameters = (B[:, :, None], C[:, :, None], self.D)
+        if state is not None and u.shape[1] == 1 and not torch.is_grad_enabled():
+            y = ssd_step(*inputs, *parameters, state=state.scan, reset=layout.reset)
+        else:
+            y = self._scan(ssd_scan, inputs, parameters, layout, state)  # [B,T,h,P]
         return gated_rms_norm(y, z, self.norm_weight, eps=self.norm_eps)
 
     def _forward_selective(self, u: torch.Tensor, layout: Layout, state: HybridLayerState | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from fusiontree.ops.backends import BackendError, available_backends, resolve
 from fusiontree.ops.causal_conv1d import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
 from fusiontree.ops.selective_scan import selective_scan
-from fusiontree.ops.ssd import ssd_scan
+from fusiontree.ops.ssd import ssd_scan, ssd_step
 
 __all__ = [
     "AttentionLayout",
@@ -28,6 +28,7 @@ __all__ = [
     "resolve",
     "selective_scan",
     "ssd_scan",
+    "ssd_step",
     "token_cross_entropy",
     "whole_layout",
 ]

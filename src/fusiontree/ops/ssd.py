@@ -15,6 +15,8 @@ Shapes: B batch, T tokens, h heads, P head width, G groups, N state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -113,10 +115,44 @@ def _check_shapes(
 def _ssd_torch(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_state, chunk_size):
     with without_autocast(x):
         if x.shape[1] == 1:
-            y, state = _one_token(x, dt, A, B, C, D, reset, initial_state)
+            y, state = _one_token(x, dt, A, B, C, D, _first_state(x, B, reset, initial_state), torch.mul)
         else:
             y, state = _ChunkedScan.apply(x, dt, A, B, C, D, reset, initial_state, chunk_size)
     return (y, state) if return_final_state else y
+
+
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    state: Tensor,
+    reset: Tensor | None = None,
+) -> Tensor:
+    """`ssd_scan` of one token per row, which writes over the state: a step of decoding moves little else than states,
+    and a second tensor of their size costs several times what the arithmetic does. It has no gradients.
+
+    Args:
+        x, dt, A, B, C, D: as of `ssd_scan`, with T = 1.
+        state: [B,h,P,N] contiguous, float32 (float64 for float64 x): before the token, and after it.
+        reset: [B,1] bool, the state is zeroed before the token.
+
+    Returns:
+        y [B,1,h,P] in the dtype of x.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check_shapes(x, dt, A, B, C, D, reset, state, 1)
+    if x.shape[1] != 1:
+        raise ValueError(f"ssd_step: a step has one token per row, got {x.shape[1]}")
+    with torch.no_grad(), without_autocast(x):
+        if reset is not None:
+            state.masked_fill_(reset.view(-1, 1, 1, 1), 0.0)
+        return _one_token(x, dt, A, B, C, D, state, torch.Tensor.mul_)[0]
 
 
 def _one_token(
@@ -126,21 +162,25 @@ def _one_token(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
+    state: Tensor,
+    decayed: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Decoding: the recurrence itself, in as few operations as it takes."""
+    """The recurrence itself, in as few operations as it takes; `decayed` multiplies, in place or not."""
     batch, _, heads, width = x.shape
     groups, size = B.shape[2:]
     dtype = state_dtype(x)
     x_B1HP, dt_B1H = x.to(dtype), dt.to(dtype)
     decay_BH11 = torch.exp(dt_B1H * A.to(dtype)).view(batch, heads, 1, 1)
-    # Side by side, the heads of a group are Q rows.
-    dtx_BGQ1 = (x_B1HP * dt_B1H.unsqueeze(-1)).view(batch, groups, -1, 1)
-    added_BHPN = (dtx_BGQ1 * B.to(dtype).reshape(batch, groups, 1, size)).view(batch, heads, width, size)
-    state_BHPN = torch.addcmul(added_BHPN, _first_state(x, B, reset, initial_state), decay_BH11)
-    C_BGN1 = C.to(dtype).reshape(batch, groups, size, 1)
-    y_B1HP = torch.matmul(state_BHPN.view(batch, groups, -1, size), C_BGN1).view(x.shape)
+    dtx_BGQ1 = (x_B1HP * dt_B1H.unsqueeze(-1)).view(batch, groups, -1, 1)  # side by side, a group's heads are Q rows
+    B_BG1N, C_BGN1 = B.to(dtype).reshape(batch, groups, 1, size), C.to(dtype).reshape(batch, groups, size, 1)
+    # state_t C_t = exp(dt_t A) state_{t-1} C_t + dt_t x_t (B_t C_t): a compiler can then do it all in one pass.
+    kept_B1HP = (
+        torch.matmul(state.view(batch, groups, -1, size), C_BGN1).view(x.shape)
+        * decay_BH11.view(dt_B1H.shape)[..., None]
+    )
+    y_B1HP = torch.addcmul(kept_B1HP.view(dtx_BGQ1.shape), dtx_BGQ1, torch.matmul(B_BG1N, C_BGN1)).view(x.shape)
+    state_BHPN = decayed(state, decay_BH11)
+    state_BHPN.view(batch, groups, -1, size).addcmul_(dtx_BGQ1, B_BG1N)
     if D is not None:
         y_B1HP = torch.addcmul(y_B1HP, x_B1HP, D.to(dtype).unsqueeze(-1))
     return y_B1HP.to(x.dtype), state_BHPN
