@@ -58,6 +58,7 @@ def serve(
             "with --without-key"
         )
     from fusiontree.cli._options import byte_size, load_for_use
+    from fusiontree.deploy.engine import ComputeThread
     from fusiontree.deploy.loading import find_model
     from fusiontree.deploy.runtime import InferenceRuntime, SchedulerSettings
     from fusiontree.deploy.server import ServerSettings, run
@@ -82,12 +83,17 @@ def serve(
         prefill_piece=prefill_piece,
         snapshot_interval=snapshot_interval,
     )
-    loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
-    runtime = InferenceRuntime(loaded, settings=memory, compile=compile)
-    if compile:
-        typer.echo("compiling steps of decoding, which can take minutes the first time", err=True)
-        runtime.scheduler.warm_up()
-    run(runtime, settings)
+
+    def ready() -> InferenceRuntime:
+        loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
+        runtime = InferenceRuntime(loaded, settings=memory, compile=compile)
+        if compile:
+            typer.echo("compiling steps of decoding, which can take minutes the first time", err=True)
+            runtime.scheduler.warm_up()
+        return runtime
+
+    thread = ComputeThread()
+    run(thread.submit(ready).result(), settings, thread)
 
 
 def _name_of(folder: Path) -> str:

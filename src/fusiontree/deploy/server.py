@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from fusiontree.deploy.engine import ComputeThread
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody, parse_body
 from fusiontree.deploy.openai_schema import (
     CHAT_COMPLETION,
@@ -49,9 +50,13 @@ _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
-def build_app(runtime: InferenceRuntime, settings: ServerSettings) -> FastAPI:
-    """The application, with its `Service` as `app.state.service`; while it runs, nobody else may use `runtime`."""
-    service = Service(runtime, settings)
+def build_app(runtime: InferenceRuntime, settings: ServerSettings, thread: ComputeThread | None = None) -> FastAPI:
+    """The application, with its `Service` as `app.state.service`; while it runs, nobody else may use `runtime`.
+
+    Args:
+        runtime, settings, thread: as of `Service`.
+    """
+    service = Service(runtime, settings, thread)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -227,8 +232,11 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run(runtime: InferenceRuntime, settings: ServerSettings) -> None:
+def run(runtime: InferenceRuntime, settings: ServerSettings, thread: ComputeThread | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs within `settings.drain_seconds`. Logs JSON to stderr.
+
+    Args:
+        runtime, settings, thread: as of `Service`.
 
     Raises:
         InputError: the address cannot be listened on.
@@ -242,7 +250,7 @@ def run(runtime: InferenceRuntime, settings: ServerSettings) -> None:
         logging.getLogger(name).addHandler(handler)
         logging.getLogger(name).setLevel(level)
         logging.getLogger(name).propagate = False
-    app = build_app(runtime, settings)
+    app = build_app(runtime, settings, thread)
     config = uvicorn.Config(
         app,
         log_config=None,

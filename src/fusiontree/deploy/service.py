@@ -19,7 +19,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from fusiontree.data.tokenizer import DocumentEncoder
-from fusiontree.deploy.engine import Draining, Engine, QueueFull
+from fusiontree.deploy.engine import ComputeThread, Draining, Engine, QueueFull
 from fusiontree.deploy.openai_answers import Answer, to_event, usage_of
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody
 from fusiontree.deploy.runtime import InferenceRuntime
@@ -139,11 +139,14 @@ class Service:
     Args:
         runtime: which nobody else uses from now on.
         settings: the limits.
+        thread: as of `Engine`.
     """
 
-    def __init__(self, runtime: InferenceRuntime, settings: ServerSettings) -> None:
+    def __init__(
+        self, runtime: InferenceRuntime, settings: ServerSettings, thread: ComputeThread | None = None
+    ) -> None:
         self.settings = settings
-        self.engine = Engine(runtime.scheduler, settings.max_queue)
+        self.engine = Engine(runtime.scheduler, settings.max_queue, thread)
         self.metrics = Metrics(self.engine)
         self._runtime = runtime
         self._prompts = Prompts(runtime)
