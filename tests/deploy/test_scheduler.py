@@ -269,6 +269,7 @@ def test_short_prompts_are_read_side_by_side(any_model: HybridLanguageModel) -> 
     hook = any_model.embed_tokens.register_forward_hook(lambda module, given, output: shapes.append(output.shape[:2]))
     # A piece of 32 holds four of at most eight tokens; beside ten and one, two would be mostly padding.
     sequences = [client.submit(draw_prompt(draw, length), 10) for length in (5, 8, 7, 6, 10, 1, 2, 40)]
+    follower = client.submit([*sequences[6].prompt, 9], 10)  # goes on from the one before, as soon as that was read
     client.scheduler.step()
     client.scheduler.step()
     hook.remove()
@@ -279,7 +280,7 @@ def test_short_prompts_are_read_side_by_side(any_model: HybridLanguageModel) -> 
         alone = client.ids_alone(sequence.prompt, 10)
         for found in (sequence, other):
             assert compare_greedy(any_model, sequence.prompt, found.generated, alone) != "different"
-    assert [other.cached_tokens for other in again[:4]] == [5, 8, 7, 6]
+    assert [other.cached_tokens for other in again[:4]] == [5, 8, 7, 6] and follower.cached_tokens == 2
 
 
 def test_what_is_cancelled_or_late_ends_wherever_it_is(model: HybridLanguageModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import ServerProcess, add_template
 
+import warm
 from fusiontree import HybridLanguageModel
 from fusiontree.cli import main
 from fusiontree.deploy.runtime import InferenceRuntime
@@ -444,3 +446,15 @@ def test_a_killed_server_loses_nothing_but_what_ran(folder: Path) -> None:
     assert again.client().completions.create(model="tiny", prompt="a", max_tokens=5).choices
     print(f"answers {time.monotonic() - begun:.1f} seconds after the start")
     assert again.stop(signal.SIGINT) == 130
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_ctrl_c_while_steps_are_compiled(folder: Path) -> None:
+    command = [warm.python(), "-m", "fusiontree", "serve", str(folder), "--port", "0", "--device", "cpu", "--compile"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any("compiling steps" in line for line in process.stderr)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read() == "interrupted\n"
+    assert process.wait(PATIENCE) == 130

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
+import sys
 from pathlib import Path
 
 import typer
 
+from fusiontree.cli import INTERRUPTED
 from fusiontree.errors import InputError
 
 KEY_VARIABLE = "FUSIONTREE_API_KEY"
@@ -93,7 +95,12 @@ def serve(
         return runtime
 
     thread = ComputeThread()
-    run(thread.submit(ready).result(), settings, thread)
+    try:
+        runtime = thread.submit(ready).result()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # without an end of the interpreter, which would break the thread off inside of torch
+    run(runtime, settings, thread)
 
 
 def _name_of(folder: Path) -> str:

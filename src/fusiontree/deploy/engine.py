@@ -79,13 +79,17 @@ class Engine:
         self.draining = False
         self._work = threading.Event()
         self._stopped = False
-        self._thread = thread or ComputeThread()
+        self._thread = thread
         self._running: Future | None = None
         self._rates: deque[tuple[float, int]] = deque()
         self._durations: deque[float] = deque(maxlen=32)
 
     def start(self) -> None:
+        if self._stopped:  # before it began
+            return
+        self._thread = self._thread or ComputeThread()
         self._running = self._thread.submit(self._run)
+        self._running.add_done_callback(_log_failure)
 
     @property
     def is_alive(self) -> bool:
@@ -130,7 +134,8 @@ class Engine:
         self._work.set()
         if self._running is not None:
             wait([self._running])
-        self._thread.close()
+        if self._thread is not None:
+            self._thread.close()
 
     def tokens_per_second(self) -> float:
         """Tokens generated in the last seconds, per second."""
@@ -161,3 +166,8 @@ class Engine:
             while self._rates[0][0] < now - _WINDOW_S:
                 self._rates.popleft()
         scheduler.fail(Draining())
+
+
+def _log_failure(running: Future) -> None:
+    if (error := running.exception()) is not None:
+        logger.error("the engine ended", exc_info=error)

@@ -279,18 +279,22 @@ class Scheduler:
         None ends on the grid: what is read beside other rows is rounded otherwise than alone.
         """
         chosen: list[Sequence] = []
-        longest = tokens = 0
+        longest, tokens, piece = 0, 0, self.settings.prefill_piece
         for sequence in self._reading:
-            length = len(sequence.prompt)
+            prompt = sequence.prompt
             if any(one.group is not None and one.group is sequence.group for one in chosen):
                 continue  # begins with the one that reads for it
+            longest, tokens = max(longest, len(prompt)), tokens + len(prompt)
+            fits = (len(chosen) + 1) * longest <= min(2 * tokens, piece) and len(prompt) % piece
+            # That goes on from the snapshot of the other, once it was read.
+            begins_with_another = self.settings.prefix_bytes and any(
+                prompt[: len(one.prompt)] == one.prompt for one in chosen
+            )
+            if len(chosen) == _MOST_TOGETHER or not fits or begins_with_another:
+                break
             if sequence.state is None:
                 self._open(sequence)
-            longest, tokens = max(longest, length), tokens + length
-            rows = len(chosen) + 1
-            is_short = sequence.read == 0 and length % self.settings.prefill_piece
-            padded = rows * longest
-            if not is_short or rows > _MOST_TOGETHER or not padded <= min(2 * tokens, self.settings.prefill_piece):
+            if sequence.read:
                 break
             chosen.append(sequence)
         return chosen

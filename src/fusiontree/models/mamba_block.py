@@ -18,6 +18,7 @@ from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout
 from fusiontree.ops import causal_conv1d, selective_scan, ssd_scan, ssd_step
 from fusiontree.ops.gated_norm import gated_rms_norm
+from fusiontree.ops.precision import state_dtype
 
 _FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")
 
@@ -98,7 +99,8 @@ class MambaBlock(nn.Module):
         x, B, C = xBC.split((d, N, N), dim=-1)
         inputs = (x.unflatten(-1, (h, -1)), self._time_step(dt, layout), -self.A_log.exp())
         parameters = (B[:, :, None], C[:, :, None], self.D)
-        if state is not None and u.shape[1] == 1 and not torch.is_grad_enabled():
+        is_step = state is not None and u.shape[1] == 1 and not torch.is_grad_enabled()
+        if is_step and state.scan.dtype == state_dtype(x):
             y = ssd_step(*inputs, *parameters, state=state.scan, reset=layout.reset)
         else:
             y = self._scan(ssd_scan, inputs, parameters, layout, state)  # [B,T,h,P]

@@ -1,4 +1,5 @@
-"""Pure tensor functions behind the model, each with a naive `reference` and a fast `torch` backend."""
+"""Tensor functions behind the model, each with a naive `reference` and a fast `torch` backend. They are pure, but for
+`ssd_step`, which is `ssd_scan` of one token that writes over its state."""
 
 from fusiontree.ops.attention import cached_attention, local_global_attention
 from fusiontree.ops.attention_layouts import (

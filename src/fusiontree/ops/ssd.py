@@ -66,7 +66,9 @@ def ssd_scan(
         ValueError: shapes that do not fit together.
         BackendError: a named backend that is missing or cannot run this call.
     """
-    _check_shapes(x, dt, A, B, C, D, reset, initial_state, chunk_size)
+    _check_shapes("ssd_scan", x, dt, A, B, C, D, reset, initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"ssd_scan: chunk_size must be at least 1, got {chunk_size}")
     run = resolve("ssd_scan", backend, x, dt, A, B, C, D, initial_state, reset=reset)
     return run(
         x,
@@ -83,6 +85,7 @@ def ssd_scan(
 
 
 def _check_shapes(
+    op: str,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -90,8 +93,7 @@ def _check_shapes(
     C: Tensor,
     D: Tensor | None,
     reset: Tensor | None,
-    initial_state: Tensor | None,
-    chunk_size: int,
+    state_before: Tensor | None,
 ) -> None:
     batch, length, heads, width = x.shape
     groups, state = B.shape[-2:]
@@ -102,14 +104,12 @@ def _check_shapes(
         "C": (C, (batch, length, groups, state)),
         "D": (D, (heads,)),
         "reset": (reset, (batch, length)),
-        "initial_state": (initial_state, (batch, heads, width, state)),
+        "state" if op == "ssd_step" else "initial_state": (state_before, (batch, heads, width, state)),
     }
-    check_shapes("ssd_scan", expected)
-    check_sequence("ssd_scan", length, reset)
-    if chunk_size < 1:
-        raise ValueError(f"ssd_scan: chunk_size must be at least 1, got {chunk_size}")
+    check_shapes(op, expected)
+    check_sequence(op, length, reset)
     if heads % groups:
-        raise ValueError(f"ssd_scan: {heads} heads cannot share {groups} groups of B and C evenly")
+        raise ValueError(f"{op}: {heads} heads cannot share {groups} groups of B and C evenly")
 
 
 def _ssd_torch(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_state, chunk_size):
@@ -144,11 +144,13 @@ def ssd_step(
         y [B,1,h,P] in the dtype of x.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a state of another dtype.
     """
-    _check_shapes(x, dt, A, B, C, D, reset, state, 1)
+    _check_shapes("ssd_step", x, dt, A, B, C, D, reset, state)
     if x.shape[1] != 1:
         raise ValueError(f"ssd_step: a step has one token per row, got {x.shape[1]}")
+    if state.dtype != state_dtype(x):
+        raise ValueError(f"ssd_step: state is {state.dtype}, expected {state_dtype(x)}")
     with torch.no_grad(), without_autocast(x):
         if reset is not None:
             state.masked_fill_(reset.view(-1, 1, 1, 1), 0.0)
