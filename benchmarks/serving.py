@@ -200,7 +200,8 @@ def report(runs: list[dict]) -> str:
     parts = ["# Serving\n"]
     for run in runs:
         options, found = run["settings"], run["results"]
-        parts.append(f"## {options['size']}, {options['dtype']}, {options['threads']} thread(s)\n")
+        rows = f"{options['streams']} rows at most" + (", compiled steps" if options["compiled"] else "")
+        parts.append(f"## {options['size']}, {options['dtype']}, {options['threads']} thread(s), {rows}\n")
         for task, figures in found.items():
             parts.append(f"**{task}**\n")
             parts += ["| figure | |", "|---|---|"]
