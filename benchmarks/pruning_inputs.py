@@ -13,8 +13,8 @@ from fusiontree.deploy.budget import sizes
 from fusiontree.eval.peers import count_parameters
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 
-# Sizes alone differ from the defaults.
 _256X6 = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2, "gate_rank": 64}
+# Sizes alone differ from the defaults.
 SIZES: dict[str, dict[str, Any]] = {
     "256x6": {**_256X6, "vocab_size": 4096},
     # The same text is more than twice as many tokens: of those a step sees less text, and layers still pay.

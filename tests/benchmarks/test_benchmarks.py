@@ -367,20 +367,8 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
 @pytest.mark.slow  # five servers, of which each imports torch
 def test_serving_answers_right_under_load_and_records_what_it_costs(tmp_path: Path) -> None:
     sizes = ["--streams", "4", "--seconds", "4", "--pool", "4", "--prompt-tokens", "24", "--new-tokens", "12"]
-    sizes += [
-        "--rounds",
-        "2",
-        "--requests",
-        "4",
-        "--singles",
-        "2",
-        "--shared-tokens",
-        "600",
-        "--questions",
-        "3",
-        "--context",
-        "600",
-    ]
+    sizes += ["--rounds", "2", "--requests", "4", "--singles", "2"]
+    sizes += ["--shared-tokens", "600", "--questions", "3", "--context", "600"]
     finished = run_script("serving.py", *TINY, *sizes, "--results", tmp_path)
     assert finished.returncode == 0, finished.stderr
     (path,) = tmp_path.glob("serving_*.json")

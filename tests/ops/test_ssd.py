@@ -200,10 +200,9 @@ def test_a_step_is_a_scan_of_one_token_that_writes_over_its_state(dtype, resets)
 
 def test_a_step_of_several_tokens_is_refused():
     case = arguments(2, initial=True)
+    state = case.pop("initial_state")
     with pytest.raises(ValueError, match="one token per row, got 2"):
-        ssd_step(
-            **{name: value for name, value in case.items() if name != "initial_state"}, state=case["initial_state"]
-        )
+        ssd_step(**case, state=state)
 
 
 def test_memory_is_linear_in_length():

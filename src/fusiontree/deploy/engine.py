@@ -35,7 +35,7 @@ class Draining(Exception):
 
 
 class ComputeThread:
-    """A thread that runs what it is given, one after the other.
+    """A daemon thread that runs what it is given, one after the other; an executor's would hold up a forced exit.
 
     A model should be loaded by the thread that steps it. OpenMP keeps a team of workers for every thread that computed,
     and when all teams together outnumber the cores, each waits for work asleep instead of spinning: the hundreds of

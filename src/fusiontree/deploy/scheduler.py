@@ -312,7 +312,7 @@ class Scheduler:
             input_ids, attention_mask=mask, past_key_values=batch, use_cache=True, logits_to_keep=ends - 1
         )
         for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            sequence.state, sequence.logits = batch.view_row(row, length), output.logits[row, 0].float()
+            sequence.state, sequence.logits = batch.view_rows([length], row), output.logits[row, 0].float()
             sequence.read = length
             self.counts.prompt_tokens += length
             self._keep(sequence, sequence.prompt, sequence.state, sequence.logits)

@@ -153,7 +153,7 @@ class Slots(Generic[Owner]):
         idle = [0] * (rows - len(tokens))
         lengths = self.lengths + idle
         if self._view is None or len(lengths) != self._view.batch_size:
-            self._view = self._state.first_rows(lengths)
+            self._view = self._state.view_rows(lengths)
         else:
             self._view.set_lengths(lengths)
         input_ids = torch.tensor([*tokens, *idle], device=self._model.device)[:, None]

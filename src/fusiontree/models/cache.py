@@ -256,7 +256,7 @@ class HybridCache(Cache):
     def resize(self, rows: int, capacity: int) -> None:
         """Give the buffers room for so many rows, and tokens of each; the first ones keep what they hold.
 
-        Counts per row stay as they are: `first_rows` sets them."""
+        Counts per row stay as they are: `view_rows` sets them."""
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
                 grows = name.startswith("global")
@@ -280,21 +280,16 @@ class HybridCache(Cache):
                 else:
                     target[row] = tensor[source_row]
 
-    def view_row(self, row: int, tokens: int) -> HybridCache:
-        """A state of `row` alone in the same memory: one document without padding, `tokens` tokens long."""
-        view = self._mapped(lambda tensor: tensor[row : row + 1])
-        view.set_lengths([tokens])
+    def view_rows(self, lengths: Sequence[int], first: int = 0) -> HybridCache:
+        """A state of the rows from `first` on in the same memory, of one document each without padding, so many tokens
+        long."""
+        view = self._mapped(lambda tensor: tensor[first : first + len(lengths)])
+        view.set_lengths(lengths)
         return view
 
     def take_row(self, row: int, tokens: int) -> HybridCache:
-        """A copy of what `view_row` gives."""
-        return self.view_row(row, tokens).snapshot()
-
-    def first_rows(self, lengths: Sequence[int]) -> HybridCache:
-        """A state of the first rows in the same memory, of one document each without padding, so many tokens long."""
-        view = self._mapped(lambda tensor: tensor[: len(lengths)])
-        view.set_lengths(lengths)
-        return view
+        """A copy of `row` as a state of its own: one document without padding, `tokens` tokens long."""
+        return self.view_rows([tokens], row).snapshot()
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Rows hold one document each without padding, so many tokens long."""
