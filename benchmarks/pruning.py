@@ -4,9 +4,10 @@
     python benchmarks/pruning.py --stages parent criteria
     python benchmarks/pruning.py --report
 
-A parent is trained on WikiText-2, cut into sections of which some carry facts, lists and sequences to find again. Plans
-are made on the validation file; everything is judged on the test file. Trained models stay in `--work`, and each
-finished figure is one line of `benchmarks/results/pruning.jsonl`; what is there is skipped.
+A parent is trained on WikiText-2, cut into sections of which half carry facts, lists and sequences to find again, and
+on the beginnings of those sections, where what is asked for stands near. Plans are made on the validation file;
+everything is judged on the test file. Trained models stay in `--work`, and each finished figure is one line of
+`benchmarks/results/pruning_SIZE.jsonl`; what is there is skipped.
 """
 
 from __future__ import annotations
@@ -41,6 +42,19 @@ from fusiontree.models import HybridLanguageModel
 from fusiontree.train.evaluation import evaluate_documents
 from fusiontree.train.settings import RunSettings
 
+SETTING = (
+    "size",
+    "steps",
+    "batch_size",
+    "length",
+    "section",
+    "beginning",
+    "task_prob",
+    "learning_rate",
+    "context",
+    "calibration_tokens",
+    "dtype",
+)
 STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "commit", "costs")
 OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
 RANDOM_SEEDS = (0, 1, 2)
@@ -82,21 +96,27 @@ class Study:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.work: Path = options.work
-        self.path: Path = options.results / "pruning.jsonl"
+        self.path: Path = options.results / f"pruning_{options.size}.jsonl"
         # Of the code that is running, whatever becomes of the files meanwhile.
         self.revision, self.provenance = records.code_revision(*OUR_CODE), records.provenance()
-        names = ("size", "steps", "batch_size", "length", "learning_rate", "context", "calibration_tokens", "dtype")
-        self.setting = {name: getattr(options, name) for name in names}
+        self.setting = {name: getattr(options, name) for name in SETTING}
         self._parent: HybridLanguageModel | None = None
         self._costs: CostModel | None = None
 
     # Text.
 
     def sections(self, name: str) -> Path:
-        """A file of the corpus as sections of at most `--section` characters, cut between lines."""
+        """A file of the corpus as sections of at most `--section` characters."""
         file = self.work / f"{name}.jsonl"
         if not file.exists():
             write_sections(self.options.data / f"{name}.jsonl", file, self.options.section)
+        return file
+
+    def beginnings(self) -> Path:
+        """What the sections of the training text begin with."""
+        file = self.work / "beginnings.jsonl"
+        if not file.exists():
+            write_sections(self.sections("train"), file, self.options.beginning, shortened=True)
         return file
 
     def tokenizer(self) -> Path:
@@ -124,11 +144,11 @@ class Study:
         sections: dict[str, Any] = {
             "model": {**model, "tie_word_embeddings": True},
             "data": {
-                "train_paths": str(self.sections("train")),
+                "train_sources": [{"paths": str(self.sections("train"))}, {"paths": str(self.beginnings())}],
                 "eval_paths": str(self.sections("valid")),
                 "tokenizer": str(self.tokenizer()),
-                "needle_in_haystack_prob": 0.3,
-                "structured_task_prob": 0.3,
+                "needle_in_haystack_prob": options.task_prob,
+                "structured_task_prob": options.task_prob,
             },
             "training": training | changes.pop("training", {}),
             "gate_monitor": {"interval": max(1, steps // 20)},
@@ -418,7 +438,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000, help="of the parent; healing takes a tenth")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--section", type=int, default=1500, help="characters of a document")
+    parser.add_argument(
+        "--section", type=int, default=700, help="characters of a document: with its tasks, within a row"
+    )
+    parser.add_argument("--beginning", type=int, default=160, help="characters of as many shorter documents")
+    parser.add_argument("--task-prob", type=float, default=0.5, help="share of documents with a fact, and with a list")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--criterion", default="ablation", help="of the frontier and of healing")
     parser.add_argument("--coarse", action="store_true", help="of whole branches alone there")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,22 @@ def most_layers_within(size: dict[str, Any], share: float, context: int) -> dict
     return size | {"num_layers": max(layers, default=1)}
 
 
-def write_sections(source: Path, destination: Path, size: int) -> None:
-    """The texts of a JSONL file as sections of at most `size` characters, cut between lines."""
+def write_sections(source: Path, destination: Path, size: int, *, shortened: bool = False) -> None:
+    """The texts of a JSONL file as sections of at most `size` characters, cut between words.
+
+    shortened: the first section of each text alone.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    lines = source.read_text(encoding="utf-8").splitlines()
-    texts = [part for line in lines for part in _cut(json.loads(line)["text"], size)]
-    destination.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    with source.open(encoding="utf-8") as file:
+        texts = [_cut(json.loads(line)["text"], size) for line in file]
+    kept = [section for sections in texts for section in (sections[:1] if shortened else sections)]
+    destination.write_text("".join(json.dumps({"text": section}) + "\n" for section in kept), encoding="utf-8")
 
 
-def _cut(text: str, size: int) -> Iterator[str]:
-    section = ""
-    for line in text.splitlines(keepends=True):
-        if section and len(section) + len(line) > size:
-            yield section
-            section = ""
-        section += line
-    if section.strip():
-        yield section
+def _cut(text: str, size: int) -> list[str]:
+    sections = [""]
+    for word in re.findall(r"\s*\S+", text):
+        if sections[-1] and len(sections[-1]) + len(word) > size:
+            sections.append("")
+        sections[-1] += word
+    return [section for section in sections if section]

@@ -107,9 +107,9 @@ def test_what_is_no_step_runs_as_before_and_steps_go_on_from_it(uncompiled):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_step_generates_the_same_tokens_until_weights_change(monkeypatch, capfd):
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_a_compiled_step_generates_the_same_tokens_until_weights_change(capfd):
     """The real compiler: once for each of two sets of weights, whatever room the state has, and it says nothing."""
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     model = tiny_model(num_layers=1, layer_branches=["both"], window_size=100)
     ids, mask = token_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
     settings = GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0)  # more than a state begins with

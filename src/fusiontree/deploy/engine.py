@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -62,6 +63,33 @@ class ComputeThread:
                 future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
+
+
+class Handover:
+    """Puts what another thread delivers into queues of `loop`, all that came by then at once: to wake a loop is a
+    system call, and a running one keeps the other thread waiting for Python's lock.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._delivered: deque[tuple[asyncio.Queue, Any]] = deque()
+        self._is_woken = False
+
+    def put(self, events: asyncio.Queue, event: Any) -> None:
+        """From the one thread that delivers."""
+        self._delivered.append((events, event))
+        if not self._is_woken:
+            self._is_woken = True
+            try:
+                self.loop.call_soon_threadsafe(self._take)
+            except RuntimeError:  # the loop is closed: nobody is there any more
+                self._take()
+
+    def _take(self) -> None:
+        self._is_woken = False  # first: what is delivered from here on wakes the loop again
+        while self._delivered:
+            events, event = self._delivered.popleft()
+            events.put_nowait(event)
 
 
 class Engine:

@@ -121,6 +121,10 @@ class TokenSampler:
         unknown = [token for token in options.logit_bias if token >= vocabulary]
         if unknown:
             raise InputError(f"logit_bias: there is no token {unknown[0]}, the last one is {vocabulary - 1}")
+        self._bias = None
+        if options.logit_bias:
+            tokens, biases = zip(*options.logit_bias.items(), strict=True)
+            self._bias = torch.tensor(tokens, device=device), torch.tensor(biases, device=device, dtype=torch.float32)
         self._generator = None
         if options.temperature > 0:
             seed = options.seed if options.seed is not None else int(torch.randint(2**63 - 1, ()))
@@ -133,7 +137,7 @@ class TokenSampler:
         return bool(options.logit_bias or options.presence_penalty or options.frequency_penalty or self._seen)
 
     def change(self, scores_V: torch.Tensor) -> None:
-        """Penalties and biases, in place."""
+        """Penalties and biases, in place; scores in float32."""
         options, device = self.options, scores_V.device
         if self._seen:
             seen = torch.tensor(list(self._seen), device=device)
@@ -143,9 +147,8 @@ class TokenSampler:
             chosen = torch.tensor(list(self._chosen), device=device)
             counts = torch.tensor(list(self._chosen.values()), device=device, dtype=scores_V.dtype)
             scores_V[chosen] -= options.presence_penalty + options.frequency_penalty * counts
-        if options.logit_bias:
-            biased = torch.tensor(list(options.logit_bias), device=device)
-            scores_V[biased] += torch.tensor(list(options.logit_bias.values()), device=device, dtype=scores_V.dtype)
+        if self._bias is not None:
+            scores_V.index_add_(0, *self._bias)
 
     def add_noise(self, scores_V: torch.Tensor) -> None:
         """Gumbel noise, in place: the largest is then a draw from the softmax (Gumbel 1954)."""

@@ -98,6 +98,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._begun: set[Sequence] = set()  # those that read or decode, wherever an error may have left them
         self._reading: deque[Sequence] = deque()
+        self._row_bytes: dict[int, int] = {}  # of a row, by its class of lengths
         self._classes: dict[int, Slots[Sequence]] = {}
         self._reserved = 0
 
@@ -202,7 +203,10 @@ class Scheduler:
             self._finish(sequence, "error", Delta(error=error))
 
     def _bytes_for(self, tokens: int) -> int:
-        return state_bytes(self._model.config, self._model.dtype, length_class(tokens))
+        bound = length_class(tokens)
+        if bound not in self._row_bytes:
+            self._row_bytes[bound] = state_bytes(self._model.config, self._model.dtype, bound)
+        return self._row_bytes[bound]
 
     def _fits(self, nbytes: int) -> bool:
         return self.settings.state_bytes is None or nbytes <= self.settings.state_bytes

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from fusiontree.data.tokenizer import DocumentEncoder
-from fusiontree.deploy.engine import ComputeThread, Draining, Engine, QueueFull
+from fusiontree.deploy.engine import ComputeThread, Draining, Engine, Handover, QueueFull
 from fusiontree.deploy.openai_answers import Answer, to_event, usage_of
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody
 from fusiontree.deploy.runtime import InferenceRuntime
@@ -149,6 +149,7 @@ class Service:
         self.engine = Engine(runtime.scheduler, settings.max_queue, thread)
         self.metrics = Metrics(self.engine)
         self._runtime = runtime
+        self._delivers: Handover | None = None
         self._prompts = Prompts(runtime)
         self._shown = copy.deepcopy(runtime.tokenizer)  # of the event loop's thread
 
@@ -213,11 +214,10 @@ class Service:
         events: asyncio.Queue[tuple[int, Delta] | None],
     ) -> list[list[Sequence]]:
         """For each prompt those of its choices, numbered throughout; `shortens`: to what the model has room for."""
-        loop, numbers = asyncio.get_running_loop(), itertools.count()
+        handover, numbers = self._handover(), itertools.count()
 
         def deliver(index: int, delta: Delta) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is there any more
-                loop.call_soon_threadsafe(events.put_nowait, (index, delta))
+            handover.put(events, (index, delta))
 
         def sequence(prompt: list[int], group: object, index: int) -> Sequence:
             new_tokens = options.max_new_tokens
@@ -239,6 +239,12 @@ class Service:
             [sequence(prompt, group, next(numbers)) for _ in range(choices)]
             for prompt, group in zip(prompts, groups, strict=True)
         ]
+
+    def _handover(self) -> Handover:
+        loop = asyncio.get_running_loop()
+        if self._delivers is None or self._delivers.loop is not loop:
+            self._delivers = Handover(loop)
+        return self._delivers
 
     def _check_choices(self, prompts: int, choices: int) -> None:
         most = self.settings.max_choices

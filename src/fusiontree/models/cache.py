@@ -109,9 +109,10 @@ class HybridLayerState:
                 setattr(self, name, grown)
 
 
-def ring_index(lengths: torch.Tensor, window: int) -> torch.Tensor:
-    """[B, W]: the place in the document of the token in each ring slot after `lengths` [B] tokens; -1 if empty."""
-    slot = torch.arange(window, device=lengths.device)
+def ring_index(lengths: torch.Tensor, window: int, slots: int | None = None) -> torch.Tensor:
+    """[B, slots]: the place in the document of the token in each of the first ring slots (default: in each of all)
+    after `lengths` [B] tokens; -1 if empty."""
+    slot = torch.arange(window if slots is None else slots, device=lengths.device)
     newest = lengths[:, None] - 1
     place = newest - (newest - slot) % window
     return torch.where(place >= 0, place, -1)

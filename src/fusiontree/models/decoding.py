@@ -1,8 +1,7 @@
 """One token per row through all blocks and the head as one program: compiled on CPU, a captured graph on CUDA.
 
-A step of decoding is some hundred small operations, and what it costs is mostly their number. As one program it has
-fixed shapes: it reads the state's buffers over all their slots and masks those that are not filled, so that one program
-serves every length up to the buffers' capacity.
+A step of decoding is some hundred small operations, and what it costs is mostly their number. One program serves every
+length: it reads more of the state's buffers than is filled, a graph all of it, and masks the rest.
 
 Shapes: B batch, H hidden, V vocabulary, L layers.
 """
@@ -16,9 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn as nn
 
 from fusiontree.errors import InputError
-from fusiontree.models.cache import HybridCache, HybridLayerState, capacity_of
+from fusiontree.models.cache import HybridCache, HybridLayerState
 from fusiontree.models.layout import Layout
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # Programs that are kept; on CPU each holds the weights once more, in the order in which it reads them.
 _MAX_PROGRAMS = 4
+_SLOTS = 64  # of a state's buffers are read at least, and their number grows by as many
 _CPU_OPTIONS: dict[str, Any] = {
     # Only fixed weights can be laid out for products of few rows, which are then several times as fast.
     "freezing": True,
@@ -44,7 +45,7 @@ class StepInputs(NamedTuple):
     """What changes from step to step, beside the state.
 
     x: [B, 1, H] embeddings. lengths, next_position: [B] of the state before the step. cos, sin: [B or 1, 1, D/2].
-    time_encoding: [B or 1, 1, H].
+    time_encoding: [B or 1, 1, H]. slots: [S, 0], which says that S slots of the state's buffers are read.
     """
 
     x: torch.Tensor
@@ -53,6 +54,7 @@ class StepInputs(NamedTuple):
     cos: torch.Tensor
     sin: torch.Tensor
     time_encoding: torch.Tensor
+    slots: torch.Tensor
 
     @classmethod
     def of(
@@ -61,9 +63,12 @@ class StepInputs(NamedTuple):
         layout: Layout,
         rotary: tuple[torch.Tensor, torch.Tensor],
         time_encoding: torch.Tensor,
+        cache: HybridCache,
     ) -> StepInputs:
         next_position = layout.position_ids[:, 0].expand(len(x))
-        inputs = (x, layout.carried, next_position, *rotary, time_encoding)
+        read = cache.capacity if x.is_cuda else -(-layout.max_length // _SLOTS) * _SLOTS
+        slots = x.new_empty(min(read, cache.capacity), 0)
+        inputs = (x, layout.carried, next_position, *rotary, time_encoding, slots)
         return cls(*(tensor.contiguous() for tensor in inputs))  # one program, whatever the strides
 
 
@@ -112,7 +117,7 @@ class DecodingProgram:
         x = inputs.x
         # A graph is bound to the tensors of one state; what was compiled reads any of as many rows.
         states = [tensor.data_ptr() for tensor in cache.tensors()] if x.is_cuda else []
-        weights = [(0 if p.is_inference() else p._version, p.data_ptr()) for p in self._model.parameters()]
+        weights = _weights_of(self._model)
         room = cache.capacity if x.is_cuda else None
         key = (x.shape, x.dtype, x.device, torch.is_inference_mode_enabled(), room, *states, *weights)
         program = self._programs.get(key)
@@ -124,12 +129,25 @@ class DecodingProgram:
         return program(inputs, cache.layers)
 
 
+def _weights_of(model: nn.Module) -> list[tuple[int, int]]:
+    """How often each weight was written to, and where it lies; `parameters()` would take a tenth of a step."""
+    found: list[tuple[int, int]] = []
+    modules: list[nn.Module | None] = [model]
+    while modules:
+        if (module := modules.pop()) is not None:
+            modules += module._modules.values()
+            for weight in module._parameters.values():
+                if weight is not None:
+                    found.append((0 if weight.is_inference() else weight._version, weight.data_ptr()))
+    return found
+
+
 def _step_of(model: HybridLanguageModel) -> _Program:
     blocks, head = list(model.layers), model.lm_head
 
     def step(inputs: StepInputs, states: Sequence[HybridLayerState]) -> StepOutputs:
         x, gates = inputs.x, []
-        layout = _fixed_layout(inputs.lengths, inputs.next_position, capacity_of(states))
+        layout = _fixed_layout(inputs.lengths, inputs.next_position, len(inputs.slots))
         for block, state in zip(blocks, states, strict=True):
             x, block_gates = block(x, layout, (inputs.cos, inputs.sin), inputs.time_encoding, state)
             gates += block_gates.gate
@@ -138,8 +156,8 @@ def _step_of(model: HybridLanguageModel) -> _Program:
     return step
 
 
-def _fixed_layout(lengths: torch.Tensor, next_position: torch.Tensor, capacity: int) -> Layout:
-    """One more token on each row of a state, of which no length is known but the capacity."""
+def _fixed_layout(lengths: torch.Tensor, next_position: torch.Tensor, most: int) -> Layout:
+    """One more token on each row of a state, of which no length is known but that it is not above `most`."""
     place = lengths[:, None]
     return Layout(
         position_ids=next_position[:, None],
@@ -153,9 +171,9 @@ def _fixed_layout(lengths: torch.Tensor, next_position: torch.Tensor, capacity: 
         read=lengths,
         lengths=lengths + 1,
         next_position=next_position + 1,
-        max_position=capacity,
-        max_length=capacity,
-        past_length=capacity,
+        max_position=most,
+        max_length=most,
+        past_length=most,
         explicit=False,
         even=False,
         unchecked=True,  # the state's buffers start as zeros, and a row writes its own slots alone
@@ -181,6 +199,7 @@ def _compiled(step: _Program, inputs: StepInputs, cache: HybridCache) -> _Progra
         for buffer in (state.global_keys, state.global_values):
             if buffer is not None:
                 torch._dynamo.mark_dynamic(buffer, 2)  # one program for all capacities
+    torch._dynamo.mark_dynamic(inputs.slots, 0)
 
     def run(inputs: StepInputs, states: Sequence[HybridLayerState]) -> StepOutputs:
         with torch._inductor.config.patch(freezing=True):  # read before the options are

@@ -309,7 +309,7 @@ class HybridLanguageModel(PreTrainedModel, HybridGenerationMixin):
         time_encoding: torch.Tensor,
         cache: HybridCache,
     ) -> BackboneOutput:
-        hidden, logits, gate_logits = program(StepInputs.of(x, layout, rotary, time_encoding), cache)
+        hidden, logits, gate_logits = program(StepInputs.of(x, layout, rotary, time_encoding, cache), cache)
         cache.advance(layout, 1)
         gates = [
             BlockGates((logit,), bool(block.is_gated), None)

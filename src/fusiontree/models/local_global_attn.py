@@ -83,8 +83,7 @@ class LocalGlobalAttention(nn.Module):
         """One token per row, already written: it reads the ring and the buffer where they lie."""
         local, outputs = self.num_heads - self.global_heads, []
         if local:
-            # One program serves all lengths: it reads the whole ring.
-            slots = self.window if layout.unchecked else min(self.window, layout.max_length)
+            slots = torch.sym_min(self.window, layout.max_length)  # one program for all lengths, where that is compiled
             ring = layout.share(("ring", self.window), lambda: _ring_layout(layout, self.window, slots))
             k, v = _stored(state.local_keys, state.local_values, slots, q)
             outputs.append(cached_attention(q[:, :, :local], k, v, layout=ring))
@@ -180,7 +179,7 @@ def _buffer_index(lengths: torch.Tensor, slots: int) -> torch.Tensor:
 def _ring_layout(layout: Layout, window: int, slots: int) -> CachedLayout:
     if layout.even:
         return whole_layout(len(layout.lengths), slots, layout.lengths.device)
-    return cached_layout(layout.place, ring_index(layout.lengths, window)[:, :slots], is_safe=layout.unchecked)
+    return cached_layout(layout.place, ring_index(layout.lengths, window, slots), is_safe=layout.unchecked)
 
 
 def _buffer_layout(layout: Layout) -> CachedLayout:

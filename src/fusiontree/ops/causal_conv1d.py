@@ -97,7 +97,8 @@ def _one_token(
 ) -> tuple[Tensor, Tensor]:
     """Decoding, in as few operations as it takes."""
     window_BKC = _window(x, reset, initial_state, weight.shape[1])
-    y_BC = (window_BKC * weight.to(window_BKC.dtype).t()).sum(1)
+    weight_KC = weight.to(window_BKC.dtype).t().contiguous()  # strided, it would be multiplied one by one
+    y_BC = (window_BKC * weight_KC).sum(1)
     if bias is not None:
         y_BC = y_BC + bias.to(y_BC.dtype)
     if activation == "silu":
