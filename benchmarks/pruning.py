@@ -55,12 +55,13 @@ SETTING = (
     "calibration_tokens",
     "dtype",
 )
-STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "commit", "costs")
+STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "commit", "recall", "costs")
 OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
 RANDOM_SEEDS = (0, 1, 2)
 FREEZE_GATES = 0.002  # nats, all gates together: what the calibration text cannot tell from nothing
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
+SHARE_OF_RECALL = 0.25  # of the parent's steps
 COMMIT = {"commit_from": 0.0, "commit_coeff": 0.3}  # of the steps that follow the parent's
 
 
@@ -82,8 +83,9 @@ class Rule(NamedTuple):
 
 
 RANDOM = tuple(Rule("random", seed) for seed in RANDOM_SEEDS)
+CRITERIA = tuple(Rule(criterion) for criterion in ("gate", "contribution", "ablation", "recall", "trained"))
 RULES = (
-    *(Rule(criterion) for criterion in ("gate", "contribution", "ablation", "recall", "trained")),
+    *CRITERIA,
     *RANDOM,
     *(Rule(criterion, fine=True) for criterion in ("ablation", "recall")),
     Rule("ablation", fine=True, empty_layers=True),
@@ -149,7 +151,8 @@ class Study:
                 "tokenizer": str(self.tokenizer()),
                 "needle_in_haystack_prob": options.task_prob,
                 "structured_task_prob": options.task_prob,
-            },
+            }
+            | changes.pop("data", {}),
             "training": training | changes.pop("training", {}),
             "gate_monitor": {"interval": max(1, steps // 20)},
             "logging": {"progress": "plain"},
@@ -394,6 +397,23 @@ class Study:
         layers = [layer.evidence for layer in self.plan(Rule("gate"), BUDGET, source=name).layers]
         gates = {key: [round(layer[key], 4) for layer in layers] for key in ("gate_mean", "gate_std")}
         return self.quality(folder) | gates
+
+    def stage_recall(self) -> None:
+        """The parent after steps on short documents that all carry tasks: what equal cuts cost in recall."""
+        name, run = "recalling", {"stage": "recall", "model": "recalling"}
+        data = {
+            "train_sources": [{"paths": str(self.beginnings())}],
+            "needle_in_haystack_prob": 1.0,
+            "structured_task_prob": 1.0,
+        }
+        schedule = {"init_from": str(self.parent_checkpoint())}
+        steps, size = round(SHARE_OF_RECALL * self.options.steps), SIZES[self.options.size]
+        model = self.trained(name, lambda: self.run_settings(name, steps, size, data=data, training=schedule))
+        self.record(run, lambda: self.quality(model))
+        for rule in (*CRITERIA, *RANDOM):
+            self.record(
+                run | rule._asdict(), lambda rule=rule: self._cut(rule, BUDGET, f"{name}-{rule.name}", source=name)
+            )
 
     def stage_costs(self) -> None:
         """Everything that was made, in one run."""

@@ -18,9 +18,9 @@ def report(path: Path) -> str:
     parts = [
         f"# Pruning: {first['size']}, {first['steps']} steps of {first['batch_size']} x {first['length']} tokens, "
         f"{first['dtype']}\n",
-        "Loss in nats per token of the test file; recall is the share of answers found: needle / value of a list / "
-        "copy. Layers: B both, M Mamba, A attention, – neither; then how many single heads are cut and gates frozen. A "
-        "fine plan takes heads and gates too, and its export merges maps.\n",
+        "Loss in nats per token of the test file; recall is the share of answers found and, in brackets, their loss per "
+        "token: needle / value of a list / copy. Layers: B both, M Mamba, A attention, – neither; then how many single "
+        "heads are cut and gates frozen. A fine plan takes heads and gates too, and its export merges maps.\n",
     ]
     parent = next(iter(found.get("parent", [])), None)
     if parent is not None:
@@ -32,7 +32,10 @@ def report(path: Path) -> str:
     if "heal" in found:
         parts += ["## Healing and its rivals\n", _heal(found["heal"], parent)]
     if "commit" in found:
-        parts += ["## Gates that commit in the last steps\n", _commit(found["commit"], parent)]
+        parts += ["## Gates that commit in the last steps\n", _other_parents(found["commit"], parent)]
+    if "recall" in found:
+        parts += ["## Criteria on a parent that finds things again\n"]
+        parts += [_other_parents(found["recall"], found["recall"][0])]
     if "costs" in found:
         parts += ["## Measured in one run, against the parent\n", _costs(found["costs"][-1]["costs"])]
     parts.append(records.origin(runs))
@@ -75,7 +78,7 @@ def _worth(parent: dict[str, Any]) -> str:
 
 
 def _quality(run: dict[str, Any], parent: dict[str, Any] | None) -> list[str]:
-    recall = " / ".join(f"{100 * right:.0f} %" for right, _ in run["recall"].values()) or "–"
+    recall = " / ".join(f"{100 * right:.0f} % ({loss:.2f})" for right, loss in run["recall"].values()) or "–"
     against = "" if parent is None else f" ({100 * (run['loss'] / parent['loss'] - 1):+.1f} %)"
     return [f"{run['parameters'] / 1e6:.2f} M", f"{run['loss']:.4f}{against}", recall]
 
@@ -121,7 +124,7 @@ def _heal(runs: Runs, parent: dict[str, Any] | None) -> str:
     return _table(["model", "parameters", "loss", "recall", "loss by position"], own + rows)
 
 
-def _commit(runs: Runs, parent: dict[str, Any] | None) -> str:
+def _other_parents(runs: Runs, parent: dict[str, Any] | None) -> str:
     rows = []
     for r in runs:
         gates = ", ".join(

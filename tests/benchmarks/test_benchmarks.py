@@ -345,18 +345,19 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
     amounts = ("--calibration-tokens", "1500", "--report-tokens", "1000")
     done = run_script("pruning.py", *folders, *TINY, *sizes, *amounts)
     assert done.returncode == 0, done.stderr
-    runs = [json.loads(line)["run"] for line in (tmp_path / "pruning.jsonl").read_text().splitlines()]
-    assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "commit", "costs"}
+    runs = [json.loads(line)["run"] for line in (tmp_path / "pruning_tiny.jsonl").read_text().splitlines()]
+    assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "commit", "recall", "costs"}
     healed = [run["model"] for run in runs if run["stage"] == "heal"]
     rivals = ["plain smaller", "plain within-budget"]
     assert healed == ["healed", "parent continued", "healed", "healed", "healed", *rivals]
-    shown = (tmp_path / "pruning.md").read_text()
+    shown = (tmp_path / "pruning_tiny.md").read_text()
     for title in (
         "What the branches are worth",
         "Criteria at equal saving",
         "frontier",
         "rivals",
         "Gates that commit",
+        "finds things again",
         "Measured in one run",
     ):
         assert title in shown
