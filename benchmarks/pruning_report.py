@@ -19,8 +19,8 @@ def report(path: Path) -> str:
         f"# Pruning: {first['size']}, {first['steps']} steps of {first['batch_size']} x {first['length']} tokens, "
         f"{first['dtype']}\n",
         "Loss in nats per token of the test file; recall is the share of answers found and, in brackets, their loss "
-        "per token: needle / value of a list / copy. Layers: B both, M Mamba, A attention, – neither; then how many single "
-        "heads are cut and gates frozen. A fine plan takes heads and gates too, and its export merges maps.\n",
+        "per token: needle / value of a list / copy. Layers: B both, M Mamba, A attention, – neither; then how many "
+        "single heads are cut and gates frozen. A fine plan takes heads and gates too, and its export merges maps.\n",
     ]
     parent = next(iter(found.get("parent", [])), None)
     if parent is not None:
