@@ -30,6 +30,8 @@ _SLOTS = 64  # of a state's buffers are read at least, and their number grows by
 _CPU_OPTIONS: dict[str, Any] = {
     # Only fixed weights can be laid out for products of few rows, which are then several times as fast.
     "freezing": True,
+    # The program calls its kernels without Python, whose lock other threads then have, such as a server's.
+    "cpp_wrapper": True,
     "max_autotune": True,
     "autotune_num_choices_displayed": 0,
     "max_autotune_report_choices_stats": False,
