@@ -1,8 +1,5 @@
 """Many texts continued at once: prompts are read in pieces, and rows join and leave the decoding batch between steps.
 
-Prompts are cut on a fixed grid from their first token on, so that reading on from a snapshot that lies on the grid
-repeats exactly what reading all of it would do.
-
 `Scheduler.submit` and `Sequence.cancel` may be called from any thread; everything else belongs to the one thread that
 calls `step`.
 """
@@ -18,14 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fusiontree.data.tokenizer import vocab_size_of
 from fusiontree.deploy.prefix import PrefixStore
+from fusiontree.deploy.prompt_reader import PromptReader
 from fusiontree.deploy.sampling import Choice, TokenSampler, choose_tokens
 from fusiontree.deploy.sequences import Delta, Sequence
 from fusiontree.deploy.slots import LEAST_ROOM, Slots, length_class, program_padding, program_rows, state_bytes
 from fusiontree.deploy.text import StopText, TextDecoder
 from fusiontree.errors import InputError
 from fusiontree.models import HybridCache, HybridLanguageModel
-
-_MOST_TOGETHER = 8  # prompts that are read as one batch: more of them hardly gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +93,7 @@ class Scheduler:
         self._arriving: deque[Sequence] = deque()
         self._waiting: deque[Sequence] = deque()
         self._begun: set[Sequence] = set()  # those that read or decode, wherever an error may have left them
-        self._reading: deque[Sequence] = deque()
+        self._prompts = PromptReader(model, self.prefixes, self.settings.prefill_piece, self.settings.snapshot_interval)
         self._row_bytes: dict[int, int] = {}  # of a row, by its class of lengths
         self._classes: dict[int, Slots[Sequence]] = {}
         self._reserved = 0
@@ -159,19 +155,20 @@ class Scheduler:
     def state_bytes(self) -> int:
         """Bytes of the states of running sequences, as allocated."""
         # Read by the server's thread too, while this one goes on.
-        states = [sequence.state for sequence in list(self._reading)]
-        reading = sum(state.nbytes for state in states if state is not None)
-        return reading + sum(slots.nbytes for slots in list(self._classes.values()))
+        return self._prompts.state_bytes + sum(slots.nbytes for slots in list(self._classes.values()))
 
     # From the thread that calls `step`.
 
+    @torch.no_grad()
     def step(self) -> None:
         """Read a piece of the prompts that wait, then one token of every running row."""
         while self._arriving:
             self._waiting.append(self._arriving.popleft())
         self._end_early()
         self._admit()
-        self._read_prompts()
+        for sequence in self._prompts.read():
+            self._begin(sequence)
+        self.counts.prompt_tokens = self._prompts.tokens
         for slots in list(self._classes.values()):
             self._move_outgrown(slots)
         self.counts.peak_rows = max(self.counts.peak_rows, self.running)
@@ -197,7 +194,7 @@ class Scheduler:
             self._waiting.append(self._arriving.popleft())
         ended = [*self._waiting, *self._begun]
         self._waiting.clear()
-        self._reading.clear()
+        self._prompts.sequences.clear()
         self._classes.clear()
         for sequence in ended:
             self._finish(sequence, "error", Delta(error=error))
@@ -223,7 +220,7 @@ class Scheduler:
                 return "cancelled"
             return "timeout" if sequence.deadline is not None and now > sequence.deadline else None
 
-        for queued in (self._waiting, self._reading):
+        for queued in (self._waiting, self._prompts.sequences):
             for sequence in [sequence for sequence in queued if reason(sequence)]:
                 queued.remove(sequence)
                 self._finish(sequence, reason(sequence) or "", Delta())
@@ -245,118 +242,17 @@ class Scheduler:
             sequence.started = time.monotonic()
             self._reserved += needed
             self._begun.add(sequence)
-            self._reading.append(sequence)
-
-    @torch.no_grad()
-    def _read_prompts(self) -> None:
-        read = 0
-        while self._reading and read < self.settings.prefill_piece:
-            sequence = self._reading[0]
-            if sequence.state is None:
-                self._open(sequence)
-            together = self._short_prompts()
-            if len(together) > 1:
-                read += self._read_together(together)
-                for one in together:
-                    self._begin(one)
-                continue
-            if sequence.read < len(sequence.prompt):
-                read += self._read_piece(sequence)
-            if sequence.read == len(sequence.prompt):
-                self._begin(sequence)
-
-    def _open(self, sequence: Sequence) -> None:
-        """An empty state, or that of the longest prefix which is known."""
-        room = max(LEAST_ROOM, len(sequence.prompt))  # equal in both cases, so that the same is computed
-        found = self.prefixes.find(sequence.prompt) if self.settings.prefix_bytes else None
-        if found is None:
-            sequence.state = HybridCache(self._model.config, capacity=room)
-            return
-        sequence.state = self.prefixes.restore(found, room)
-        sequence.snapshot, sequence.logits = found, found.logits
-        sequence.read = sequence.cached_tokens = found.tokens
-        sequence.on_grid = found.tokens % self.settings.prefill_piece == 0
-
-    def _short_prompts(self) -> list[Sequence]:
-        """The first of those that are read, and those next to it, while they are new and fit one piece side by side.
-
-        None ends on the grid: what is read beside other rows is rounded otherwise than alone.
-        """
-        chosen: list[Sequence] = []
-        longest, tokens, piece = 0, 0, self.settings.prefill_piece
-        for sequence in self._reading:
-            prompt = sequence.prompt
-            if any(one.group is not None and one.group is sequence.group for one in chosen):
-                continue  # begins with the one that reads for it
-            longest, tokens = max(longest, len(prompt)), tokens + len(prompt)
-            fits = (len(chosen) + 1) * longest <= min(2 * tokens, piece) and len(prompt) % piece
-            # That goes on from the snapshot of the other, once it was read.
-            begins_with_another = self.settings.prefix_bytes and any(
-                prompt[: len(one.prompt)] == one.prompt for one in chosen
-            )
-            if len(chosen) == _MOST_TOGETHER or not fits or begins_with_another:
-                break
-            if sequence.state is None:
-                self._open(sequence)
-            if sequence.read:
-                break
-            chosen.append(sequence)
-        return chosen
-
-    def _read_together(self, sequences: list[Sequence]) -> int:
-        """Whole prompts as one batch, padded to the longest; the number of tokens, padding included."""
-        prompts, device = [sequence.prompt for sequence in sequences], self._model.device
-        lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
-        input_ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-        ends = torch.tensor(lengths, device=device)[:, None]
-        mask = None if min(lengths) == longest else (torch.arange(longest, device=device) < ends).long()
-        batch = HybridCache(self._model.config, capacity=max(LEAST_ROOM, longest))
-        output = self._model(
-            input_ids, attention_mask=mask, past_key_values=batch, use_cache=True, logits_to_keep=ends - 1
-        )
-        for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
-            sequence.state, sequence.logits = batch.view_rows([length], row), output.logits[row, 0].float()
-            sequence.read = length
-            self.counts.prompt_tokens += length
-            self._keep(sequence, sequence.prompt, sequence.state, sequence.logits)
-        return longest * len(sequences)
-
-    def _read_piece(self, sequence: Sequence) -> int:
-        """Up to the next point of the grid; the number of tokens."""
-        start, piece = sequence.read, self.settings.prefill_piece
-        stop = min(len(sequence.prompt), start - start % piece + piece)
-        input_ids = torch.tensor([sequence.prompt[start:stop]], device=self._model.device)
-        if stop < len(sequence.prompt):
-            self._model.backbone(input_ids, past_key_values=sequence.state, use_cache=True)
-            sequence.logits = None  # those of a snapshot that this goes on from
-        else:
-            output = self._model(input_ids, past_key_values=sequence.state, use_cache=True, logits_to_keep=1)
-            sequence.logits = output.logits[0, -1].float()
-        sequence.read = stop
-        self.counts.prompt_tokens += stop - start
-        if stop == len(sequence.prompt) or stop % self.settings.snapshot_interval == 0:
-            self._keep(sequence, sequence.prompt[:stop], sequence.state, sequence.logits)
-        return stop - start
-
-    def _keep(
-        self, sequence: Sequence, tokens: list[int], state: HybridCache | None, logits: torch.Tensor | None
-    ) -> None:
-        """A snapshot, unless it lies on the grid but what it was read in does not: those on the grid are exact."""
-        if len(tokens) % self.settings.prefill_piece == 0 and not sequence.on_grid:
-            return
-        assert state is not None
-        kept = self.prefixes.add(tokens, state, after=sequence.snapshot, logits=logits)
-        sequence.snapshot = kept or sequence.snapshot
+            self._prompts.sequences.append(sequence)
 
     def _begin(self, sequence: Sequence) -> None:
         """The first tokens of a sequence whose prompt was read, and of those of its group."""
         state, logits = sequence.state, sequence.logits
         assert state is not None and logits is not None
-        others = [other for other in self._reading if other.group is not None and other.group is sequence.group]
+        reading = self._prompts.sequences
+        others = [other for other in reading if other.group is not None and other.group is sequence.group]
         ready = [sequence, *(other for other in others if other is not sequence)]
         for one in ready:
-            self._reading.remove(one)
+            reading.remove(one)
             one.cached_tokens = sequence.cached_tokens if one is sequence else len(one.prompt)
             one.snapshot, one.state, one.logits = sequence.snapshot, None, None
         choices = choose_tokens(logits.expand(len(ready), -1), [one.sampler for one in ready])
