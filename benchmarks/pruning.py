@@ -4,7 +4,7 @@
     python benchmarks/pruning.py --stages parent criteria
     python benchmarks/pruning.py --report
 
-A parent is trained on WikiText-2, cut into sections of which half carry facts, lists and sequences to find again, and
+A parent is trained on WikiText-2, cut into sections of which many carry facts, lists and sequences to find again, and
 on the beginnings of those sections, where what is asked for stands near. Plans are made on the validation file;
 everything is judged on the test file. Trained models stay in `--work`, and each finished figure is one line of
 `benchmarks/results/pruning_SIZE.jsonl`; what is there is skipped.
@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import records
 import torch
 from pruning_inputs import SIZES, most_layers_within, nearest_in_layers, write_sections
+from pruning_recall import ROWS, TASK, TEXT_ROWS, mqar, teach
 from pruning_report import report
+from training_run import Recipe
 
 import fusiontree
 from fusiontree.artifacts import LayerDecision, PrunePlan
@@ -61,7 +63,6 @@ RANDOM_SEEDS = (0, 1, 2)
 FREEZE_GATES = 0.002  # nats, all gates together: what the calibration text cannot tell from nothing
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
-SHARE_OF_RECALL = 0.25  # of the parent's steps
 COMMIT = {"commit_from": 0.0, "commit_coeff": 0.3}  # of the steps that follow the parent's
 
 
@@ -102,24 +103,35 @@ class Study:
         # Of the code that is running, whatever becomes of the files meanwhile.
         self.revision, self.provenance = records.code_revision(*OUR_CODE), records.provenance()
         self.setting = {name: getattr(options, name) for name in SETTING}
+        self._check_work()
         self._parent: HybridLanguageModel | None = None
         self._costs: CostModel | None = None
+
+    def _check_work(self) -> None:
+        """What lies in `--work` was made with the same settings."""
+        file = self.work / "setting.json"
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != self.setting:
+            raise SystemExit(f"error: {self.work} holds models of other settings ({file.name}): name another --work")
+        self.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self.setting), encoding="utf-8")
 
     # Text.
 
     def sections(self, name: str) -> Path:
-        """A file of the corpus as sections of at most `--section` characters."""
+        """A file of the corpus as sections of about `--section` characters."""
         file = self.work / f"{name}.jsonl"
         if not file.exists():
             write_sections(self.options.data / f"{name}.jsonl", file, self.options.section)
         return file
 
-    def beginnings(self) -> Path:
-        """What the sections of the training text begin with."""
-        file = self.work / "beginnings.jsonl"
-        if not file.exists():
-            write_sections(self.sections("train"), file, self.options.beginning, shortened=True)
-        return file
+    def training_files(self) -> list[Path]:
+        """The sections of the training text and, if asked for, what each begins with."""
+        files = [self.sections("train")]
+        if self.options.beginning:
+            files.append(self.work / "beginnings.jsonl")
+            if not files[1].exists():
+                write_sections(files[0], files[1], self.options.beginning, shortened=True)
+        return files
 
     def tokenizer(self) -> Path:
         folder = self.work / "tokenizer"
@@ -146,13 +158,12 @@ class Study:
         sections: dict[str, Any] = {
             "model": {**model, "tie_word_embeddings": True},
             "data": {
-                "train_sources": [{"paths": str(self.sections("train"))}, {"paths": str(self.beginnings())}],
+                "train_sources": [{"paths": str(path)} for path in self.training_files()],
                 "eval_paths": str(self.sections("valid")),
                 "tokenizer": str(self.tokenizer()),
                 "needle_in_haystack_prob": options.task_prob,
                 "structured_task_prob": options.task_prob,
-            }
-            | changes.pop("data", {}),
+            },
             "training": training | changes.pop("training", {}),
             "gate_monitor": {"interval": max(1, steps // 20)},
             "logging": {"progress": "plain"},
@@ -255,13 +266,17 @@ class Study:
     def quality(self, folder: Path) -> dict[str, Any]:
         """Loss by position and recall on the test file."""
         model, texts = self.load(folder), Texts([str(self.sections("test"))])
-        loss = evaluate_documents(model, model.tokenizer, texts, max_tokens=self.options.report_tokens)
         tasks = evaluate_tasks(model, texts, name=folder.name, max_tokens=self.options.report_tokens)
+        found = {one.task: [round(one.right, 4), round(one.loss, 4)] for one in tasks.results}
+        return {**self._loss(model), "recall": found}
+
+    def _loss(self, model: HybridLanguageModel) -> dict[str, Any]:
+        texts = Texts([str(self.sections("test"))])
+        loss = evaluate_documents(model, model.tokenizer, texts, max_tokens=self.options.report_tokens)
         return {
             "parameters": count_parameters(model),
             "loss": round(loss.loss, 4),
             "by_position": [[part.start, round(part.loss, 4)] for part in loss.by_position],
-            "recall": {one.task: [round(one.right, 4), round(one.loss, 4)] for one in tasks.results},
         }
 
     def record(self, run: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
@@ -322,9 +337,16 @@ class Study:
         except ImpossibleBudgetError as error:
             return {"impossible": str(error)}
 
-    def _cut(self, rule: Rule, targets: dict[str, float], name: str, source: str = "parent") -> dict[str, Any]:
+    def _cut(
+        self,
+        rule: Rule,
+        targets: dict[str, float],
+        name: str,
+        source: str = "parent",
+        judge: Callable[[Path], dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         plan = self.plan(rule, targets, source)
-        return self.quality(self.exported(rule, plan, name, source)) | _plan_figures(plan)
+        return (judge or self.quality)(self.exported(rule, plan, name, source)) | _plan_figures(plan)
 
     def _healed(self, name: str) -> Path:
         """An export after healing."""
@@ -399,21 +421,38 @@ class Study:
         return self.quality(folder) | gates
 
     def stage_recall(self) -> None:
-        """The parent after steps on short documents that all carry tasks: what equal cuts cost in recall."""
-        name, run = "recalling", {"stage": "recall", "model": "recalling"}
-        data = {
-            "train_sources": [{"paths": str(self.beginnings())}],
-            "needle_in_haystack_prob": 1.0,
-            "structured_task_prob": 1.0,
-        }
-        schedule = {"init_from": str(self.parent_checkpoint())}
-        steps, size = round(SHARE_OF_RECALL * self.options.steps), SIZES[self.options.size]
-        model = self.trained(name, lambda: self.run_settings(name, steps, size, data=data, training=schedule))
-        self.record(run, lambda: self.quality(model))
+        """The parent after it was taught to look things up: what equal cuts, planned on text, cost in recall."""
+        self.record({"stage": "recall", "model": "taught"}, lambda: self._recall(self._taught()))
         for rule in (*CRITERIA, *RANDOM):
-            self.record(
-                run | rule._asdict(), lambda rule=rule: self._cut(rule, BUDGET, f"{name}-{rule.name}", source=name)
+            run = {"stage": "recall", "model": "taught", **rule._asdict()}
+            self.record(run, lambda rule=rule: self._cut(rule, BUDGET, f"taught-{rule.name}", "taught", self._recall))
+
+    def _taught(self) -> Path:
+        folder, options = self.work / "taught", self.options
+        if not folder.exists():
+            steps = max(1, options.steps // 2)
+            model = self.load(self.parent_checkpoint())
+            documents = iter(Texts([str(self.sections("train"))]))
+            text = calibration_text(model, documents, tokens=steps * TEXT_ROWS * TASK.length, length=TASK.length)
+            recipe = Recipe(
+                learning_rate=options.learning_rate,
+                steps=steps,
+                warmup=max(1, steps // 20),
+                batch_size=ROWS,
+                micro_batch=ROWS,
+                seed=0,
+                dtype=options.dtype,
             )
+            teach(model, text, recipe)
+            model.save_pretrained(folder)
+            model.tokenizer.save_pretrained(folder)
+        return folder
+
+    def _recall(self, folder: Path) -> dict[str, Any]:
+        """Loss on the test file, and what is found of MQAR."""
+        model = self.load(folder)
+        found, answers = mqar(model)
+        return {**self._loss(model), "recall": {"mqar": [round(found, 4), round(answers, 4)]}}
 
     def stage_costs(self) -> None:
         """Everything that was made, in one run."""
@@ -461,7 +500,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--section", type=int, default=700, help="characters of a document: with its tasks, within a row"
     )
-    parser.add_argument("--beginning", type=int, default=160, help="characters of as many shorter documents")
+    parser.add_argument("--beginning", type=int, default=160, help="characters of as many shorter documents; 0: none")
     parser.add_argument("--task-prob", type=float, default=0.5, help="share of documents with a fact, and with a list")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--criterion", default="ablation", help="of the frontier and of healing")

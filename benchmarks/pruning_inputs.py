@@ -58,7 +58,7 @@ def most_layers_within(size: dict[str, Any], share: float, context: int) -> dict
 
 
 def write_sections(source: Path, destination: Path, size: int, *, shortened: bool = False) -> None:
-    """The texts of a JSONL file as sections of at most `size` characters, cut between words.
+    """The texts of a JSONL file as sections of at most `size` characters (of a longer word, one), cut between words.
 
     shortened: the first section of each text alone.
     """

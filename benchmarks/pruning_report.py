@@ -17,7 +17,7 @@ def report(path: Path) -> str:
     first = runs[0]["run"]
     parts = [
         f"# Pruning: {first['size']}, {first['steps']} steps of {first['batch_size']} x {first['length']} tokens, "
-        f"{first['dtype']}\n",
+        f"{first['dtype']}{_documents(first)}\n",
         "Loss in nats per token of the test file; recall is the share of answers found and, in brackets, their loss "
         "per token: needle / value of a list / copy. Layers: B both, M Mamba, A attention, – neither; then how many "
         "single heads are cut and gates frozen. A fine plan takes heads and gates too, and its export merges maps.\n",
@@ -34,7 +34,7 @@ def report(path: Path) -> str:
     if "commit" in found:
         parts += ["## Gates that commit in the last steps\n", _other_parents(found["commit"], parent)]
     if "recall" in found:
-        parts += ["## Criteria on a parent that finds things again\n"]
+        parts += ["## Criteria on a parent that was taught to look things up; recall is that of MQAR\n"]
         parts += [_other_parents(found["recall"], found["recall"][0])]
     if "costs" in found:
         parts += ["## Measured in one run, against the parent\n", _costs(found["costs"][-1]["costs"])]
@@ -42,6 +42,15 @@ def report(path: Path) -> str:
     text = "\n".join(parts)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     return text
+
+
+def _documents(run: dict[str, Any]) -> str:
+    if "section" not in run:
+        return ""
+    beginnings = f" and as many of {run['beginning']}" if run["beginning"] else ""
+    return (
+        f"; documents of {run['section']} characters{beginnings}, tasks in {100 * run['task_prob']:.0f} % of each kind"
+    )
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:

@@ -100,12 +100,10 @@ def _generate(candidate: Candidate, input_ids: torch.Tensor, job: dict) -> dict:
         model = model.to(torch.bfloat16)
     stamps = Stamps()
     settings = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-    compiled = job.get("compiled", False) and job["model"] == OURS
-    if compiled:
+    if job.get("compiled", False) and job["model"] == OURS:
         model.compile_decoding()
     with torch.inference_mode():
-        # A compiled step is compiled for the room that the state has.
-        model.generate(input_ids if compiled else input_ids[:, :64], **settings)
+        model.generate(input_ids[:, :64], **settings)
         started = time.perf_counter()
         model.generate(input_ids, streamer=stamps, **settings)
     gaps = [later - earlier for earlier, later in pairwise(stamps.times)]

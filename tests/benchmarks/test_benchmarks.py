@@ -357,7 +357,7 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
         "frontier",
         "rivals",
         "Gates that commit",
-        "finds things again",
+        "taught to look things up",
         "Measured in one run",
     ):
         assert title in shown

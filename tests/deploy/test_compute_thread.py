@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fusiontree import load
-from fusiontree.deploy.engine import ComputeThread, Draining, Engine
+from fusiontree.deploy.engine import ComputeThread, Draining, Engine, Handover
 from fusiontree.deploy.runtime import InferenceRuntime
 from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.deploy.sequences import Delta, Sequence
@@ -69,3 +70,41 @@ def test_what_a_job_raises_reaches_who_waits_for_it() -> None:
         thread.submit(lambda: 1 / 0).result(timeout=60)
     assert thread.submit(lambda: 2).result(timeout=60) == 2
     thread.close()
+
+
+def test_what_a_thread_delivers_arrives_in_order_and_at_once() -> None:
+    async def collect() -> tuple[list[int], list[int], int]:
+        loop, ours, theirs = asyncio.get_running_loop(), asyncio.Queue(), asyncio.Queue()
+        handover, woken = Handover(loop), []
+        wake = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *given: woken.append(wake(*given))  # type: ignore[method-assign]
+
+        def deliver() -> None:
+            for number in range(20_000):
+                handover.put(ours if number % 2 else theirs, number)
+
+        thread = threading.Thread(target=deliver)
+        thread.start()
+        odd = [await ours.get() for _ in range(10_000)]
+        even = [await theirs.get() for _ in range(10_000)]
+        thread.join()
+        before = len(woken)
+        for number in range(3):  # the loop does not run meanwhile
+            handover.put(ours, number)
+        assert [await ours.get() for _ in range(3)] == [0, 1, 2] and len(woken) == before + 1
+        return odd, even, len(woken)
+
+    odd, even, woken = asyncio.run(collect())
+    assert odd == list(range(1, 20_000, 2)) and even == list(range(0, 20_000, 2)) and woken < 20_000
+
+
+def test_what_is_delivered_to_a_loop_that_was_closed_is_dropped() -> None:
+    loop = asyncio.new_event_loop()
+    events: asyncio.Queue = asyncio.Queue()
+    waiting = loop.create_task(events.get())
+    loop.run_until_complete(asyncio.sleep(0))
+    handover = Handover(loop)
+    loop.close()
+    handover.put(events, 1)
+    handover.put(events, 2)
+    assert events.empty() and not handover._delivered and not waiting.done()

@@ -78,6 +78,34 @@ def test_steps_as_a_program_equal_steps(uncompiled, settings, padded):
     assert_equal_states(program, usual)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"attention_type": "pyramidal"}, {"global_heads": 0}, {"global_heads": 4}], ids=str
+)
+@torch.inference_mode()
+def test_a_program_reads_little_more_than_what_is_filled(monkeypatch, settings):
+    """From within the window to beyond it, in buffers with more room."""
+    slots = []
+
+    def recorded(step, inputs, cache):
+        def run(inputs, states):
+            slots.append(len(inputs.slots))
+            return step(inputs, states)
+
+        return run
+
+    monkeypatch.setattr(decoding, "_compiled", recorded)
+    model = tiny_model(**{"window_size": 100} | settings)
+    ids, tokens = token_ids(2, 9), token_ids(2, 130)
+    usual, program = (model(ids, past_key_values=HybridCache(model.config, 256)).past_key_values for _ in range(2))
+    expected = [model(tokens[:, t : t + 1], past_key_values=usual).logits for t in range(130)]
+    model.compile_decoding()
+    for t, wanted in enumerate(expected):
+        found = model(tokens[:, t : t + 1], past_key_values=program)
+        torch.testing.assert_close(found.logits, wanted, **TOLERANCE)
+    assert_equal_states(program, usual)
+    assert slots == [64] * 55 + [128] * 64 + [192] * 11
+
+
 @torch.no_grad()
 def test_what_is_no_step_runs_as_before_and_steps_go_on_from_it(uncompiled):
     model = tiny_model()
@@ -129,7 +157,11 @@ def test_a_compiled_step_generates_the_same_tokens_until_weights_change(capfd):
         model.layers[0].fusion_proj.weight.div_(2)
     model.compile_decoding()
     torch.testing.assert_close(scores(), expected, **TOLERANCE)
+    roomy = model(ids, attention_mask=mask, past_key_values=HybridCache(model.config, 600)).past_key_values
+    tight = model(ids, attention_mask=mask, past_key_values=HybridCache(model.config, 20)).past_key_values
     with torch.no_grad():
+        one, other = (model(token_ids(2, 1), past_key_values=state.clone()).logits for state in (roomy, tight))
+        torch.testing.assert_close(one, other, **TOLERANCE)
         model.layers[0].fusion_proj.weight.mul_(2)
     torch.testing.assert_close(scores(), expected_after, **TOLERANCE)
     assert len(model._decoding_program._programs) == 2

@@ -76,14 +76,15 @@ class Handover:
         self._is_woken = False
 
     def put(self, events: asyncio.Queue, event: Any) -> None:
-        """From the one thread that delivers."""
+        """From the one thread that delivers; what is for a loop that was closed is dropped."""
         self._delivered.append((events, event))
         if not self._is_woken:
             self._is_woken = True
             try:
                 self.loop.call_soon_threadsafe(self._take)
-            except RuntimeError:  # the loop is closed: nobody is there any more
-                self._take()
+            except RuntimeError:  # closed
+                self._delivered.clear()
+                self._is_woken = False
 
     def _take(self) -> None:
         self._is_woken = False  # first: what is delivered from here on wakes the loop again

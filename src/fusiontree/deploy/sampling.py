@@ -121,10 +121,7 @@ class TokenSampler:
         unknown = [token for token in options.logit_bias if token >= vocabulary]
         if unknown:
             raise InputError(f"logit_bias: there is no token {unknown[0]}, the last one is {vocabulary - 1}")
-        self._bias = None
-        if options.logit_bias:
-            tokens, biases = zip(*options.logit_bias.items(), strict=True)
-            self._bias = torch.tensor(tokens, device=device), torch.tensor(biases, device=device, dtype=torch.float32)
+        self._bias: tuple[torch.Tensor, torch.Tensor] | None = None
         self._generator = None
         if options.temperature > 0:
             seed = options.seed if options.seed is not None else int(torch.randint(2**63 - 1, ()))
@@ -137,7 +134,7 @@ class TokenSampler:
         return bool(options.logit_bias or options.presence_penalty or options.frequency_penalty or self._seen)
 
     def change(self, scores_V: torch.Tensor) -> None:
-        """Penalties and biases, in place; scores in float32."""
+        """Penalties and biases, in place."""
         options, device = self.options, scores_V.device
         if self._seen:
             seen = torch.tensor(list(self._seen), device=device)
@@ -147,7 +144,10 @@ class TokenSampler:
             chosen = torch.tensor(list(self._chosen), device=device)
             counts = torch.tensor(list(self._chosen.values()), device=device, dtype=scores_V.dtype)
             scores_V[chosen] -= options.presence_penalty + options.frequency_penalty * counts
-        if self._bias is not None:
+        if options.logit_bias:
+            if self._bias is None:  # made by the thread that computes: nobody else may touch a GPU while it records
+                tokens, biases = zip(*options.logit_bias.items(), strict=True)
+                self._bias = torch.tensor(tokens, device=device), scores_V.new_tensor(biases)
             scores_V.index_add_(0, *self._bias)
 
     def add_noise(self, scores_V: torch.Tensor) -> None:

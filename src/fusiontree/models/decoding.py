@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 # Programs that are kept; on CPU each holds the weights once more, in the order in which it reads them.
 _MAX_PROGRAMS = 4
-_SLOTS = 64  # of a state's buffers are read at least, and their number grows by as many
+_SLOTS = 64  # of a state's buffers: those that are read grow by so many
+_TYPICAL_SLOTS = 512  # for which a program is tuned: the compiler shares loops among threads by the sizes it sees first
 _CPU_OPTIONS: dict[str, Any] = {
     # Only fixed weights can be laid out for products of few rows, which are then several times as fast.
     "freezing": True,
@@ -196,7 +197,10 @@ def _compiled(step: _Program, inputs: StepInputs, cache: HybridCache) -> _Progra
         },
     )
 
-    states = cache.clone().layers  # the call that compiles is a step as well
+    example = cache.clone()  # the call that compiles is a step as well
+    example.resize(len(inputs.x), max(cache.capacity, _TYPICAL_SLOTS))
+    inputs = inputs._replace(slots=inputs.slots.new_empty(max(len(inputs.slots), _TYPICAL_SLOTS), 0))
+    states = example.layers
     for state in states:
         for buffer in (state.global_keys, state.global_values):
             if buffer is not None:
