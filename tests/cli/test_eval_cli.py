@@ -228,6 +228,7 @@ def test_what_is_kept_outlives_a_part_that_fails(
             "--lengths must be numbers with commas between, got '5,x'",
         ),
         (["MODEL", "--tasks", "passkey", "--lengths", "16"], "`length` 16 is too short for a marker of"),
+        (["MODEL", "--tasks", "passkey", "--lengths", "16", "--out", "NEW"], "`length` 16 is too short"),
         (["MODEL", "--tasks", "lm_eval:brids", "--task-folder", "DATA"], "--task-folder "),
         (["MODEL", "--data", "DATA", "--mixed-precision", "fp8"], "--mixed-precision must be bf16 or no, got 'fp8'"),
         (["BARE", "--data", "DATA"], "MODEL holds no tokenizer"),
@@ -267,6 +268,7 @@ def test_bad_input_is_one_sentence(
         "EMPTY/sub": tmp_path / "empty.jsonl" / "sub",
         "BARE": tmp_path / "bare",
         "LEARNED": tmp_path / "learned",
+        "NEW": tmp_path / "new",
         "SHORT": tmp_path / "short.jsonl",
         "WORDS": tmp_path / "words",
     }
@@ -279,6 +281,6 @@ def test_bad_input_is_one_sentence(
     capsys.readouterr()
     assert main(["eval", *(str(names.get(word, word)) for word in arguments)]) == 2
     shown = capsys.readouterr()
-    assert not list(tmp_path.rglob("eval_report.json"))
+    assert not list(tmp_path.rglob("eval_report.json")) and not names["NEW"].exists()
     assert shown.err.startswith("error: " + sentence.replace("MODEL", str(names["BARE"])))
     assert shown.err.count("\n") == 1

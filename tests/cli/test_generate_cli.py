@@ -84,6 +84,7 @@ def test_text_comes_as_it_is_made(folder: Path) -> None:
         (["MODEL", "-p", "a", "--device", "abacus"], b"", "device 'abacus' cannot be used here"),
         (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be at least 0"),
         (["MODEL", "-p", "a", "--greedy", "-t", "0.5"], b"", "--greedy draws nothing, so --temperature has no effect"),
+        (["MODEL", "-p", "a", "--rows", "4"], b"", "--rows is for --jsonl: a single text is one row"),
         (["MODEL", "-p", "a", "-n", "0"], b"", "max_new_tokens must be at least 1, got 0"),
         (["MODEL", "-p", "a", "-n", "many"], b"", "Invalid value for '--max-new-tokens'"),
     ],
@@ -177,7 +178,11 @@ def test_a_stop_ends_a_text_and_penalties_change_it(folder: Path, capsys: pytest
         ('{"prompt": "a", "options": {"top_q": 1}}', "line 1: there is no option 'top_q'; did you mean 'top_p'?"),
         ('{"prompt": "a", "options": {"top_p": 2}}', "line 1: top_p must lie above 0"),
         ('{"prompt": "a", "options": {"seed": "x"}}', "line 1: option 'seed': Input should be a valid integer"),
-        ('\n{"prompt": "a"}\n{"prompt": ""}', "prompt 2 is empty"),
+        ('{"prompt": "a", "options": {"top_k": "3"}}', "line 1: option 'top_k': Input should be a valid integer"),
+        ('{"prompt": "a", "options": {"max_new_tokens": true}}', "line 1: option 'max_new_tokens': Input should be a"),
+        ('\n{"prompt": "a"}\n{"prompt": ""}', "prompts.jsonl, line 3: the prompt is empty"),
+        ('{"prompt": "\\ud800"}', "prompts.jsonl, line 1: the prompt holds half of a surrogate pair"),
+        ("\n", "prompts.jsonl holds no prompt"),
     ],
 )
 def test_lines_that_cannot_be_continued(

@@ -214,6 +214,8 @@ def test_models_health_and_metrics(client: openai.OpenAI, server: ServerProcess)
         ({"max_tokens": 0}, openai.BadRequestError, "`max_tokens`: input should be greater than or equal to 1"),
         ({"temperature": 2.5}, openai.BadRequestError, "`temperature`: input should be less than or equal to 2"),
         ({"temperature": "hot"}, openai.BadRequestError, "`temperature`: input should be a valid number"),
+        ({"max_tokens": 10**20}, openai.BadRequestError, f"{10**20} new tokens are asked for, 4096 are allowed here"),
+        ({"stop": ["x"] * 17}, openai.BadRequestError, "`stop`: list should have at most 16 items"),
         ({"n": 17}, openai.BadRequestError, "1 prompts with 17 choices each are asked for, 16 texts are allowed"),
         ({"stop": ""}, openai.BadRequestError, "a stop string is empty"),
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias: keys are token ids, got 'x'"),
@@ -231,6 +233,25 @@ def test_what_cannot_be_answered_is_a_sentence(
     assert sentence in str(raised.value)
     # What asks for nothing special is no reason to refuse.
     client.completions.create(model="tiny", prompt="a", max_tokens=1, user="me", echo=False, best_of=1, suffix=None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"messages": [{"role": "user"}]}, "`messages.0`: a message of this role has a content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "`messages.0.content.0.type`: input should be 'text'",
+        ),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, "`max_tokens` and `max_completion_tokens` are different"),
+    ],
+)
+def test_conversations_that_cannot_be_continued(client: openai.OpenAI, fields: dict, sentence: str) -> None:
+    body: dict = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(**(body | fields))
+    assert sentence in str(raised.value)
+    client.chat.completions.create(**body, max_tokens=2, max_completion_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -97,7 +97,7 @@ def evaluate(
     folder = out or model
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; name a folder")
-    from fusiontree.artifacts import EvalReport, make_directory
+    from fusiontree.artifacts import EvalReport
     from fusiontree.cli._evaluation_tables import print_report
     from fusiontree.cli._options import dtype_named
     from fusiontree.data.tokenizer import tokenizer_fingerprint
@@ -111,13 +111,12 @@ def evaluate(
     texts = Texts(files, text_key=text_key, where="--data") if files else None
     programs = Texts(sources, text_key=text_key, where="--code") if "code" in wanted else None
     loaded = load(model, device=device, dtype=dtype_named(dtype))
-    make_directory(folder, "--out")
     settings = {
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "mixed_precision": mixed_precision,
         "device": str(loaded.device),
     }
-    with _progress_bars() as shown_as:
+    with _directory_for_results(folder), _progress_bars() as shown_as:
         job = _Job(
             model=loaded,
             name=str(model),
@@ -157,6 +156,22 @@ def evaluate(
         print(plot_perplexity_by_position(report, folder / PICTURE))
     if report.passkeys is not None:
         print(plot_passkeys(report.passkeys, folder / HEAT_MAP))
+
+
+@contextmanager
+def _directory_for_results(folder: Path) -> Iterator[None]:
+    """Made beforehand, since evaluating takes long; gone again where nothing came of it."""
+    from fusiontree.artifacts import make_directory
+
+    was_there = folder.exists()
+    make_directory(folder, "--out")
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
+        raise
 
 
 def _refuse_what_no_task_reads(call: typer.Context, wanted: list[str]) -> None:

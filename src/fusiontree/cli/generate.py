@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    call: typer.Context,
     model: Path = typer.Argument(..., help="Model folder, or a run directory, whose newest checkpoint is taken."),
     prompt: str = typer.Option(None, "--prompt", "-p", help="Text to continue."),
     file: Path = typer.Option(None, "--file", "-f", help="File with the text to continue (UTF-8)."),
@@ -56,12 +57,16 @@ def generate(
     """
     if out is not None and jsonl is None:
         raise InputError("--out is for --jsonl; a single text goes to standard output")
+    if jsonl is None and getattr(call.get_parameter_source("rows"), "name", None) == "COMMANDLINE":
+        raise InputError("--rows is for --jsonl: a single text is one row")
     if jsonl is not None and (prompt is not None or file is not None):
         raise InputError("--jsonl holds the prompts; leave out --prompt and --file")
     if jsonl is None:
         lines, text = [], _read_prompt(prompt, file)
     else:
         lines, text = list(_read_lines(jsonl)), ""
+        if not lines:
+            raise InputError(f"{'standard input' if str(jsonl) == '-' else jsonl} holds no prompt")
     from fusiontree.cli._options import load_for_use, temperature_of
     from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
@@ -169,7 +174,8 @@ def _own_options(options: SamplingOptions, record: dict[str, Any], number: int, 
     values = {name: getattr(options, name) for name in names}
     values["seed"] = None if options.seed is None else (options.seed + number) % 2**63
     try:
-        return TypeAdapter(SamplingOptions).validate_python(values | given)
+        # As JSON, where a number as text and true as a number are told from numbers.
+        return TypeAdapter(SamplingOptions).validate_json(json.dumps(values | given), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = f"option {first['loc'][0]!r}: " if first["loc"] else ""
@@ -189,6 +195,10 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             raise InputError(f"{name}, line {number} is not valid JSON") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise InputError(f'{name}, line {number} must be an object with a text "prompt"')
+        if not record["prompt"]:
+            raise InputError(f"{name}, line {number}: the prompt is empty: give at least one character")
+        if any("\ud800" <= character <= "\udfff" for character in record["prompt"]):
+            raise InputError(f"{name}, line {number}: the prompt holds half of a surrogate pair, which is no character")
         if not isinstance(record.get("options", {}), dict):
             raise InputError(f'{name}, line {number}: "options" must be an object')
         yield number, record

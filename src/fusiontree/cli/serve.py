@@ -114,8 +114,10 @@ def _read_keys(file: Path | None) -> list[str]:
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--api-key-file {file} cannot be read: {error}") from error
+        except OSError as error:
+            raise InputError(f"--api-key-file {file} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--api-key-file {file} is not UTF-8 text (byte {error.start})") from error
         if not any(lines):
             raise InputError(f"--api-key-file {file} holds no key")
         keys += lines

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.errors import nearest
@@ -87,6 +87,12 @@ class Message(_Strict):
             return fields
         return {key: value for key, value in fields.items() if key in cls.model_fields or value not in (None, [])}
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("no_content", "a message of this role has a content")
+        return self
+
     def plain(self) -> dict[str, str]:
         """As chat templates want it."""
         content = self.content
@@ -97,7 +103,7 @@ class Message(_Strict):
 class _Sampling(_Strict):
     model: str
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=2**31)
@@ -181,13 +187,17 @@ class ChatBody(_Sampling):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @property
     def new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+        given = {self.max_completion_tokens, self.max_tokens} - {None}
+        if len(given) > 1:
+            problem = "`max_tokens` and `max_completion_tokens` are different numbers: give one of the two"
+            raise ApiError(400, problem, param="max_tokens")
+        return next(iter(given), None)
 
     @property
     def likeliest(self) -> int | None:
@@ -229,8 +239,9 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise _worded(kind, first, fields) from error
+        raise _worded(
+            kind, _telling(error.errors(include_url=False, include_input=False, include_context=False))
+        ) from error
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -253,7 +264,13 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return True
 
 
-def _worded(kind: type[BaseModel], error: ErrorDetails, fields: dict[str, Any]) -> ApiError:
+def _telling(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The first, or what is wrong with a field of several types beyond not being of the first of them."""
+    about = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return next((error for error in about if not error["type"].endswith("_type")), errors[0])
+
+
+def _worded(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     name = str(error["loc"][0]) if error["loc"] else None
     if name is None:
         return ApiError(400, f"the body cannot be used: {error['msg']}")

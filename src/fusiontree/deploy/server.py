@@ -268,6 +268,9 @@ def _listen(settings: ServerSettings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+    except socket.gaierror as error:
+        listener.close()
+        raise InputError(f"there is no host {settings.host} to listen on ({first_line(error)})") from error
     except (OSError, OverflowError) as error:
         listener.close()
         raise InputError(
