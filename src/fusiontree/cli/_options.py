@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def was_given(call: typer.Context, name: str) -> bool:
+    """Whether the parameter stands on the command line, rather than having its default."""
+    return getattr(call.get_parameter_source(name), "name", None) == "COMMANDLINE"
+
+
 def dtype_named(name: str | None) -> torch.dtype | None:
     """The torch type of `--dtype`; None stays None.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fusiontree.cli._options import was_given
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ def _refuse_what_ops_ignores(call: typer.Context, overrides: list[str]) -> None:
     given = [
         option.opts[0]
         for option in call.command.params
-        if option.name not in ("what", "dtype", "device", "batch", "context")
-        and getattr(call.get_parameter_source(option.name or ""), "name", None) == "COMMANDLINE"
+        if option.name not in ("what", "dtype", "device", "batch", "context") and was_given(call, option.name or "")
     ]
     if given or overrides:
         surplus = ", ".join([*given, *overrides])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
 
+from fusiontree.cli._options import was_given
 from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _refuse_what_no_task_reads(call: typer.Context, wanted: list[str]) -> None:
     unread = [] if "passkey" in wanted else [(name, "passkey") for name in ("lengths", "depths", "passkeys")]
     unread += [] if is_harness else [(name, f"{HARNESS}NAME") for name in ("task_folder", "limit", "shots")]
     for name, task in unread:
-        if getattr(call.get_parameter_source(name), "name", None) == "COMMANDLINE":
+        if was_given(call, name):
             raise InputError(
                 f"--{name.replace('_', '-')} is for --tasks {task}: name that task, or leave the option out"
             )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fusiontree.cli._options import was_given
 from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def generate(
     """
     if out is not None and jsonl is None:
         raise InputError("--out is for --jsonl; a single text goes to standard output")
-    if jsonl is None and getattr(call.get_parameter_source("rows"), "name", None) == "COMMANDLINE":
+    if jsonl is None and was_given(call, "rows"):
         raise InputError("--rows is for --jsonl: a single text is one row")
     if jsonl is not None and (prompt is not None or file is not None):
         raise InputError("--jsonl holds the prompts; leave out --prompt and --file")
@@ -65,8 +66,6 @@ def generate(
         lines, text = [], _read_prompt(prompt, file)
     else:
         lines, text = list(_read_lines(jsonl)), ""
-        if not lines:
-            raise InputError(f"{'standard input' if str(jsonl) == '-' else jsonl} holds no prompt")
     from fusiontree.cli._options import load_for_use, temperature_of
     from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
@@ -183,12 +182,13 @@ def _own_options(options: SamplingOptions, record: dict[str, Any], number: int, 
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The records of a JSONL file with their line numbers; empty lines are none."""
+    """The records of a JSONL file with their line numbers; empty lines are none, and there has to be one."""
     name = "standard input" if str(path) == "-" else str(path)
     content = _read_bytes(None if str(path) == "-" else path, "JSONL file")
-    for number, line in enumerate(_decoded(content, name).splitlines(), start=1):
-        if not line.strip():
-            continue
+    lines = [(number, line) for number, line in enumerate(_decoded(content, name).splitlines(), 1) if line.strip()]
+    if not lines:
+        raise InputError(f"{name} holds no prompt")
+    for number, line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:

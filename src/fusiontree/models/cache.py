@@ -118,12 +118,6 @@ def ring_index(lengths: torch.Tensor, window: int, slots: int | None = None) -> 
     return torch.where(place >= 0, place, -1)
 
 
-def capacity_of(layers: Sequence[HybridLayerState]) -> int:
-    """Tokens per row that the allocated buffers hold without growing; those of all layers grow together."""
-    held = [layer.global_keys.shape[2] - 1 for layer in layers if layer.global_keys is not None]
-    return held[0] if held else _UNBOUNDED
-
-
 class HybridCache(Cache):
     """State of a batch of sequences, updated in place by `HybridLanguageModel.forward` and returned by it.
 
@@ -216,7 +210,8 @@ class HybridCache(Cache):
     @property
     def capacity(self) -> int:
         """Tokens per row that the allocated buffers hold without growing."""
-        return capacity_of(self.layers)
+        held = [layer.global_keys.shape[2] - 1 for layer in self.layers if layer.global_keys is not None]
+        return held[0] if held else _UNBOUNDED
 
     def tensors(self) -> list[torch.Tensor]:
         """The state's tensors themselves, layer by layer."""
