@@ -324,7 +324,7 @@ class Study:
     def stage_frontier(self) -> None:
         """By the chosen rule, which leaves every layer a branch, and by the same one without that condition."""
         for rule in (self.rule, self.rule._replace(empty_layers=True)):
-            for decode in FRONTIER:
+            for decode in self.options.frontier:
                 run = {"stage": "frontier", **rule._asdict(), "decode": decode}
                 name = f"frontier-{rule.name}-{decode:g}"
                 self.record(run, lambda rule=rule, decode=decode, name=name: self._reach(rule, decode, name))
@@ -391,15 +391,20 @@ class Study:
         run = {"stage": "heal", "model": "healed", **rule._asdict()}
         self.record(run, lambda: self.quality(self._healed(rule.name)))
 
-    def stage_smaller(self) -> None:
-        """Plain models of fewer layers, trained for the tokens of parent and healing together."""
-        size, steps = SIZES[self.options.size], self.options.steps + self.healing_steps
+    def _rivals(self) -> dict[str, dict[str, Any]]:
+        """Sizes of plain models: of as many parameters as the cut, of as many bytes, and those asked for."""
+        size = SIZES[self.options.size]
         export = self.exported(self.rule, self.plan(self.rule, BUDGET), self.rule.name)
-        rivals = {
+        return {
             "smaller": nearest_in_layers(size, count_parameters(self.load(export))),
             "within-budget": most_layers_within(size, BUDGET["memory"], self.options.context),
+            **{f"{layers}-layers": size | {"num_layers": layers} for layers in self.options.plain_layers},
         }
-        for name, rival in rivals.items():
+
+    def stage_smaller(self) -> None:
+        """Plain models of fewer layers, trained for the tokens of parent and healing together."""
+        steps = self.options.steps + self.healing_steps
+        for name, rival in self._rivals().items():
             plain = self.trained(name, lambda name=name, rival=rival: self.run_settings(name, steps, rival))
             self.record({"stage": "heal", "model": f"plain {name}"}, lambda plain=plain: self.quality(plain))
 
@@ -458,7 +463,7 @@ class Study:
         """Everything that was made, in one run."""
         folders = {"parent": self.parent_checkpoint()}
         folders |= {folder.name: folder for folder in sorted((self.work / "exports").glob("*"))}
-        plain = (name for name in ("smaller", "within-budget") if (self.work / name / "done").exists())
+        plain = [name for name in self._rivals() if (self.work / name / "done").exists()]
         folders |= {f"plain {name}": find_model(self.work / name) for name in plain}
         models = {name: self.load(folder) for name, folder in folders.items()}
         found = measure_costs(models, context=self.options.context, rounds=self.options.rounds, progress=_say)
@@ -505,7 +510,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--criterion", default="ablation", help="of the frontier and of healing")
     parser.add_argument("--coarse", action="store_true", help="of whole branches alone there")
+    parser.add_argument("--frontier", type=float, nargs="+", default=FRONTIER, help="its speeds of decoding")
     parser.add_argument("--heal-frontier", action="store_true", help="heal every cut of the frontier too")
+    parser.add_argument("--plain-layers", type=int, nargs="+", default=(), help="more plain models, of so many layers")
     parser.add_argument("--context", type=int, default=4096, help="tokens at which speed and memory count")
     parser.add_argument("--rounds", type=int, default=5, help="of timing in the end")
     parser.add_argument("--calibration-tokens", type=int, default=16384)

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fusiontree.artifacts import GateStatistics, PasskeyReport
+from fusiontree.artifacts import GateStatistics, MQARReport, PasskeyReport
 from fusiontree.runs import read_gates, read_metrics
 
 LEARNING_CURVE = "learning_curve.png"
@@ -72,19 +72,31 @@ def plot_gates(records: Sequence[GateStatistics], directory: Path) -> list[Path]
 
 
 def plot_passkeys(report: PasskeyReport, path: Path) -> Path:
-    """The share of passkeys found, depth by length, from 0 to 1 whatever was found."""
-    right_DS = np.array(report.right)
-    depths, lengths = right_DS.shape
-    figure = Figure(figsize=(1.1 * lengths + 3, 0.5 * depths + 2), layout="constrained")
+    """The share of passkeys found, depth by length."""
+    depths, title = [f"{depth:g}" for depth in report.depths], f"passkeys found, {report.rows} a cell"
+    return _plot_found(report.right, report.lengths, depths, "depth (0 = its start)", title, path)
+
+
+def plot_mqar(report: MQARReport, path: Path) -> Path:
+    """The share of answers found in associative recall, pairs by length."""
+    pairs, title = [str(number) for number in report.pairs], f"answers found (MQAR), {report.rows} rows a cell"
+    return _plot_found(report.right, report.lengths, pairs, "pairs in a row", title, path)
+
+
+def _plot_found(
+    right: Sequence[Sequence[float]], lengths: Sequence[int], names: Sequence[str], label: str, title: str, path: Path
+) -> Path:
+    """Shares by name and length, from 0 to 1 whatever was found."""
+    right_DS = np.array(right)
+    figure = Figure(figsize=(1.1 * len(lengths) + 3, 0.5 * len(names) + 2), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(right_DS, aspect="auto", cmap="Blues", vmin=0, vmax=1)
-    for (depth, length), share in np.ndenumerate(right_DS):
+    for (row, column), share in np.ndenumerate(right_DS):
         colour = "white" if share > 0.5 else "black"
-        axes.text(length, depth, f"{share:.0%}", ha="center", va="center", color=colour)
-    axes.set_xticks(range(lengths), [f"{length:,}" for length in report.lengths])
-    axes.set_yticks(range(depths), [f"{depth:g}" for depth in report.depths])
-    title = f"passkeys found, {report.rows} a cell"
-    axes.set(xlabel="tokens of the text", ylabel="depth (0 = its start)", title=title)
+        axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="tokens of the text", ylabel=label, title=title)
     figure.colorbar(image, ax=axes)
     return _save(figure, path)
 

@@ -342,14 +342,17 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
         (tmp_path / "data" / f"{name}.jsonl").write_text(rows, encoding="utf-8")
     folders = ("--data", tmp_path / "data", "--results", tmp_path, "--work", tmp_path / "work")
     sizes = ("--steps", "8", "--batch-size", "2", "--length", "64", "--context", "64", "--rounds", "1")
-    amounts = ("--calibration-tokens", "1500", "--report-tokens", "1000")
+    amounts = ("--calibration-tokens", "1500", "--report-tokens", "1000", "--plain-layers", "1")
+    amounts += ("--frontier", "1.2", "1.5", "--heal-frontier")
     done = run_script("pruning.py", *folders, *TINY, *sizes, *amounts)
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line)["run"] for line in (tmp_path / "pruning_tiny.jsonl").read_text().splitlines()]
     assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "commit", "recall", "costs"}
     healed = [run["model"] for run in runs if run["stage"] == "heal"]
-    rivals = ["plain smaller", "plain within-budget"]
+    rivals = ["plain smaller", "plain within-budget", "plain 1-layers"]
     assert healed == ["healed", "parent continued", "healed", "healed", "healed", *rivals]
+    frontier = [run for run in runs if run["stage"] == "frontier"]
+    assert {run["decode"] for run in frontier} == {1.2, 1.5} and any(run.get("healed") for run in frontier)
     shown = (tmp_path / "pruning_tiny.md").read_text()
     for title in (
         "What the branches are worth",

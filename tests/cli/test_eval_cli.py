@@ -15,6 +15,7 @@ from fusiontree import load
 from fusiontree.artifacts import EvalReport
 from fusiontree.cli import main
 from fusiontree.eval.eval_llm import evaluate_perplexity
+from fusiontree.eval.mqar import evaluate_mqar
 from fusiontree.eval.text_tasks import evaluate_tasks
 from fusiontree.eval.texts import Texts
 from tiny_models import save_tiny_model
@@ -143,6 +144,34 @@ def test_it_goes_on_where_it_was_interrupted(
     assert main(["eval", str(folder), "--device", "cpu", "--tasks", "passkey", "--lengths", "64"]) == 0
     alone = EvalReport.load(path)
     assert alone.parts.keys() == {"passkeys"} and alone.code is alone.loss is None
+    assert (folder / "passkeys.png").exists() and not (folder / "perplexity_by_position.png").exists()
+
+
+def test_associative_recall_needs_no_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "--device",
+        "cpu",
+        "--tasks",
+        "mqar",
+        "--lengths",
+        "32,64",
+        "--pairs",
+        "2,4",
+        "--rows",
+        "3",
+        "--ids",
+        "20",
+    ]
+    assert main(["eval", str(folder), *options]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    report = EvalReport.load(folder / "eval_report.json")
+    expected = evaluate_mqar(load(folder, device="cpu"), name="tiny", lengths=[32, 64], pairs=[2, 4], rows=3, ids=20)
+    assert report.mqar == expected and report.loss is None
+    assert "Associative recall (MQAR), 3 rows a cell: answers found, by pairs and tokens of a row" in shown
+    assert f"4 │ {100 * expected.right[1][0]:.0f} % │ {100 * expected.right[1][1]:.0f} %" in shown
+    assert (folder / "mqar.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["eval", str(folder), *options]) == 0
+    assert "mqar: kept from" in capsys.readouterr().err
 
 
 def test_tasks_of_the_harness(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,13 +242,21 @@ def test_what_is_kept_outlives_a_part_that_fails(
         (["MODEL", "--data", "EMPTY"], "--data: "),
         (["MODEL", "--data", "DATA", "--out", "EMPTY"], "--out "),
         (["MODEL", "--data", "DATA", "--out", "EMPTY/sub"], "--out: the directory "),
-        (["MODEL"], "there is nothing to evaluate: give --data FILES, or --tasks passkey, code or lm_eval:NAME"),
+        (["MODEL"], "there is nothing to evaluate: give --data FILES, or --tasks passkey, mqar, code or lm_eval:NAME"),
         (["MODEL", "--tasks", "needle"], "--tasks needle is written into texts: give --data FILES"),
         (["MODEL", "--tasks", "code"], "--tasks code completes Python functions: give --code FILES"),
         (["MODEL", "--data", "DATA", "--code", "DATA"], "--code is for --tasks code"),
-        (["MODEL", "--data", "DATA", "--lengths", "64"], "--lengths is for --tasks passkey: name that task"),
+        (["MODEL", "--data", "DATA", "--lengths", "64"], "--lengths is for --tasks passkey or mqar: name"),
         (["MODEL", "--data", "DATA", "--depths", "0"], "--depths is for --tasks passkey: "),
         (["MODEL", "--tasks", "lm_eval:birds", "--passkeys", "8"], "--passkeys is for --tasks passkey: "),
+        (["MODEL", "--tasks", "passkey", "--pairs", "4"], "--pairs is for --tasks mqar: name that task"),
+        (
+            ["MODEL", "--tasks", "mqar", "--lengths", "16", "--pairs", "8"],
+            "a row of 16 tokens has room for 1 to 4 pairs",
+        ),
+        (["MODEL", "--tasks", "mqar", "--ids", "9"], "9 token ids leave 4 keys for 16 pairs: use more ids"),
+        (["BARE", "--tasks", "mqar", "--ids", "9999"], "MODEL has a vocabulary of "),
+        (["MODEL", "--tasks", "mqar", "--pairs", "0"], "--pairs must be 1 or more each, got '0'"),
         (["MODEL", "--data", "DATA", "--task-folder", "."], "--task-folder is for --tasks lm_eval:NAME: "),
         (["MODEL", "--tasks", "passkey", "--limit", "1"], "--limit is for --tasks lm_eval:NAME: "),
         (["MODEL", "--data", "DATA", "--shots", "0"], "--shots is for --tasks lm_eval:NAME: "),
@@ -227,8 +264,10 @@ def test_what_is_kept_outlives_a_part_that_fails(
             ["MODEL", "--tasks", "passkey", "--lengths", "5,x"],
             "--lengths must be numbers with commas between, got '5,x'",
         ),
-        (["MODEL", "--tasks", "passkey", "--lengths", "16"], "`length` 16 is too short for a marker of"),
-        (["MODEL", "--tasks", "passkey", "--lengths", "16", "--out", "NEW"], "`length` 16 is too short"),
+        (["MODEL", "--tasks", "passkey", "--depths", "0,2"], "--depths must lie between 0 and 1 each, got '0,2'"),
+        (["MODEL", "--tasks", "passkey", "--lengths", "0"], "--lengths must be 1 or more each, got '0'"),
+        (["MODEL", "--tasks", "passkey", "--lengths", "16"], "a row of 16 tokens is too short for a marker of"),
+        (["MODEL", "--tasks", "passkey", "--lengths", "16", "--out", "NEW"], "a row of 16 tokens is too short"),
         (["MODEL", "--tasks", "lm_eval:brids", "--task-folder", "DATA"], "--task-folder "),
         (["MODEL", "--data", "DATA", "--mixed-precision", "fp8"], "--mixed-precision must be bf16 or no, got 'fp8'"),
         (["BARE", "--data", "DATA"], "MODEL holds no tokenizer"),
@@ -237,12 +276,12 @@ def test_what_is_kept_outlives_a_part_that_fails(
             "--tasks: there is no task 'needel'; did you mean 'needle'?",
         ),
         (
-            ["MODEL", "--data", "DATA", "--tasks", "mqar"],
-            "--tasks: there is no task 'mqar'; there are needle, structured, ",
+            ["MODEL", "--data", "DATA", "--tasks", "zebra"],
+            "--tasks: there is no task 'zebra'; there are needle, structured, ",
         ),
         (
             ["MODEL", "--data", "DATA", "--tasks", ","],
-            "--tasks names no task; there are needle, structured, passkey, code and lm_eval:NAME",
+            "--tasks names no task; there are needle, structured, passkey, mqar, code and lm_eval:NAME",
         ),
         (
             ["MODEL", "--data", "SHORT", "--tasks", "needle"],

@@ -20,6 +20,7 @@ from fusiontree.artifacts import (
     EvalReport,
     HarnessResult,
     ModelFigures,
+    MQARReport,
     PasskeyReport,
     PositionLoss,
     RunManifest,
@@ -95,6 +96,9 @@ def runs(run_settings, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         passkeys=PasskeyReport(
             lengths=[256, 1024], depths=[0, 1], rows=8, digits=5, seed=0, filler=[], right=[[0.5, 0.25], [1, 0.75]]
         ),
+        mqar=MQARReport(
+            lengths=[64, 128], pairs=[4, 16], rows=8, ids=512, seed=0, right=[[1, 0.5], [0.5, 0]], loss=[[1, 2], [3, 4]]
+        ),
         code=CodeReport(
             data=["a.py"],
             files=1,
@@ -150,6 +154,7 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path, capsys: pytest.Capt
     assert page.rows["loss, nats per token"] == ["2.5000", "–"] and page.rows["bits per byte"] == ["1.2345", "–"]
     assert page.rows["Python: next lines right"] == ["25.0%", "–"]
     assert page.rows["passkeys found"] == ["75% in 256, 50% in 1,024", "–"]
+    assert page.rows["answers found in associative recall (MQAR)"] == ["75% in 64, 25% in 128", "–"]
     assert page.rows["birds: acc"] == ["0.7500 ± 0.0625", "–"]
     assert page.rows["weights, MB"] == ["–", "2.50"] and page.rows["decoding, tokens/s"] == ["–", "98.8"]
     assert page.rows["machine"] == ["–", "abacus, 2 threads"] and "training, tokens/s" not in page.rows

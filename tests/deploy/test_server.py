@@ -216,7 +216,7 @@ def test_models_health_and_metrics(client: openai.OpenAI, server: ServerProcess)
         ({"temperature": "hot"}, openai.BadRequestError, "`temperature`: input should be a valid number"),
         ({"max_tokens": 10**20}, openai.BadRequestError, f"{10**20} new tokens are asked for, 4096 are allowed here"),
         ({"stop": ["x"] * 17}, openai.BadRequestError, "`stop`: list should have at most 16 items"),
-        ({"n": 17}, openai.BadRequestError, "1 prompts with 17 choices each are asked for, 16 texts are allowed"),
+        ({"n": 17}, openai.BadRequestError, "17 texts (prompts times `n`) are asked for, 16 are allowed"),
         ({"stop": ""}, openai.BadRequestError, "a stop string is empty"),
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias: keys are token ids, got 'x'"),
         ({"logit_bias": {"999": 1}}, openai.BadRequestError, "there is no token 999, the last one is 299"),
@@ -423,6 +423,7 @@ def test_a_server_that_is_stopped_finishes_what_it_began(tiny_folder: Path) -> N
     assert [choices[number].finish_reason for number in (1, 2, 3, 4, 40)] == ["length"] * 5
     assert choices[2].text.startswith(choices[1].text) and choices[40].text.startswith(choices[4].text)
     assert server.stop() == 0
+    assert server.wait_for("stopping")["drain_seconds"] == 30
     with pytest.raises(openai.APIConnectionError):
         client.completions.create(model="bare", prompt="a", max_tokens=1)
 

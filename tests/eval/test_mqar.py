@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from fusiontree import HybridLanguageModel
 from fusiontree.data.batch import IGNORED_LABEL, Batch
 from fusiontree.errors import InputError
-from fusiontree.eval.mqar import MQARTask, mqar_accuracy
+from fusiontree.eval.mqar import MQARTask, evaluate_mqar, mqar_accuracy
+from fusiontree.plots import plot_mqar
 
 TASK = MQARTask(length=64, pairs=8, vocab_size=65)
 
@@ -54,12 +58,50 @@ def test_accuracy_counts_the_answers_alone() -> None:
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ({"length": 31}, "`pairs` must be at least 1 and at most a quarter of `length` 31"),
-        ({"pairs": 0}, "`pairs` must be at least 1"),
-        ({"vocab_size": 16}, "`vocab_size` 16 leaves 7 keys for 8 pairs"),
+        (
+            {"length": 31},
+            "a row of 31 tokens has room for 1 to 7 pairs (a pair and its question take four",
+        ),
+        ({"pairs": 0}, "take four tokens), got 0"),
+        ({"vocab_size": 16}, "16 token ids leave 7 keys for 8 pairs"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(sizes: dict[str, int], says: str) -> None:
     with pytest.raises(InputError) as caught:
         MQARTask(**{"length": 64, "pairs": 8, "vocab_size": 65, **sizes})
     assert says in str(caught.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("piece", [40, 150, 4096])
+def test_the_grid_is_that_of_rows_read_alone(eval_model: HybridLanguageModel, piece: int, tmp_path: Path) -> None:
+    """Few ids, so that a model that knows nothing finds some answers by chance."""
+    seen: list[tuple[int, int]] = []
+    report = evaluate_mqar(
+        eval_model,
+        name="tiny",
+        lengths=[32, 64],
+        pairs=[1, 2],
+        rows=6,
+        ids=5,
+        seed=3,
+        piece=piece,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert (report.lengths, report.pairs, report.rows, report.ids) == ([32, 64], [1, 2], 6, 5)
+    assert seen[-1] == (24, 24)
+    for pairs, rights, losses in zip(report.pairs, report.right, report.loss, strict=True):
+        for length, right, loss in zip(report.lengths, rights, losses, strict=True):
+            batch = rows(6, seed=3, task=MQARTask(length=length, pairs=pairs, vocab_size=5))
+            asked = (batch.labels != IGNORED_LABEL).nonzero().tolist()
+            said = [eval_model(row[None]).logits[0] for row in batch.input_ids]
+            logits = torch.stack([said[row][place - 1] for row, place in asked])
+            answers = torch.tensor([int(batch.labels[row, place]) for row, place in asked])
+            assert right == pytest.approx((logits.argmax(-1) == answers).float().mean().item())
+            assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, answers).item(), abs=1e-5)
+    assert plot_mqar(report, tmp_path / "mqar.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_needs_the_ids(eval_model: HybridLanguageModel) -> None:
+    with pytest.raises(InputError, match="tiny has a vocabulary of "):
+        evaluate_mqar(eval_model, name="tiny", lengths=[32], pairs=[1], rows=1, ids=10**6)

@@ -69,7 +69,7 @@ def test_accuracy_is_of_whole_passkeys_by_depth_and_length() -> None:
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        ({"length": 9}, "`length` 9 is too short for a marker of 2 and a passkey of 3 tokens"),
+        ({"length": 9}, "a row of 9 tokens is too short for a marker of 2 and a passkey of 3 tokens"),
         ({"depth": 1.5}, "`depth` must lie between 0 (the row's start) and 1 (its end), got 1.5"),
         ({"digits": 0}, "got `digits` 0"),
         ({"marker": ()}, "`marker` []"),

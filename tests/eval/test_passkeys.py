@@ -91,7 +91,7 @@ def test_what_cannot_hold_passkeys(eval_model: HybridLanguageModel, tmp_path: Pa
             eval_model, **({"name": "tiny", "lengths": [96], "depths": [0.5], "rows": 1} | changes)
         )
 
-    with pytest.raises(InputError, match="`length` 20 is too short for a marker of"):
+    with pytest.raises(InputError, match="a row of 20 tokens is too short for a marker of"):
         evaluated(lengths=[20])
     with pytest.raises(InputError, match="`depth` must lie between 0"):
         evaluated(depths=[1.5])

@@ -80,6 +80,24 @@ class PasskeyReport(Record):
     """For each depth the share of those found at each length."""
 
 
+class MQARReport(Record):
+    """What a model finds in multi-query associative recall, over a grid of pairs and lengths."""
+
+    lengths: list[int]
+    """Tokens of a row."""
+    pairs: list[int]
+    """Key-value pairs of a row; the value of each key is asked for once."""
+    rows: int
+    """Rows in each cell."""
+    ids: int
+    """Different token ids in use."""
+    seed: int
+    right: list[list[float]]
+    """For each number of pairs the share of answers found at each length."""
+    loss: list[list[float]]
+    """Likewise their mean loss, in nats per answer."""
+
+
 class CodeReport(Record):
     """How well a model completes the functions of Python files."""
 
@@ -121,7 +139,7 @@ class EvalReport(Artifact):
     """How good a model is: how well it predicts a text, and whatever else was asked for."""
 
     KIND = "eval_report"
-    VERSION = 3  # 1 knows no `tasks`; 2 has a text in any case, no `passkeys`, `code` and `harness`
+    VERSION = 4  # 1 knows no `tasks`; 2 has a text in any case, no `passkeys`, `code` and `harness`; 3 no `mqar`
 
     model: str
     """Path or name of the model."""
@@ -137,6 +155,7 @@ class EvalReport(Artifact):
     tasks: TaskReport | None = None
     """What is found again in the same documents, where that was asked for; all else is about the texts as they are."""
     passkeys: PasskeyReport | None = None
+    mqar: MQARReport | None = None
     code: CodeReport | None = None
     harness: dict[str, list[HarnessResult]] = {}
     """Of lm-evaluation-harness: the name of a task, group or tag that was asked for -> what belongs to it."""

@@ -7,7 +7,15 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from fusiontree.artifacts import AnswerStatistics, CodeReport, EvalReport, HarnessResult, PasskeyReport, TaskReport
+from fusiontree.artifacts import (
+    AnswerStatistics,
+    CodeReport,
+    EvalReport,
+    HarnessResult,
+    MQARReport,
+    PasskeyReport,
+    TaskReport,
+)
 
 
 def print_report(report: EvalReport, *, by_position: bool) -> None:
@@ -25,6 +33,8 @@ def print_report(report: EvalReport, *, by_position: bool) -> None:
         console.print(_tasks_table(report.tasks))
     if report.passkeys is not None:
         console.print(_passkeys_table(report.passkeys))
+    if report.mqar is not None:
+        console.print(_mqar_table(report.mqar))
     if report.code is not None:
         console.print(_code_table(report.code))
     if report.harness:
@@ -60,11 +70,20 @@ def _positions_table(report: EvalReport) -> Table:
 
 def _passkeys_table(passkeys: PasskeyReport) -> Table:
     title = f"Passkeys found, {passkeys.rows} a cell, by depth and tokens of the text"
-    table = Table("depth", *(f"{length:,}" for length in passkeys.lengths), title=title)
+    return _found_table(title, "depth", passkeys.lengths, [f"{depth:g}" for depth in passkeys.depths], passkeys.right)
+
+
+def _mqar_table(mqar: MQARReport) -> Table:
+    title = f"Associative recall (MQAR), {mqar.rows} rows a cell: answers found, by pairs and tokens of a row"
+    return _found_table(title, "pairs", mqar.lengths, [f"{number:,}" for number in mqar.pairs], mqar.right)
+
+
+def _found_table(title: str, corner: str, lengths: list[int], names: list[str], right: list[list[float]]) -> Table:
+    table = Table(corner, *(f"{length:,}" for length in lengths), title=title)
     for column in table.columns:
         column.justify = "right"
-    for depth, shares in zip(passkeys.depths, passkeys.right, strict=True):
-        table.add_row(f"{depth:g}", *(f"{100 * share:.0f} %" for share in shares))
+    for name, shares in zip(names, right, strict=True):
+        table.add_row(name, *(f"{100 * share:.0f} %" for share in shares))
     return table
 
 
@@ -101,7 +120,7 @@ def _harness_table(harness: dict[str, list[HarnessResult]]) -> Table:
 
 
 def _tasks_table(tasks: TaskReport) -> Table:
-    title = f"Tasks in {tasks.documents:,} documents (seed {tasks.seed})"
+    title = f"Tasks in {tasks.documents:,} document{'s' if tasks.documents != 1 else ''} (seed {tasks.seed})"
     if tasks.too_short:
         title += f", {tasks.too_short:,} too short for any"
     table = Table("task", "tokens between", "answers", "right", "loss", title=title)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,9 +24,16 @@ if TYPE_CHECKING:
 REPORT = "eval_report.json"
 PICTURE = "perplexity_by_position.png"
 HARNESS = "lm_eval:"
-HEAT_MAP = "passkeys.png"
-_TASKS = ("needle", "structured", "passkey", "code", f"{HARNESS}NAME")
+PASSKEYS_MAP, MQAR_MAP = "passkeys.png", "mqar.png"
+_TASKS = ("needle", "structured", "passkey", "mqar", "code", f"{HARNESS}NAME")
 _TEXT_TASKS = ("needle", "structured")
+_READ_BY = {
+    ("passkey", "mqar"): ("lengths",),
+    ("passkey",): ("depths", "passkeys"),
+    ("mqar",): ("pairs", "rows", "ids"),
+    (f"{HARNESS}NAME",): ("task_folder", "limit", "shots"),
+}
+"""Tasks, and the options that none but they read."""
 
 _Number = TypeVar("_Number", int, float)
 _Progress = Callable[..., None]
@@ -42,14 +50,16 @@ def evaluate(
         "",
         "--tasks",
         help="With commas between: needle, structured (written into the texts, the answers scored), passkey (found, by "
-        "depth and length), code (Python functions completed), lm_eval:NAME (of lm-evaluation-harness).",
+        "depth and length), mqar (associative recall), code (Python functions completed), lm_eval:NAME (of "
+        "lm-evaluation-harness).",
     ),
-    seed: int = typer.Option(0, "--seed", help="Of what needle and structured write, and of passkeys."),
-    lengths: str = typer.Option("256,512,1024,2048", "--lengths", help="Of passkey's texts, in tokens."),
-    depths: str = typer.Option(
-        "0,0.25,0.5,0.75,1", "--depths", help="Of its passkeys: 0 at a text's start, 1 its end."
-    ),
+    seed: int = typer.Option(0, "--seed", help="Of what needle and structured write, of passkeys and of mqar."),
+    lengths: str = typer.Option("256,512,1024,2048", "--lengths", help="Tokens of passkey's texts, mqar's rows."),
+    depths: str = typer.Option("0,0.25,0.5,0.75,1", "--depths", help="Of passkeys: 0 at a text's start, 1 its end."),
     passkeys: int = typer.Option(8, "--passkeys", min=1, help="For each length and depth."),
+    pairs: str = typer.Option("4,16,64", "--pairs", help="Of mqar: keys with a value in a row, each asked for."),
+    rows: int = typer.Option(16, "--rows", min=1, help="Of mqar, for each length and number of pairs."),
+    ids: int = typer.Option(None, "--ids", min=1, help="Of mqar: token ids in use; default: 512 or all."),
     code: list[str] = typer.Option(None, "--code", help="Files or globs for code; default: the .py files of --data."),
     task_folder: Path = typer.Option(
         None, "--task-folder", help="Task files for lm_eval: YAML, and code that they run."
@@ -67,12 +77,13 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on held-out text: each token once, predicted from all of its document before it.
 
-    Writes eval_report.json and perplexity_by_position.png or passkeys.png. Bits per byte compare models with different
-    tokenizers.
+    Writes eval_report.json and pictures: perplexity_by_position.png, passkeys.png, mqar.png. Bits per byte compare
+    models with different tokenizers.
 
     needle and structured read the texts once more, with facts, lists and sequences in them that are asked for at the
-    end; passkey hides numbers in the texts of --data, or in a few sentences over and over. The report is written after
-    each part: the same command again goes on where it was interrupted.
+    end; passkey hides numbers in the texts of --data, or in a few sentences over and over; mqar lists keys with their
+    values as bare token ids, and asks for each. The report is written after each part: the same command again goes on
+    where it was interrupted.
     """
     if mixed_precision not in ("bf16", "no"):
         raise InputError(f"--mixed-precision must be bf16 or no, got {mixed_precision!r}")
@@ -83,8 +94,11 @@ def evaluate(
     if text_tasks and not files:
         raise InputError(f"--tasks {text_tasks[0]} is written into texts: give --data FILES")
     if not files and not wanted:
-        raise InputError("there is nothing to evaluate: give --data FILES, or --tasks passkey, code or lm_eval:NAME")
-    grid = (_numbers(lengths, "--lengths", int, 1), _numbers(depths, "--depths", float, 0))
+        raise InputError(
+            "there is nothing to evaluate: give --data FILES, or --tasks passkey, mqar, code or lm_eval:NAME"
+        )
+    grid = (_numbers(lengths, "--lengths", int, 1), _numbers(depths, "--depths", float, 0, 1))
+    numbers = _numbers(pairs, "--pairs", int, 1)
     sources = list(code or []) or [path for path in files if path.endswith(".py")]
     if "code" in wanted and not sources:
         raise InputError("--tasks code completes Python functions: give --code FILES")
@@ -107,7 +121,7 @@ def evaluate(
     from fusiontree.eval.figures import plot_perplexity_by_position
     from fusiontree.eval.parts import run_parts
     from fusiontree.eval.texts import Texts
-    from fusiontree.plots import plot_passkeys
+    from fusiontree.plots import plot_mqar, plot_passkeys
 
     texts = Texts(files, text_key=text_key, where="--data") if files else None
     programs = Texts(sources, text_key=text_key, where="--code") if "code" in wanted else None
@@ -135,6 +149,8 @@ def evaluate(
         parts = [job.harness(task, task_folder, limit, shots, manager) for task in harness]
         if programs is not None:
             parts.insert(0, job.code(programs, text_key))
+        if "mqar" in wanted:
+            parts.insert(0, job.mqar(grid[0], numbers, rows, ids, seed))
         if "passkey" in wanted:
             parts.insert(0, job.passkeys(texts, text_key, *grid, passkeys, seed))
         if texts is not None:
@@ -153,10 +169,14 @@ def evaluate(
         )
     print_report(report, by_position=by_position)
     print(folder / REPORT)
+    for picture in (PICTURE, PASSKEYS_MAP, MQAR_MAP):  # those there are of an earlier report
+        (folder / picture).unlink(missing_ok=True)
     if report.by_position:
         print(plot_perplexity_by_position(report, folder / PICTURE))
     if report.passkeys is not None:
-        print(plot_passkeys(report.passkeys, folder / HEAT_MAP))
+        print(plot_passkeys(report.passkeys, folder / PASSKEYS_MAP))
+    if report.mqar is not None:
+        print(plot_mqar(report.mqar, folder / MQAR_MAP))
 
 
 @contextmanager
@@ -180,14 +200,12 @@ def _refuse_what_no_task_reads(call: typer.Context, wanted: list[str]) -> None:
     Raises:
         InputError: an option is given of a task that is not.
     """
-    is_harness = any(task.startswith(HARNESS) for task in wanted)
-    unread = [] if "passkey" in wanted else [(name, "passkey") for name in ("lengths", "depths", "passkeys")]
-    unread += [] if is_harness else [(name, f"{HARNESS}NAME") for name in ("task_folder", "limit", "shots")]
-    for name, task in unread:
-        if was_given(call, name):
-            raise InputError(
-                f"--{name.replace('_', '-')} is for --tasks {task}: name that task, or leave the option out"
-            )
+    asked = [f"{HARNESS}NAME" if task.startswith(HARNESS) else task for task in wanted]
+    for tasks, names in _READ_BY.items():
+        for name in names:
+            if was_given(call, name) and not any(task in asked for task in tasks):
+                option, task = f"--{name.replace('_', '-')}", " or ".join(tasks)
+                raise InputError(f"{option} is for --tasks {task}: name that task, or leave the option out")
 
 
 def _task_manager(tasks: list[str], folder: Path | None) -> Any:
@@ -196,14 +214,15 @@ def _task_manager(tasks: list[str], folder: Path | None) -> Any:
     return task_manager(tasks, folder)
 
 
-def _numbers(text: str, option: str, kind: type[_Number], least: int) -> list[_Number]:
+def _numbers(text: str, option: str, kind: type[_Number], least: int, most: float = math.inf) -> list[_Number]:
     """The numbers between commas, in order, each once."""
     try:
         numbers = [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} must be numbers with commas between, got {text!r}") from error
-    if not all(least <= number for number in numbers):
-        raise InputError(f"{option} must be {least} or more each, got {text!r}")
+    if not all(least <= number <= most for number in numbers):
+        bounds = f"be {least} or more" if most == math.inf else f"lie between {least} and {most}"
+        raise InputError(f"{option} must {bounds} each, got {text!r}")
     return sorted(set(numbers))
 
 
@@ -298,6 +317,18 @@ class _Job:
         files = [] if texts is None else files_identity(texts.paths)
         depends_on = {**self.common, **grid, "files": files, "text_key": text_key}
         return Part("passkeys", {"passkeys": None}, depends_on, measure)
+
+    def mqar(self, lengths: list[int], pairs: list[int], rows: int, ids: int | None, seed: int) -> Part:
+        from fusiontree.eval.mqar import evaluate_mqar
+        from fusiontree.eval.parts import Part
+
+        grid: dict[str, Any] = {"lengths": lengths, "pairs": pairs, "rows": rows, "ids": ids, "seed": seed}
+
+        def measure() -> dict[str, Any]:
+            progress = self._counted("associative recall", "rows")
+            return {"mqar": evaluate_mqar(self.model, progress=progress, **grid, **self._options)}
+
+        return Part("mqar", {"mqar": None}, {**self.common, **grid}, measure)
 
     def code(self, texts: Texts, text_key: str) -> Part:
         from fusiontree.eval.code import evaluate_code

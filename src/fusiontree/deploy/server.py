@@ -222,6 +222,10 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         logger.info("listening", extra={"fields": {"address": self._address, "model": self._service.settings.name}})
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        logger.info("stopping", extra={"fields": {"drain_seconds": self._service.settings.drain_seconds}})
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         engine = self._service.engine
         if not engine.draining:  # what then still runs is answered with 503

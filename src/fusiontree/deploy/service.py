@@ -249,7 +249,7 @@ class Service:
     def _check_choices(self, prompts: int, choices: int) -> None:
         most = self.settings.max_choices
         if prompts * choices > most:
-            problem = f"{prompts} prompts with {choices} choices each are asked for, {most} texts are allowed here"
+            problem = f"{prompts * choices} texts (prompts times `n`) are asked for, {most} are allowed here"
             raise ApiError(400, problem, param="n")
 
     def _room(self, prompt_tokens: int) -> int:

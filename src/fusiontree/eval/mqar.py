@@ -7,13 +7,18 @@ Shapes: B rows, T tokens, n pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
+from fusiontree.artifacts import MQARReport
 from fusiontree.data.batch import IGNORED_LABEL, Batch
 from fusiontree.errors import InputError
+from fusiontree.models import HybridLanguageModel
+from fusiontree.train.evaluation import evaluation_mode, hidden_in_pieces, logits_in_chunks
 
 #: The k-th place behind the list of pairs is drawn for a question with weight k^(POWER - 1), as published.
 POWER = 0.01
@@ -38,11 +43,11 @@ class MQARTask:
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.length < 4 * self.pairs:
             raise InputError(
-                f"`pairs` must be at least 1 and at most a quarter of `length` {self.length} (a pair and its question "
+                f"a row of {self.length} tokens has room for 1 to {self.length // 4} pairs (a pair and its question "
                 f"take four tokens), got {self.pairs}"
             )
         if self.keys < self.pairs:
-            raise InputError(f"`vocab_size` {self.vocab_size} leaves {self.keys} keys for {self.pairs} pairs: raise it")
+            raise InputError(f"{self.vocab_size} token ids leave {self.keys} keys for {self.pairs} pairs: use more ids")
 
     @property
     def keys(self) -> int:
@@ -86,3 +91,77 @@ def mqar_accuracy(
         right += int((said_BT == batch.labels[:, 1:])[counted_BT].sum())
         asked += int(counted_BT.sum())
     return right / asked
+
+
+@torch.no_grad()
+def evaluate_mqar(
+    model: HybridLanguageModel,
+    *,
+    name: str,
+    lengths: Sequence[int],
+    pairs: Sequence[int],
+    rows: int,
+    ids: int | None = None,
+    seed: int = 0,
+    piece: int = 2048,
+    mixed_precision: Literal["bf16", "no"] = "no",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MQARReport:
+    """What a model finds of the task, in each cell of a grid. No tokenizer is needed: the rows are ids.
+
+    Args:
+        model: as `fusiontree.load` returns it.
+        name: of the model, for messages.
+        lengths: tokens T of a row.
+        pairs: numbers n of pairs in a row.
+        rows: rows in each cell.
+        ids: different token ids in use, from 0 on; None: 512, or the whole vocabulary where that is smaller.
+        seed: of the rows.
+        piece: tokens of one forward pass; changes memory and speed, not the result.
+        mixed_precision: "bf16" computes under autocast, as training does.
+        progress: called with the rows done and all of them.
+
+    Raises:
+        InputError: more ids than the model has, too few for the pairs, or more pairs than fit into a row.
+    """
+    vocab_size = model.config.vocab_size
+    ids = min(512, vocab_size) if ids is None else ids
+    if ids > vocab_size:
+        raise InputError(f"{name} has a vocabulary of {vocab_size} ids, {ids} are asked for")
+    grid = [[MQARTask(length=length, pairs=n, vocab_size=ids) for length in lengths] for n in pairs]
+    right: list[list[float]] = [[] for _ in pairs]
+    loss: list[list[float]] = [[] for _ in pairs]
+    done, total = 0, len(lengths) * len(pairs) * rows
+    autocast = torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=mixed_precision == "bf16")
+    with autocast, evaluation_mode(model):
+        for tasks, shares, losses in zip(grid, right, loss, strict=True):
+            for task in tasks:
+                batch = task.batch(rows, torch.Generator().manual_seed(seed))
+                found, nats = 0, 0.0
+                at_once = max(1, piece // task.length)
+                for input_ids, labels in zip(batch.input_ids.split(at_once), batch.labels.split(at_once), strict=True):
+                    more, more_nats = _answers(model, input_ids, labels, piece)
+                    found, nats, done = found + more, nats + more_nats, done + len(input_ids)
+                    progress(done, total)
+                shares.append(found / (rows * task.pairs))
+                losses.append(nats / (rows * task.pairs))
+    return MQARReport(lengths=list(lengths), pairs=list(pairs), rows=rows, ids=ids, seed=seed, right=right, loss=loss)
+
+
+def _answers(
+    model: HybridLanguageModel, input_ids: torch.Tensor, labels: torch.Tensor, piece: int
+) -> tuple[int, float]:
+    """How many answers of rows [B, T] are found, and the sum of their losses; a row longer than `piece` is alone."""
+    before_BT = F.pad(labels[:, 1:] != IGNORED_LABEL, (0, 1))  # the tokens behind which an answer follows
+    if input_ids.shape[1] <= piece:
+        hidden = model.backbone(input_ids=input_ids.to(model.device), use_cache=False).last_hidden_state
+        states = hidden[before_BT.to(model.device)]
+    else:
+        parts = hidden_in_pieces(model, [input_ids[0].numpy()], piece)
+        states = torch.cat([hidden[:, before_BT[0, part].to(model.device)][0] for part, hidden in parts])
+    answers = labels[:, 1:][before_BT[:, :-1]].to(model.device)
+    right, loss = 0, 0.0
+    for chunk, logits in logits_in_chunks(model, states):
+        right += int((logits.argmax(-1) == answers[chunk]).sum())
+        loss += F.cross_entropy(logits, answers[chunk], reduction="sum").item()
+    return right, loss

@@ -46,8 +46,8 @@ class PasskeyTask:
             )
         if self.length < 2 * self.needle:
             raise InputError(
-                f"`length` {self.length} is too short for a marker of {len(self.marker)} and a passkey of {self.digits}"
-                f" tokens, each there twice: make it at least {2 * self.needle}"
+                f"a row of {self.length} tokens is too short for a marker of {len(self.marker)} and a passkey of "
+                f"{self.digits} tokens, each there twice: make it at least {2 * self.needle}"
             )
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise InputError(f"`depth` must lie between 0 (the row's start) and 1 (its end), got {self.depth}")

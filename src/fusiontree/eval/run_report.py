@@ -9,7 +9,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from fusiontree.artifacts import EvalReport, RunManifest
+from fusiontree.artifacts import EvalReport, MQARReport, PasskeyReport, RunManifest
 from fusiontree.atomic import atomic_write
 from fusiontree.eval.columns import Column, differences, read_columns
 from fusiontree.eval.cut_section import bench_section, cut_section
@@ -183,7 +183,8 @@ def _evaluation(columns: Sequence[Column]) -> str:
             of(lambda e: number(e.code.next_line_similarity, ".3f") if e.code else None),
         ),
         ("Python: loss of functions' ends", of(lambda e: number(e.code.loss, ".4f") if e.code else None)),
-        ("passkeys found", of(_passkeys)),
+        ("passkeys found", of(lambda e: _by_length(e.passkeys))),
+        ("answers found in associative recall (MQAR)", of(lambda e: _by_length(e.mqar))),
     ]
     scored = [c.evaluation.harness for c in found if c.evaluation is not None]
     metrics = dict.fromkeys(
@@ -210,8 +211,7 @@ def _task(task: str, evaluation: EvalReport) -> Cell:
     return f"{found[0].right:.1%} of {found[0].answers:,}" if found else None
 
 
-def _passkeys(evaluation: EvalReport) -> Cell:
-    grid = evaluation.passkeys
+def _by_length(grid: PasskeyReport | MQARReport | None) -> Cell:
     if grid is None:
         return None
     by_length = zip(grid.lengths, *grid.right, strict=True)
