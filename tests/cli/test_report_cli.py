@@ -311,7 +311,10 @@ def test_other_mistakes(runs: list[Path], tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_all_of_it(runs: list[Path], tmp_path: Path, width: int) -> None:
-    """Nothing is wider than the window, every chart has a size, and one of the three axes is in view."""
+    """Nothing is wider than the window, every chart has a size, and one of the three axes is in view.
+
+    Leaves a screenshot to look at in artefacts/.
+    """
     assert report(*runs, "-o", tmp_path / "page.html") == 0
     look = """
         const page = document.querySelector("iframe").contentDocument;
@@ -322,14 +325,19 @@ def test_a_browser_shows_all_of_it(runs: list[Path], tmp_path: Path, width: int)
     """
     frame = f'<iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>'
     (tmp_path / "look.html").write_text(f"<body>{frame}<script>onload = () => {{{look}}}</script></body>")
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    done = subprocess.run(
-        ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'look.html'}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    found = json.loads(re.findall(r"\{.*\}", done.stdout)[-1])
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+
+    def browse(page: str, *more: str) -> str:
+        command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", *more, f"file://{tmp_path / page}"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+
+    picture = Path(__file__).parents[2] / "artefacts" / f"report_{width}.png"
+    picture.parent.mkdir(exist_ok=True)
+    picture.unlink(missing_ok=True)
+    (tmp_path / "show.html").write_text(f'<body style="margin:0">{frame.replace("900", "6000")}</body>')
+    browse("show.html", f"--screenshot={picture}", f"--window-size={max(width, 500)},6000")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(re.findall(r"\{.*\}", browse("look.html", "--dump-dom"))[-1])
     assert found["width"] <= width
     assert found["shown"] == [True, False, False]
     visible = [chart for chart in found["charts"] if chart > 0]
