@@ -289,6 +289,28 @@ def _causal_conv1d(B: int, T: int, device: torch.device, dtype: torch.dtype) -> 
     return _Case(lambda backend: ops.causal_conv1d(x, weight, activation="silu", backend=backend), [x, weight], work)
 
 
+def _gated_rms_norm(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    y, z = (_normal(B, T, H, device=device, dtype=dtype) for _ in range(2))
+    weight, y_BTHP = _normal(H, device=device, dtype=torch.float32), y.unflatten(-1, (H // D, D)).detach()
+    work = Work(8 * B * T * H, _bytes(y, z, weight, y))
+    leaves = [y_BTHP.requires_grad_(), z, weight]
+    return _Case(lambda backend: ops.gated_rms_norm(y_BTHP, z, weight, eps=1e-5, backend=backend), leaves, work)
+
+
+def _gated_mix(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    logits, a, b = (_normal(B, T, H, device=device, dtype=dtype) for _ in range(3))
+    work = Work(10 * B * T * H, _bytes(logits, a, b, a))
+    return _Case(lambda backend: ops.gated_mix(logits, a, b, backend=backend)[0], [logits, a, b], work)
+
+
+def _rotary(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    x = _normal(B, T, H // D, D, device=device, dtype=dtype)
+    angle = torch.rand(1, T, D // 2, device=device)
+    cos, sin = angle.cos(), angle.sin()
+    work = Work(3 * B * T * H, _bytes(x, cos, sin, x))
+    return _Case(lambda backend: ops.apply_rotary(x, cos, sin, backend=backend), [x], work)
+
+
 def _local_global_attention(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
     heads = H // D
     q, k, v = (_normal(B, T, heads, D, device=device, dtype=dtype) for _ in range(3))
@@ -333,6 +355,9 @@ _CASES: dict[str, Callable[[int, int, torch.device, torch.dtype], _Case]] = {
     "ssd_scan": _ssd_scan,
     "selective_scan": _selective_scan,
     "causal_conv1d": _causal_conv1d,
+    "gated_rms_norm": _gated_rms_norm,
+    "gated_mix": _gated_mix,
+    "rotary": _rotary,
     "local_global_attention": _local_global_attention,
     "cached_attention": _cached_attention,
     "linear_cross_entropy": _cross_entropy(ops.linear_cross_entropy, trains=True),

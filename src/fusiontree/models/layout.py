@@ -252,18 +252,6 @@ class SinusoidTable:
         self._cos, self._sin = angle.cos().float(), angle.sin().float()
 
 
-def apply_rotary(x_BThD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of each head by the token's angle (Su et al. 2021, RoFormer).
-
-    Args:
-        x_BThD: [B, T, heads, D] queries or keys.
-        cos, sin: [B or 1, T, D/2] float32.
-    """
-    cos, sin = cos[:, :, None].to(x_BThD.dtype), sin[:, :, None].to(x_BThD.dtype)
-    first, second = x_BThD.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 class SRTE(nn.Module):
     """Shared relative time encoding: one low-rank encoding of positions, added to every layer's Mamba input.
 

@@ -10,9 +10,10 @@ import torch.nn as nn
 
 from fusiontree.models.cache import HybridLayerState, ring_index
 from fusiontree.models.configuration import HybridLanguageModelConfig
-from fusiontree.models.layout import Layout, apply_rotary
+from fusiontree.models.layout import Layout
 from fusiontree.ops import (
     CachedLayout,
+    apply_rotary,
     attention_layout,
     cached_attention,
     cached_layout,

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from fusiontree.models.cache import HybridLayerState
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.layout import Layout
-from fusiontree.ops import causal_conv1d, selective_scan, ssd_scan, ssd_step
-from fusiontree.ops.gated_norm import gated_rms_norm
+from fusiontree.ops import causal_conv1d, gated_rms_norm, selective_scan, ssd_scan, ssd_step
 from fusiontree.ops.precision import state_dtype
 
 _FLOAT32_PARAMETERS = ("A_log", "D", "dt_bias")

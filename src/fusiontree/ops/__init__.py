@@ -12,6 +12,9 @@ from fusiontree.ops.attention_layouts import (
 from fusiontree.ops.backends import BackendError, available_backends, resolve
 from fusiontree.ops.causal_conv1d import causal_conv1d
 from fusiontree.ops.cross_entropy import linear_cross_entropy, token_cross_entropy
+from fusiontree.ops.gated_mix import gated_mix
+from fusiontree.ops.gated_norm import gated_rms_norm
+from fusiontree.ops.rotary import apply_rotary
 from fusiontree.ops.selective_scan import selective_scan
 from fusiontree.ops.ssd import ssd_scan, ssd_step
 
@@ -19,11 +22,14 @@ __all__ = [
     "AttentionLayout",
     "BackendError",
     "CachedLayout",
+    "apply_rotary",
     "attention_layout",
     "available_backends",
     "cached_attention",
     "cached_layout",
     "causal_conv1d",
+    "gated_mix",
+    "gated_rms_norm",
     "linear_cross_entropy",
     "local_global_attention",
     "resolve",

@@ -1,6 +1,7 @@
 """Short causal depthwise convolution whose taps stop at document boundaries.
 
-The `torch` backend convolves as if there were no boundaries, then computes the few tokens just behind one again.
+The `torch` backend convolves as if there were no boundaries, then computes the few tokens just behind one again. The
+`cpp` backend (`cpu_kernels.cpp`) reads x once in either direction, and writes nothing else than what is asked for.
 
 Shapes: B batch, T tokens, c channels, K taps, n tokens with a boundary within their taps.
 """
@@ -12,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops import reference, scan_libraries
+from fusiontree.ops import cpu_kernels, reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
 from fusiontree.ops.precision import state_dtype, without_autocast
-from fusiontree.ops.states import first_state
+from fusiontree.ops.states import first_state, last_inputs
 from fusiontree.ops.triton_support import kernel, triton_refuses, triton_unusable
 
 # A product of dy and window this large stays in the processor's cache until it is summed.
@@ -44,7 +45,7 @@ def causal_conv1d(
         initial_state: [B,K-1,c], the inputs before x, oldest first; zeros if None.
         return_final_state: also return the last K-1 inputs.
         activation: None or "silu".
-        backend: "auto", "causal_conv1d", "triton", "torch" or "reference".
+        backend: "auto", "causal_conv1d", "triton", "cpp", "torch" or "reference".
 
     Returns:
         y [B,T,c] in the dtype of x; with `return_final_state` also [B,K-1,c] in float32 (float64 for float64 x): the
@@ -223,6 +224,60 @@ def _depthwise(window: Tensor, weight: Tensor, bias: Tensor | None, *, padding: 
     return y[:, :, 0].transpose(1, 2)
 
 
+def _conv_cpp(x, weight, bias, *, reset, initial_state, return_final_state, activation):
+    with without_autocast(x):
+        if x.shape[1] == 1:
+            y, state = _one_token(x, weight, bias, reset, initial_state, activation)
+            return (y, state) if return_final_state else y
+        y = _FusedConv.apply(x, weight, bias, reset, initial_state, activation)
+        return (y, last_inputs(x, initial_state, reset, weight.shape[1])) if return_final_state else y
+
+
+class _FusedConv(torch.autograd.Function):
+    """(x, weight, bias) -> y. Backward recomputes what comes before the activation."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, reset, initial_state, activation):
+        ctx.save_for_backward(x, weight, bias, reset, initial_state)
+        ctx.is_silu = activation == "silu"
+        y = torch.empty(x.shape, dtype=x.dtype)
+        sizes = (*x.shape, weight.shape[1], ctx.is_silu)
+        cpu_kernels.call("conv_forward", x.dtype, *_conv_inputs(x, weight, bias, reset, initial_state), y, *sizes)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, reset, initial_state = ctx.saved_tensors
+        (channels, taps), dy = weight.shape, cpu_kernels.rows(dy)
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        dweight_KC, dbias = torch.empty(taps, channels), torch.empty(channels)
+        dinitial = None if initial_state is None else torch.empty(initial_state.shape)
+        inputs = _conv_inputs(x, weight, bias, reset, initial_state)
+        gradients = (dy, *dy.stride()[:2], dx, dinitial, dweight_KC, dbias)
+        cpu_kernels.call("conv_backward", x.dtype, *inputs, *gradients, *x.shape, taps, ctx.is_silu)
+        return (
+            dx,
+            dweight_KC.t().to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            None,
+            None if dinitial is None else dinitial.to(initial_state.dtype),
+            None,
+        )
+
+
+def _conv_inputs(x, weight, bias, reset, initial_state):
+    x = cpu_kernels.rows(x)
+    return (
+        x,
+        *x.stride()[:2],
+        None if initial_state is None else initial_state.float().contiguous(),
+        None if reset is None else reset.contiguous(),
+        weight.float().t().contiguous(),
+        None if bias is None else bias.float().contiguous(),
+    )
+
+
 register(
     "causal_conv1d",
     "causal_conv1d",
@@ -236,6 +291,14 @@ register(
     kernel("causal_conv1d_triton", "conv_triton"),
     unusable=triton_unusable,
     refuses=triton_refuses,
+)
+register(
+    "causal_conv1d",
+    "cpp",
+    _conv_cpp,
+    unusable=cpu_kernels.unusable,
+    refuses=cpu_kernels.refuses,
+    auto_declines=cpu_kernels.auto_declines,
 )
 register("causal_conv1d", "torch", _conv_torch)
 register("causal_conv1d", "reference", reference.causal_conv1d)

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
+from fusiontree.ops import cpu_kernels, reference
+from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.precision import state_dtype
 
 
@@ -42,19 +45,65 @@ class _GatedMix(torch.autograd.Function):
         return grad_logits, grad_a, grad_b
 
 
+class _FusedGatedMix(torch.autograd.Function):
+    """The same in one pass over memory in either direction (`cpu_kernels.cpp`)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, a, b = (tensor.contiguous() for tensor in (logits, a, b))
+        ctx.save_for_backward(logits, a, b)
+        mix, (mean, entropy) = torch.empty_like(a), torch.empty(2, *a.shape[:-1])
+        cpu_kernels.call("mix_forward", a.dtype, logits, a, b, mix, mean, entropy, *_sizes(a))
+        return mix, mean, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits, a, b = ctx.saved_tensors
+        found = tuple(torch.empty_like(a) for _ in range(3))
+        grads = tuple(grad.contiguous() for grad in grads)
+        cpu_kernels.call("mix_backward", a.dtype, logits, a, b, *grads, *found, *_sizes(a))
+        return found
+
+
+def _sizes(a: torch.Tensor) -> tuple[int, int]:
+    return a.numel() // a.shape[-1], a.shape[-1]
+
+
 def gated_mix(
-    logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """f = g*a + (1-g)*b with g = sigmoid(logits).
 
     Args:
         logits, a, b: [B, T, H] of one dtype.
+        backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
         f [B, T, H]; the gate's mean over channels [B, T]; its mean binary entropy over channels [B, T], in nats. The
         last two are float32 (float64 for float64 inputs). All three carry gradient.
+
+    Raises:
+        BackendError: a named backend that is missing or cannot run this call.
     """
-    return _GatedMix.apply(logits, a, b)
+    return resolve("gated_mix", backend, logits, a, b)(logits, a, b)
+
+
+def _cpp_refuses(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> str | None:
+    one_dtype = logits.dtype == a.dtype == b.dtype
+    return cpu_kernels.refuses(logits, a, b) or (None if one_dtype else "its arguments differ in dtype")
+
+
+register(
+    "gated_mix",
+    "cpp",
+    _FusedGatedMix.apply,
+    unusable=cpu_kernels.unusable,
+    refuses=_cpp_refuses,
+    auto_declines=cpu_kernels.auto_declines,
+)
+register("gated_mix", "torch", _GatedMix.apply)
+register("gated_mix", "reference", reference.gated_mix)
 
 
 def mix_alone(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

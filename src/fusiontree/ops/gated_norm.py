@@ -1,6 +1,6 @@
 """Mamba-2's gated RMSNorm: the scan's output times silu of its gate, normalised per head.
 
-Written out, because autograd would keep every intermediate of its five operations for the backward pass.
+Written out, because autograd would keep every intermediate of its five operations for the backward pass; on CPU in C++.
 
 Shapes: B batch, T tokens, n = B T, h heads, P head width, d = h P.
 """
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fusiontree.ops import cpu_kernels, reference
+from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.precision import state_dtype
 
 # Elements taken at once on CPU: what is made of them stays in the processor's cache.
@@ -76,7 +78,40 @@ def _blocks(y: torch.Tensor, z: torch.Tensor) -> Iterator[tuple[slice, torch.Ten
         yield block, y_nhP[block].to(dtype), z_nhP[block].to(dtype)
 
 
-def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+class _FusedGatedRMSNorm(torch.autograd.Function):
+    """The same in one pass over memory in either direction (`cpu_kernels.cpp`)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(y, z, weight)
+        ctx.eps = eps
+        out = torch.empty(z.shape, dtype=y.dtype)
+        cpu_kernels.call("norm_forward", y.dtype, *_norm_inputs(y, z, weight), out, *_sizes(y), eps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y, z, weight = ctx.saved_tensors
+        dy, dz = torch.empty(y.shape, dtype=y.dtype), torch.empty(z.shape, dtype=z.dtype)
+        dweight = torch.empty(weight.shape)
+        gradients = (dout.contiguous(), dy, dz, dweight)
+        cpu_kernels.call("norm_backward", y.dtype, *_norm_inputs(y, z, weight), *gradients, *_sizes(y), ctx.eps)
+        return dy, dz, dweight.to(weight.dtype), None
+
+
+def _norm_inputs(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+    z_nd = cpu_kernels.rows(z).flatten(0, 1)  # a copy where the rows of the batch do not follow each other
+    return y.contiguous(), z_nd, z_nd.stride(0), weight.float().contiguous()
+
+
+def _sizes(y: torch.Tensor) -> tuple[int, ...]:
+    return y.shape[0] * y.shape[1], *y.shape[2:]
+
+
+def gated_rms_norm(
+    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float, backend: str = "auto"
+) -> torch.Tensor:
     """RMSNorm(y silu(z)) over each head, times `weight` (Dao and Gu 2024, with a group of the norm for every head).
 
     Args:
@@ -84,11 +119,38 @@ def gated_rms_norm(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, ep
         z: [B,T,d], the gate.
         weight: [d].
         eps: added to the mean square.
+        backend: "auto", "cpp", "torch" or "reference".
 
     Returns:
         [B,T,d] in the dtype of y; carries gradient to y, z and weight.
+
+    Raises:
+        BackendError: a named backend that is missing or cannot run this call.
     """
+    return resolve("gated_rms_norm", backend, y, z, weight)(y, z, weight, eps=eps)
+
+
+def _norm_cpp(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    return _FusedGatedRMSNorm.apply(y, z, weight, eps)
+
+
+def _norm_torch(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
     if torch.is_grad_enabled():
         return _GatedRMSNorm.apply(y, z, weight, eps)
-    gated = y * F.silu(z).unflatten(-1, y.shape[2:])
-    return (F.rms_norm(gated, (y.shape[-1],), eps=eps).flatten(-2) * weight).to(y.dtype)
+    return reference.gated_rms_norm(y, z, weight, eps=eps)  # fewer operations
+
+
+def _cpp_refuses(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> str | None:
+    return cpu_kernels.refuses(y, z, weight) or (None if z.dtype == y.dtype else "y and z differ in dtype")
+
+
+register(
+    "gated_rms_norm",
+    "cpp",
+    _norm_cpp,
+    unusable=cpu_kernels.unusable,
+    refuses=_cpp_refuses,
+    auto_declines=cpu_kernels.auto_declines,
+)
+register("gated_rms_norm", "torch", _norm_torch)
+register("gated_rms_norm", "reference", reference.gated_rms_norm)

@@ -144,6 +144,27 @@ def causal_conv1d(
 
 
 @_in_full_precision
+@_in_full_precision
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    gated_BTHP = y * F.silu(z).unflatten(-1, y.shape[2:])
+    return (F.rms_norm(gated_BTHP, (y.shape[-1],), eps=eps).flatten(-2) * weight).to(y.dtype)
+
+
+def gated_mix(logits: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = state_dtype(logits)
+    logits = logits.to(dtype)
+    gate = torch.sigmoid(logits)
+    entropy = F.softplus(logits) - logits * gate
+    return (gate * a.to(dtype) + (1 - gate) * b.to(dtype)).to(a.dtype), gate.mean(-1), entropy.mean(-1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    angle_BTD = torch.complex(cos.to(state_dtype(x)), sin.to(state_dtype(x)))[:, :, None]
+    halves = x.to(state_dtype(x)).unflatten(-1, (2, -1)).unbind(-2)
+    turned = torch.complex(*halves) * angle_BTD
+    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; 0 for a query that sees none.
 

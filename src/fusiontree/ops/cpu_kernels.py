@@ -1,0 +1,141 @@
+"""C++ kernels for training on CPU, `cpu_kernels.cpp`: compiled at their first use for the processor at hand, and kept.
+
+They are plain functions of pointers, so that they depend on no version of torch or Python; their OpenMP is the one that
+torch has loaded already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusiontree.ops.backends import BackendError
+
+SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+# Below as many elements a call takes microseconds either way, and is no reason to run a compiler.
+FEWEST_ELEMENTS = 2**18
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def unusable() -> str | None:
+    """Why the kernels cannot be compiled on this machine (None: as far as can be told, they can)."""
+    if platform.system() != "Linux":
+        return "its kernels are compiled on Linux alone"
+    return None if _compiler() is not None else "it needs a C++ compiler and finds none"
+
+
+def refuses(x: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
+    """Why the kernels cannot honour these arguments."""
+    if any(t is not None and t.device.type != "cpu" for t in (x, *tensors)):
+        return "it runs on CPU alone"
+    if x.dtype not in _DTYPES:
+        return f"it does not support dtype {x.dtype}"
+    if type(x) is not Tensor:  # with a memory of its own kind, or none
+        return f"it reads plain tensors, not {type(x).__name__}"
+    return None
+
+
+def auto_declines(x: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
+    """Why `auto` leaves a call to torch's operations."""
+    if x.numel() < FEWEST_ELEMENTS:
+        return "the call is small"
+    try:
+        _library()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool | None) -> None:
+    """Calls the kernel `name` for tensors of `dtype`: pointers for tensors, null for None; the number of threads last.
+
+    Raises:
+        BackendError: the kernels do not compile.
+    """
+    function = getattr(_library(), f"{name}_{_DTYPES[dtype]}")
+    function(*map(_passed, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied where the elements of its last dimension do not lie side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _passed(argument: Tensor | int | float | bool | None) -> Any:
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, bool):
+        return ctypes.c_bool(argument)
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")))), None)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    """
+    Raises:
+        BackendError: there is no compiler, or it fails.
+    """
+    compiler = _compiler()
+    if compiler is None:
+        raise BackendError("the C++ kernels need a compiler and find none")
+    made_of = (SOURCE.read_bytes(), compiler, FLAGS, _processor())
+    name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
+    path = _folder() / f"cpu_kernels_{name}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"the C++ kernels cannot be loaded: {error}") from error
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Into a file of its own first: other processes may do the same at the same time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            done = subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300
+            )
+            if done.returncode:
+                first = next(iter(done.stderr.splitlines()), "it says nothing")
+                raise BackendError(f"{compiler} cannot compile {SOURCE.name}: {first}")
+            made.replace(path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"the C++ kernels cannot be compiled: {error}") from error
+
+
+def _folder() -> Path:
+    """Where compiled kernels are kept: `$FUSIONTREE_CACHE`, else `fusiontree` in the user's cache folder."""
+    named = os.environ.get("FUSIONTREE_CACHE")
+    cache = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusiontree"
+    return cache / "kernels"
+
+
+def _processor() -> str:
+    """What `-march=native` looks at: a home folder may be shared by unlike machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(named)}))
