@@ -1,4 +1,4 @@
-"""The C++ kernels of four ops against their references, and when `auto` takes them."""
+"""The C++ kernels of five ops against their references, and when `auto` takes them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fusiontree.ops import (
     gated_mix,
     gated_rms_norm,
     resolve,
+    ssd_scan,
 )
 
 pytestmark = pytest.mark.skipif(cpu_kernels.unusable() is not None, reason="needs a C++ compiler")
@@ -93,6 +94,68 @@ def test_a_row_that_starts_anew_ignores_its_initial_state() -> None:
     assert found["gradient of initial_state"][0].eq(0).all()
 
 
+def scan_case(
+    length: int, *, dtype: torch.dtype = torch.float32, groups: int = 1, strength: float = 1.0, **given: bool
+) -> dict[str, torch.Tensor]:
+    """x, B and C are parts of one wider tensor, as in the model; states and heads of no round width."""
+    draw = torch.Generator().manual_seed(length)
+    wide = normal(2, length, 32 + 36 * groups, dtype=dtype)
+    x, B, C = wide.split((32, 18 * groups, 18 * groups), dim=-1)
+    case = {
+        "x": x.unflatten(-1, (4, 8)),
+        "dt": strength * torch.rand(2, length, 4, generator=draw),
+        "A": -strength * torch.rand(4, generator=draw),
+        "B": B.unflatten(-1, (groups, 18)),
+        "C": C.unflatten(-1, (groups, 18)),
+    }
+    if given.get("skip"):
+        case["D"] = normal(4)
+    if given.get("resets"):
+        case["reset"] = torch.rand(2, length, generator=draw) < 0.1
+    if given.get("initial"):
+        case["initial_state"] = normal(2, 4, 8, 18)
+    return case
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [2, 16, 40, 67])
+@pytest.mark.parametrize(("groups", "strength"), [(1, 1.0), (2, 10.0)])
+def test_scan(length: int, groups: int, strength: float, dtype: torch.dtype) -> None:
+    for skip, resets, initial in itertools.product((False, True), repeat=3):
+        given = {"skip": skip, "resets": resets, "initial": initial}
+        case = scan_case(length, dtype=dtype, groups=groups, strength=strength, **given)
+        with nan_in_fresh_memory():
+            assert_agrees_with_reference(ssd_scan, case, backend="cpp", chunk_size=16, return_final_state=True)
+
+
+def test_a_scan_without_its_state_and_in_one_chunk() -> None:
+    case = scan_case(40, skip=True)
+    for chunk_size in (1, 17, 64):
+        assert_agrees_with_reference(ssd_scan, case, backend="cpp", chunk_size=chunk_size)
+
+
+def test_a_scan_that_starts_anew_ignores_its_initial_state() -> None:
+    case = scan_case(20, initial=True)
+    case["reset"] = torch.zeros(2, 20, dtype=torch.bool)
+    case["reset"][0, 0] = True
+    case["initial_state"][0] = float("nan")
+    found = run_with_gradients(ssd_scan, case, backend="cpp", return_final_state=True)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert found["gradient of initial_state"][0].eq(0).all()
+
+
+def test_a_token_without_time_leaves_the_state_as_it_is() -> None:
+    case = scan_case(30, initial=True)
+    case["dt"][:, 10:] = 0
+    _, state = ssd_scan(**case, backend="cpp", return_final_state=True, chunk_size=8)
+    start = {
+        name: tensor[:, :10] if tensor.dim() > 2 and name != "initial_state" else tensor
+        for name, tensor in case.items()
+    }
+    _, before = ssd_scan(**start, backend="cpp", return_final_state=True, chunk_size=8)
+    assert torch.equal(state, before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 7, 200])
 def test_gated_norm(tokens: int, dtype: torch.dtype) -> None:
@@ -145,7 +208,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             conv = conv_case(700, bias=True, resets=True, initial=True)
             results = run_with_gradients(causal_conv1d, conv, backend="cpp", activation="silu")
             norm = run_with_gradients(gated_rms_norm, norm_case(700, torch.float32), backend="cpp", eps=1e-5)
-            found.append(list(results.values()) + list(norm.values()))
+            scan = run_with_gradients(ssd_scan, scan_case(200, resets=True, skip=True), backend="cpp")
+            found.append([*results.values(), *norm.values(), *scan.values()])
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -205,7 +269,7 @@ def test_a_named_kernel_that_cannot_be_compiled_says_why(
     broken.write_text("#!/bin/sh\necho 'no such processor' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(BackendError, match=r"c\+\+ cannot compile cpu_kernels.cpp: no such processor"):
+    with pytest.raises(BackendError, match=r"c\+\+ cannot compile the kernels: no such processor"):
         causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), backend="cpp")
 
 

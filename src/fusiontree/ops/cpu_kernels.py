@@ -1,4 +1,4 @@
-"""C++ kernels for training on CPU, `cpu_kernels.cpp`: compiled at their first use for the processor at hand, and kept.
+"""C++ kernels for training on CPU, in `cpu_*.cpp`: compiled at their first use for the processor at hand, and kept.
 
 They are plain functions of pointers, so that they depend on no version of torch or Python; their OpenMP is the one that
 torch has loaded already.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fusiontree.ops.backends import BackendError
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_scan.cpp", "cpu_numbers.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # Below as many elements a call takes microseconds either way, and is no reason to run a compiler.
 FEWEST_ELEMENTS = 2**18
@@ -96,7 +96,7 @@ def _library() -> ctypes.CDLL:
     compiler = _compiler()
     if compiler is None:
         raise BackendError("the C++ kernels need a compiler and find none")
-    made_of = (SOURCE.read_bytes(), compiler, FLAGS, _processor())
+    made_of = ([source.read_bytes() for source in SOURCES], compiler, FLAGS, _processor())
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
     path = _folder() / f"cpu_kernels_{name}.so"
     if not path.exists():
@@ -113,12 +113,13 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
+            sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
             done = subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=300
+                [compiler, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300
             )
             if done.returncode:
                 first = next(iter(done.stderr.splitlines()), "it says nothing")
-                raise BackendError(f"{compiler} cannot compile {SOURCE.name}: {first}")
+                raise BackendError(f"{compiler} cannot compile the kernels: {first}")
             made.replace(path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"the C++ kernels cannot be compiled: {error}") from error

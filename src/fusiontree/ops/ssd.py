@@ -8,7 +8,8 @@ Within a chunk the scan is a masked matrix product, between chunks a short recur
 - The backward pass recomputes decays and chunk states from a state for every piece of some chunks, so nothing of size
   T x chunk is kept.
 
-The chunked mathematics, forward and backward, is in `ssd_chunks`.
+The chunked mathematics, forward and backward, is in `ssd_chunks`; on CPU the `cpp` backend does the same one head after
+the other (`cpu_scan.cpp`).
 
 Shapes: B batch, T tokens, h heads, P head width, G groups, N state.
 """
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fusiontree.ops import reference, scan_libraries
+from fusiontree.ops import cpu_kernels, reference, scan_libraries
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.checks import check_sequence, check_shapes
-from fusiontree.ops.precision import state_dtype, without_autocast
+from fusiontree.ops.precision import smallest_log_decay, state_dtype, without_autocast
 from fusiontree.ops.ssd_chunks import Chunks, pieces
 from fusiontree.ops.states import first_state
 from fusiontree.ops.triton_support import kernel, refuse_large_state, triton_refuses, triton_unusable
@@ -56,7 +57,7 @@ def ssd_scan(
         initial_state: [B,h,P,N], the state before token 0; zeros if None.
         return_final_state: also return the state after the last token.
         chunk_size: tokens per chunk; changes speed and memory, not the result.
-        backend: "auto", "mamba_ssm", "fla", "triton", "torch" or "reference".
+        backend: "auto", "mamba_ssm", "fla", "triton", "cpp", "torch" or "reference".
 
     Returns:
         y [B,T,h,P] in the dtype of x; with `return_final_state` also the state [B,h,P,N] in float32 (float64 for
@@ -234,6 +235,85 @@ class _ChunkedScan(torch.autograd.Function):
         )
 
 
+def _ssd_cpp(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_state, chunk_size):
+    with without_autocast(x):
+        if x.shape[1] == 1:
+            y, state = _one_token(x, dt, A, B, C, D, _first_state(x, B, reset, initial_state), torch.mul)
+        else:
+            y, state = _FusedScan.apply(x, dt, A, B, C, D, reset, initial_state, chunk_size)
+    return (y, state) if return_final_state else y
+
+
+class _FusedScan(torch.autograd.Function):
+    """Keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, reset, initial_state, chunk_size):
+        ctx.save_for_backward(x, dt, A, B, C, D, reset, initial_state)
+        ctx.chunk_size = chunk_size
+        ctx.set_materialize_grads(False)
+        y = torch.empty(x.shape, dtype=x.dtype)
+        state = torch.empty(x.shape[0], *x.shape[2:], B.shape[3])
+        inputs = _scan_inputs(x, dt, A, B, C, D, reset, initial_state, chunk_size)
+        cpu_kernels.call("scan_forward", x.dtype, *inputs, y, state)
+        return y, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        x, dt, A, B, C, D, reset, initial_state = ctx.saved_tensors
+        (rows, length, heads, _), (groups, size) = x.shape, B.shape[2:]
+        dy = _tokens(torch.zeros(x.shape, dtype=x.dtype) if dy is None else dy)
+        dstate = None if dstate is None else dstate.contiguous()
+        dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape)
+        dA, dD = torch.empty(2, rows, heads)
+        dB, dC = torch.empty(2, rows, heads, length, size)  # of each head
+        dfirst = torch.empty(rows, *x.shape[2:], size)
+        inputs = _scan_inputs(x, dt, A, B, C, D, reset, initial_state, ctx.chunk_size)
+        gradients = (dx, ddt, dA, dB, dC, dD, dfirst)
+        cpu_kernels.call("scan_backward", x.dtype, *inputs, dy, *dy.stride()[:2], dstate, *gradients)
+        dB, dC = (part.unflatten(1, (groups, -1)).sum(2).transpose(1, 2) for part in (dB, dC))
+        return (
+            dx,
+            ddt.to(dt.dtype),
+            dA.sum(0).to(A.dtype),
+            dB.to(B.dtype),
+            dC.to(C.dtype),
+            None if D is None else dD.sum(0).to(D.dtype),
+            None,
+            None if initial_state is None else dfirst.to(initial_state.dtype),
+            None,
+        )
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """[B,T,h,P], copied where a token's entries do not lie side by side."""
+    return tensor if tensor.stride()[2:] == (tensor.shape[3], 1) else tensor.contiguous()
+
+
+def _scan_inputs(x, dt, A, B, C, D, reset, initial_state, chunk_size):
+    x, B, C = (_tokens(tensor) for tensor in (x, B, C))
+    strided = (argument for tensor in (x, B, C) for argument in (tensor, *tensor.stride()[:2]))
+    first = None if initial_state is None else first_state(initial_state, reset).float().contiguous()
+    return (
+        *strided,
+        dt.float().contiguous(),
+        A.float().contiguous(),
+        None if D is None else D.float().contiguous(),
+        None if reset is None else reset.contiguous(),
+        first,
+        smallest_log_decay(torch.float32),
+        *x.shape,
+        *B.shape[2:],
+        min(chunk_size, x.shape[1]),
+    )
+
+
+def _cpp_refuses(x, dt, A, B, C, *tensors, **arguments):
+    of_one = None if x.dtype == B.dtype == C.dtype else "x, B and C differ in dtype"
+    return cpu_kernels.refuses(x, dt, A, B, C, *tensors) or of_one
+
+
 def _first_state(x: Tensor, B: Tensor, reset: Tensor | None, initial_state: Tensor | None) -> Tensor:
     if initial_state is None:
         return torch.zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=state_dtype(x), device=x.device)
@@ -259,5 +339,13 @@ register(
     refuses=scan_libraries.ssd_library_refuses,
 )
 register("ssd_scan", "triton", kernel("ssd_triton", "ssd_triton"), unusable=triton_unusable, refuses=_triton_refuses)
+register(
+    "ssd_scan",
+    "cpp",
+    _ssd_cpp,
+    unusable=cpu_kernels.unusable,
+    refuses=_cpp_refuses,
+    auto_declines=cpu_kernels.auto_declines,
+)
 register("ssd_scan", "torch", _ssd_torch)
 register("ssd_scan", "reference", reference.ssd_scan)
