@@ -35,6 +35,18 @@ def plan(run: Path, corpus: Path) -> Path:
     return file
 
 
+def table_rows(shown: str) -> list[list[str]]:
+    """The cells of a drawn plan, of which a reason may go on in the next row."""
+    rows: list[list[str]] = []
+    for line in shown.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(cells) == 9 and any(cells[:8]):
+            rows.append(cells)
+        elif len(cells) == 9:
+            rows[-1][8] += f" {cells[8]}"
+    return rows
+
+
 def test_a_plan_meets_its_budget_and_says_so(plan: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = PrunePlan.load(plan)
     assert made.targets == {"parameters": 0.9, "memory": 0.85}
@@ -103,7 +115,19 @@ def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys:
     assert main(["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]) == 0
     made = PrunePlan.load(file)
     heads = sum(layer.num_heads_removed for layer in made.layers)
-    assert heads and "heads" in capsys.readouterr().out
+    rows = table_rows(capsys.readouterr().out)
+    begins = [number for number, row in enumerate(rows) if row[0]] + [len(rows)]
+    assert heads
+    for index, layer in enumerate(made.layers):
+        below = rows[begins[index] + 1 : begins[index + 1]]
+        assert any(
+            row[2] == "mamba heads" and row[3] == f"{layer.evidence['mamba_heads_ablation']:+.4f}" for row in below
+        )
+        for column, branch in ((2, "mamba"), (5, "attention")):
+            assert rows[begins[index]][column] == ("kept" if layer.keep in ("both", branch) else "cut")
+            taken = [row[column] for row in below if row[column].startswith("−")]
+            removed = layer.heads.get(branch, [])
+            assert taken == ([f"−{len(removed)} heads"] if removed else [])
     assert main(["export", str(run), str(file), str(out), "--context", "0", "--device", "cpu"]) == 0
     assert f"{heads} single heads cut" in capsys.readouterr().out
     assert "heads" in (out / "README.md").read_text()
@@ -117,6 +141,19 @@ def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys:
     assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert main(["heal", str(out), "training.max_steps=2", f"output_dir={tmp_path / 'healed'}"]) == 0
     assert fusiontree.load(tmp_path / "healed", device="cpu").config.layer_heads == cut.config.layer_heads
+
+
+def test_gates_are_frozen_on_request(
+    run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "frozen.json", tmp_path / "cut"
+    wanted = ["--target", "max_loss_increase=9", "--freeze-gates", "9", "--criterion", "random", "--show"]
+    assert main(["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]) == 0
+    made, rows = PrunePlan.load(file), table_rows(capsys.readouterr().out)
+    assert all(layer.gate is not None for layer in made.layers)
+    assert [row[1] for row in rows] == [f"{layer.evidence['gate_mean']:.3f} frozen" for layer in made.layers]
+    assert main(["export", str(run), str(file), str(out), "--context", "0", "--device", "cpu"]) == 0
+    assert fusiontree.load(out, device="cpu").config.layer_gates == [False] * 3
 
 
 def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +222,9 @@ def test_thresholds_read_what_the_run_recorded(
     made = PrunePlan.load(out)
     assert made.criterion == "gate thresholds" and made.layer_branches == ["mamba"] * 3
     assert made.thresholds["mamba"] == 0.21 and all(layer.constant for layer in made.layers)
+    capsys.readouterr()
+    assert main(["plan", str(out), "--show"]) == 0
+    assert [row[2::3] for row in table_rows(capsys.readouterr().out)] == [["kept", "cut", "mean gate above 0.21"]] * 3
 
 
 def test_a_plan_does_not_replace_the_runs_own(run: Path, corpus: Path) -> None:
@@ -252,6 +292,15 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
             "the criterion gate ranks whole branches: to cut single heads",
         ),
         (["plan", "RUN", "--data", "TEXT", "--heads", "--criterion", "gate"], "--heads goes with a --target"),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--freeze-gates", "0", "--criterion", "gate"],
+            "--freeze-gates goes with a --target",
+        ),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--empty-layers", "--criterion", "gate"],
+            "--empty-layers goes with a --target",
+        ),
+        (["plan", "RUN", "--data", "NOTHING", "--target", "parameters=0.9x", "--out", "NEW"], "nothing.json"),
         (["plan", "BARE", "--data", "TEXT", "--target", "parameters=0.9x"], "holds no tokenizer"),
         (["plan", "NOTHING", "--show"], "nothing.json does not exist"),
         (["plan", "TEXT"], "is a file: name a model to plan for, or add --show"),
@@ -298,6 +347,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         "TEXT": corpus / "train.jsonl",
         "SHORT": tmp_path / "short.txt",
         "OUT": tmp_path / "out",
+        "NEW": tmp_path / "new" / "sub" / "plan.json",
         "NOTHING": tmp_path / "nothing.json",
         "EMPTIES": tmp_path / "empties.json",
         "NEITHER": tmp_path / "neither.json",
