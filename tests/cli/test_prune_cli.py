@@ -173,6 +173,19 @@ def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
 
 
+@pytest.mark.parametrize(("dtype", "code"), [("float32", 2), ("bfloat16", 0)])
+def test_an_export_that_is_not_what_the_plan_says_is_not_written(
+    tmp_path: Path, dtype: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file, out = save_tiny_model(tmp_path / "model", None), tmp_path / "plan.json", tmp_path / "cut"
+    # Beside such a gate the other branch's maps grow past what float32 holds; in bfloat16 no equality is promised.
+    layers = [LayerDecision(keep="both", reason="by hand", gate=[1e-42] * 32), LayerDecision(keep="both", reason="-")]
+    PrunePlan(criterion="none", thresholds={}, source="test", layers=layers, measured={"dtype": dtype}).save(file)
+    assert main(["export", str(folder), str(file), str(out), "--context", "0", "--device", "cpu"]) == code
+    assert out.exists() == (code == 0)
+    assert ("too extreme to be folded" in capsys.readouterr().err) == (code == 2)
+
+
 def test_healing_starts_from_the_export_and_reports(
     plan: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,11 +269,13 @@ def test_what_training_cuts_can_be_exported(run_settings, tmp_path: Path, capsys
     assert "was made for another model" in capsys.readouterr().err
 
 
-def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
+def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = PrunePlan.load(run / "prune_plan.json")
     assert made.criterion == "gate thresholds"
     out = tmp_path / "same"
     assert main(["export", str(run), str(run / "prune_plan.json"), str(out), "--context", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing is cut" in shown and "too early: step 12 of at least 1000 (layers 0, 1, 2)" in shown
     parent, same = fusiontree.load(run, device="cpu"), fusiontree.load(out, device="cpu")
     with torch.no_grad():
         assert torch.equal(parent(torch.arange(9)[None]).logits, same(torch.arange(9)[None]).logits)

@@ -20,6 +20,8 @@ from fusiontree.models import HybridLanguageModel
 from fusiontree.train.checkpoint import no_progress_bar
 
 PLAN = "prune_plan.json"
+#: Of the largest logit, or of 1: how far an export in float32 may be from its parent with the plan's constants.
+TOLERANCE = 1e-5
 _PROBE_TOKENS = 64
 
 
@@ -37,7 +39,7 @@ def export(
     """Writes the model that the plan leaves, with tokenizer, manifest, plan and a model card.
 
     What became constant is folded into the weights around it in float64, so that the export equals
-    `reference_parent(model, plan)`.
+    `reference_parent(model, plan)`; in float32 that is checked before anything is written.
 
     Args:
         model: the parent, as `fusiontree.load` returns it; it stays as it is.
@@ -53,7 +55,8 @@ def export(
         The exported model.
 
     Raises:
-        InputError: the directory exists or cannot be written, or the plan does not fit the model.
+        InputError: the directory exists or cannot be written, the plan does not fit the model, or what it says cannot
+            be folded without changing the model's predictions.
     """
     destination = Path(path)
     check_free(destination)
@@ -61,8 +64,17 @@ def export(
     parent = parent or str(model.name_or_path) or "unnamed"
     progress("folding")
     cut = fold(model, plan, merge)
-    cut.to(dtype or model.dtype)
-    difference, largest = compare(reference_parent(model, plan), cut)
+    reference = reference_parent(model, plan)
+    difference, largest = compare(reference, cut)
+    if model.dtype in (torch.float32, torch.float64) and not difference <= TOLERANCE * max(1.0, largest):
+        raise InputError(
+            f"the export would differ from its parent with the plan's constants in place by {difference:.2g} where the "
+            f"largest logit is {largest:.3g}, more than rounding explains: a constant or a frozen gate is too extreme "
+            "to be folded; make the plan again"
+        )
+    if dtype not in (None, model.dtype):
+        cut.to(dtype)
+        difference, largest = compare(reference, cut)
     costs = None
     if context is not None:
         costs = measure_costs({"parent": model, "export": cut}, context=context, progress=progress)
