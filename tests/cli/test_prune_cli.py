@@ -13,6 +13,7 @@ import fusiontree
 from fusiontree.artifacts import HealReport, LayerDecision, PrunePlan, RunManifest
 from fusiontree.cli import main
 from fusiontree.deploy import reference_parent
+from fusiontree.train.settings import load_run_settings
 from tiny_models import save_tiny_model
 
 QUICK = ["--context", "64", "--rounds", "1", "--tokens", "2000", "--length", "48", "--device", "cpu"]
@@ -222,6 +223,34 @@ def test_healing_starts_from_the_export_and_reports(
     assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
 
+def test_healing_takes_a_tenth_of_the_parents_steps_unless_told_otherwise(
+    run_settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = {"max_steps": 40, "learning_rate": 1e-2, "save_interval": 0, "eval_interval": 40, "eval_batches": 1}
+    fusiontree.train(run_settings(training=training, output_dir="run"))
+    layers = [LayerDecision(keep="attention", reason="by hand"), LayerDecision(keep="both", reason="by hand")]
+    PrunePlan(criterion="none", thresholds={}, source="test", layers=layers).save("plan.json")
+    assert main(["export", "run", "plan.json", "cut", "--context", "0", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["heal", "cut"]) == 0
+    shown, healed = capsys.readouterr().out, tmp_path / "runs" / "cut-healed"
+    settings = load_run_settings(healed / "config.yaml", [])
+    assert settings.training.max_steps == 4 and settings.training.init_from == "cut"
+    assert settings.training.learning_rate == pytest.approx(3e-3)
+    assert settings.loss.teacher == "run/checkpoints/step_00000040" and settings.loss.distillation_coeff == 1
+    report = HealReport.load(healed / "heal_report.json")
+    assert report.steps == 4 and report.parent == settings.loss.teacher
+    assert report.parent_loss < report.healed_loss < report.export_loss
+    share = (report.export_loss - report.healed_loss) / (report.export_loss - report.parent_loss)
+    assert report.recovered == pytest.approx(share) and f"({100 * share:.0f} % recovered)" in shown
+    # Further than asked for at first: as a run of that length from the start.
+    assert main(["heal", "cut", "training.max_steps=6", "--resume", "auto"]) == 0
+    steps = [json.loads(line) for line in (healed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "lm_loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert HealReport.load(healed / "heal_report.json").steps == 6
+
+
 def test_thresholds_read_what_the_run_recorded(
     run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +358,8 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: 
         (["export", "RUN", "NOTHING", "OUT"], "does not exist; it should hold the prune plan"),
         (["export", "CUT", "EMPTIES", "OUT"], "keeps attention in layer 0, which has mamba alone"),
         (["export", "RUN", "NEITHER", "OUT"], "layers.0.keep"),
+        (["export", "RUN", "HEADLESS", "OUT"], "layer 0 takes all 4 heads of attention: take the branch out instead"),
+        (["export", "GROUPED", "HALVES", "OUT"], "layer 0 takes the attention heads [0], which are no whole groups of"),
         (["heal", "RUN"], "does not say what it was cut from: name its parent with --parent"),
         (
             ["heal", "SHALLOW", "loss.hidden_coeff=1", "--parent", "RUN"],
@@ -352,8 +383,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     content = json.loads(plan.read_text()) | {"model": None, "constants_file": None}
     for layer in content["layers"]:
         layer["constant"] = None
-    for name, keep in (("empties", "attention"), ("neither", None)):
-        changed = content | {"layers": [content["layers"][0] | {"keep": keep}, *content["layers"][1:]]}
+    changes = {"empties": {"keep": "attention"}, "neither": {"keep": None}}
+    changes |= {
+        name: {"keep": "both", "heads": {"attention": heads}}
+        for name, heads in (("headless", [0, 1, 2, 3]), ("halves", [0]))
+    }
+    for name, change in changes.items():
+        changed = content | {"layers": [content["layers"][0] | change, *content["layers"][1:]]}
         (tmp_path / f"{name}.json").write_text(json.dumps(changed))
     cut = {"num_layers": 3, "layer_branches": ["mamba", "both", "both"]}
     names = {
@@ -366,6 +402,9 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         "NOTHING": tmp_path / "nothing.json",
         "EMPTIES": tmp_path / "empties.json",
         "NEITHER": tmp_path / "neither.json",
+        "HEADLESS": tmp_path / "headless.json",
+        "HALVES": tmp_path / "halves.json",
+        "GROUPED": save_tiny_model(tmp_path / "grouped", None, num_layers=3, num_kv_heads=2),
         "BARE": save_tiny_model(tmp_path / "bare", None),
         "OTHER": save_tiny_model(tmp_path / "other", None, num_layers=3),
         "CUT": save_tiny_model(tmp_path / "cut", corpus / "tokenizer", **cut),
