@@ -20,6 +20,8 @@ from fusiontree.models import HybridLanguageModel
 from fusiontree.train.checkpoint import no_progress_bar
 
 PLAN = "prune_plan.json"
+CARD = "README.md"
+CARD_HEADER = "---\nlibrary_name: fusiontree\npipeline_tag: text-generation\ntags: [fusiontree, pruned]\n---\n"
 #: Of the largest logit, or of 1: how far an export in float32 may be from its parent with the plan's constants.
 TOLERANCE = 1e-5
 _PROBE_TOKENS = 64
@@ -93,7 +95,7 @@ def export(
             manifest.save(folder / "manifest.json")
             plan.save(folder / PLAN)
             card = _card(destination, model, cut, plan, parent, context, costs, difference, largest)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"the export {destination} could not be written: {first_line(error)}") from error
     return cut
@@ -133,7 +135,7 @@ def _card(
     has_constants = any(layer.has_constants for layer in plan.layers)
     stand_in = "constants that the plan recorded" if has_constants else "zeros: the plan recorded no constants"
     parts = [
-        "---\nlibrary_name: fusiontree\npipeline_tag: text-generation\ntags: [fusiontree, pruned]\n---\n",
+        CARD_HEADER,
         f"# {destination.name}, a pruned {Path(parent).name}\n",
         f"Made from `{parent}` by a plan of the criterion {plan.criterion} (`{PLAN}`). In place of what was removed "
         f"stand {stand_in}, folded into the weights.\n",
