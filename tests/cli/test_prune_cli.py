@@ -90,6 +90,11 @@ def test_an_export_is_a_model_like_any_other(
     assert main(["plan", str(out), *files, "--target", "max_loss_increase=9", "--empty-layers", *QUICK]) == 0
     assert main(["export", str(out), str(again), str(tmp_path / "cut2"), "--context", "0", "--device", "cpu"]) == 0
     assert set(fusiontree.load(tmp_path / "cut2", device="cpu").config.layer_branches) == {"constant"}
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "cut2"), "-o", str(page)]) == 0
+    assert "What was pruned" in Page(page).text and "Was pruned by ablation: 3 constant." in Page(page).text
+    assert main(["report", str(run), str(tmp_path / "cut2"), "-o", str(page)]) == 0
+    assert "What was and what would be pruned" in Page(page).text and "Would be pruned by gate" in Page(page).text
 
 
 def test_an_export_in_another_type_is_of_the_model_as_it_was_saved(plan: Path, run: Path, tmp_path: Path) -> None:
@@ -244,6 +249,10 @@ def test_healing_takes_a_tenth_of_the_parents_steps_unless_told_otherwise(
     assert report.parent_loss < report.healed_loss < report.export_loss
     share = (report.export_loss - report.healed_loss) / (report.export_loss - report.parent_loss)
     assert report.recovered == pytest.approx(share) and f"({100 * share:.0f} % recovered)" in shown
+    card = (healed / "latest" / "README.md").read_text()
+    assert card.startswith((tmp_path / "cut" / "README.md").read_text())
+    for name in ("parent", "export", "healed"):
+        assert f"| {name} | {getattr(report, f'{name}_loss'):.4f} |" in card
     # Further than asked for at first: as a run of that length from the start.
     assert main(["heal", "cut", "training.max_steps=6", "--resume", "auto"]) == 0
     steps = [json.loads(line) for line in (healed / "metrics.jsonl").read_text().splitlines()]

@@ -28,7 +28,9 @@ def plan(
     ),
     out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan_CRITERION.json in MODEL."),
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
-    empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
+    empty_layers: bool = typer.Option(
+        False, "--empty-layers", help="Let a layer lose both branches; beyond decode=1.5x that tends to cost less."
+    ),
     heads: bool = typer.Option(False, "--heads", help="Also cut single heads; by ablation or recall."),
     freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="First freeze gates, for so many nats."),
     tokens: int = typer.Option(16384, "--tokens", min=1, help="Calibration tokens."),

@@ -380,14 +380,14 @@ class _Planner:
         nearest_values = ", ".join(
             f"{name}={reached[name]:.2f}x" for name in (*FASTER, *SMALLER) if name in self.wanted
         )
+        more = "" if self.settings.empty_layers else ", or let layers lose both branches (--empty-layers)"
         if self.limit is not None and self.cheapest > self.limit:
             return (
                 f"{asked} cannot be met: the nearest within that rise of the loss is {nearest_values} (at "
-                f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase"
+                f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase{more}"
             )
         where = "without any branch" if self.settings.empty_layers else "with one branch left in every layer"
         where += ", and one step of its heads" if self.settings.heads else ""
-        more = "" if self.settings.empty_layers else ", or let layers lose both branches (--empty-layers)"
         return f"{asked} cannot be met: {where} it is {nearest_values}; ask for less{more}"
 
 
