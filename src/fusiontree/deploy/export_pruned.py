@@ -68,7 +68,7 @@ def export(
     cut = fold(model, plan, merge)
     reference = reference_parent(model, plan)
     difference, largest = compare(reference, cut)
-    if model.dtype in (torch.float32, torch.float64) and not difference <= TOLERANCE * max(1.0, largest):
+    if _multiplies_exactly(model.dtype) and not difference <= TOLERANCE * max(1.0, largest):
         raise InputError(
             f"the export would differ from its parent with the plan's constants in place by {difference:.2g} where the "
             f"largest logit is {largest:.3g}, more than rounding explains: a constant or a frozen gate is too extreme "
@@ -105,6 +105,11 @@ def check_free(destination: Path) -> None:
     """Raises InputError where something is in the way of an export."""
     if destination.exists() or destination.is_symlink():
         raise InputError(f"{destination} exists already: name a directory that does not, exports replace nothing")
+
+
+def _multiplies_exactly(dtype: torch.dtype) -> bool:
+    """Whether products lose no more than float32 does: 16-bit types, TF32 and the like promise no equality."""
+    return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
 
 
 @torch.no_grad()
