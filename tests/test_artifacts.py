@@ -29,6 +29,7 @@ from fusiontree.artifacts import (
     atomic_directory,
     atomic_write,
 )
+from fusiontree.artifacts import plan as plan_module
 from fusiontree.config import InputError
 
 GATES = GateStatistics(
@@ -88,12 +89,17 @@ REPORT = EvalReport(
 )
 
 
+def constants_of(plan: Path) -> Path:
+    (found,) = plan.parent.glob(f"{plan.stem}.constants.*safetensors")
+    return found
+
+
 @pytest.mark.parametrize("record", [PLAN, REPORT, RunManifest.collect({"seed": 0}, parent_run="runs/a")])
 def test_a_record_loads_as_it_was_saved(tmp_path: Path, record: Artifact) -> None:
     path = tmp_path / "new" / "record.json"
     record.save(path)
     assert type(record).load(path) == record
-    beside = ["record.constants.safetensors"] if record is PLAN else []
+    beside = [constants_of(path).name] if record is PLAN else []
     assert sorted(p.name for p in path.parent.iterdir()) == [*beside, "record.json"]
 
 
@@ -136,23 +142,63 @@ def test_a_plan_of_the_first_version_still_loads(tmp_path: Path) -> None:
 
 
 def test_the_constants_of_a_plan_lie_beside_it_and_belong_to_it(tmp_path: Path) -> None:
-    path, beside = tmp_path / "plan.json", tmp_path / "plan.constants.safetensors"
+    path = tmp_path / "plan.json"
     PLAN.save(path)
+    beside = constants_of(path)
     assert '"constant": null' in path.read_text() and str(tmp_path) not in path.read_text()
     (tmp_path / "elsewhere").mkdir()
     for file in (path, beside):
         file.rename(tmp_path / "elsewhere" / file.name)
     assert PrunePlan.load(tmp_path / "elsewhere" / "plan.json") == PLAN
     PLAN.save(path)
-    PLAN.model_copy(update={"layers": [PLAN.layers[0].model_copy(update={"gate": [0.5, 0.25]})]}).save(
-        tmp_path / "other.json"
-    )
-    (tmp_path / "other.constants.safetensors").replace(beside)
-    with pytest.raises(InputError, match=r"plan.constants.safetensors does not belong to .*plan.json"):
+    OTHER_PLAN.save(tmp_path / "other.json")
+    constants_of(tmp_path / "other.json").replace(beside)
+    with pytest.raises(InputError, match=r"plan.constants\.\w+.safetensors does not belong to .*plan.json"):
         PrunePlan.load(path)
     beside.unlink()
-    with pytest.raises(InputError, match=r"plan.constants.safetensors cannot be read .*move both together"):
+    with pytest.raises(InputError, match=r"plan.constants\.\w+.safetensors cannot be read .*move both together"):
         PrunePlan.load(path)
+
+
+OTHER_PLAN = PLAN.model_copy(update={"layers": [PLAN.layers[0].model_copy(update={"gate": [0.5, 0.25]})]})
+
+
+def test_a_plan_is_replaced_with_its_constants_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, neighbour = tmp_path / "plan.json", tmp_path / "plan2.json"
+    for file in (path, neighbour):
+        PLAN.save(file)
+
+    class Killed(BaseException):
+        pass
+
+    written: list[Path] = []
+
+    def write_one(place: str | Path, content: bytes | str) -> None:
+        if written:
+            raise Killed
+        written.append(Path(place))
+        atomic_write(place, content)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(plan_module, "atomic_write", write_one)
+        OTHER_PLAN.save(path)
+    assert written[0].exists() and PrunePlan.load(path) == PLAN
+    OTHER_PLAN.save(path)
+    assert PrunePlan.load(path) == OTHER_PLAN and constants_of(path) == written[0]
+    bare = PLAN.model_copy(update={"layers": [LayerDecision(keep="both", reason="in between")]})
+    bare.save(path)
+    assert PrunePlan.load(path) == bare and not list(tmp_path.glob("plan.constants*"))
+    assert PrunePlan.load(neighbour) == PLAN
+
+
+def test_a_plan_whose_constants_have_the_old_name_still_loads(tmp_path: Path) -> None:
+    path, old = tmp_path / "plan.json", tmp_path / "plan.constants.safetensors"
+    PLAN.save(path)
+    path.write_text(path.read_text().replace(constants_of(path).name, old.name))
+    constants_of(path).rename(old)
+    assert PrunePlan.load(path) == PLAN
+    PLAN.save(path)
+    assert PrunePlan.load(path) == PLAN and not old.exists()
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_bad_input_is_one_sentence(
         "EMPTY/sub": tmp_path / "empty.jsonl" / "sub",
         "BARE": tmp_path / "bare",
         "LEARNED": tmp_path / "learned",
-        "NEW": tmp_path / "new",
+        "NEW": tmp_path / "new" / "sub",
         "SHORT": tmp_path / "short.jsonl",
         "WORDS": tmp_path / "words",
     }
@@ -320,6 +320,6 @@ def test_bad_input_is_one_sentence(
     capsys.readouterr()
     assert main(["eval", *(str(names.get(word, word)) for word in arguments)]) == 2
     shown = capsys.readouterr()
-    assert not list(tmp_path.rglob("eval_report.json")) and not names["NEW"].exists()
+    assert not list(tmp_path.rglob("eval_report.json")) and not (tmp_path / "new").exists()
     assert shown.err.startswith("error: " + sentence.replace("MODEL", str(names["BARE"])))
     assert shown.err.count("\n") == 1

@@ -13,6 +13,7 @@ import fusiontree
 from fusiontree.artifacts import HealReport, LayerDecision, PrunePlan, RunManifest
 from fusiontree.cli import main
 from fusiontree.deploy import reference_parent
+from fusiontree.train.settings import load_run_settings
 from tiny_models import save_tiny_model
 
 QUICK = ["--context", "64", "--rounds", "1", "--tokens", "2000", "--length", "48", "--device", "cpu"]
@@ -33,6 +34,18 @@ def plan(run: Path, corpus: Path) -> Path:
     arguments = ["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]
     assert main(arguments) == 0
     return file
+
+
+def table_rows(shown: str) -> list[list[str]]:
+    """The cells of a drawn plan, of which a reason may go on in the next row."""
+    rows: list[list[str]] = []
+    for line in shown.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(cells) == 9 and any(cells[:8]):
+            rows.append(cells)
+        elif len(cells) == 9:
+            rows[-1][8] += f" {cells[8]}"
+    return rows
 
 
 def test_a_plan_meets_its_budget_and_says_so(plan: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +90,11 @@ def test_an_export_is_a_model_like_any_other(
     assert main(["plan", str(out), *files, "--target", "max_loss_increase=9", "--empty-layers", *QUICK]) == 0
     assert main(["export", str(out), str(again), str(tmp_path / "cut2"), "--context", "0", "--device", "cpu"]) == 0
     assert set(fusiontree.load(tmp_path / "cut2", device="cpu").config.layer_branches) == {"constant"}
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "cut2"), "-o", str(page)]) == 0
+    assert "What was pruned" in Page(page).text and "Was pruned by ablation: 3 constant." in Page(page).text
+    assert main(["report", str(run), str(tmp_path / "cut2"), "-o", str(page)]) == 0
+    assert "What was and what would be pruned" in Page(page).text and "Would be pruned by gate" in Page(page).text
 
 
 def test_an_export_in_another_type_is_of_the_model_as_it_was_saved(plan: Path, run: Path, tmp_path: Path) -> None:
@@ -103,7 +121,19 @@ def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys:
     assert main(["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]) == 0
     made = PrunePlan.load(file)
     heads = sum(layer.num_heads_removed for layer in made.layers)
-    assert heads and "heads" in capsys.readouterr().out
+    rows = table_rows(capsys.readouterr().out)
+    begins = [number for number, row in enumerate(rows) if row[0]] + [len(rows)]
+    assert heads
+    for index, layer in enumerate(made.layers):
+        below = rows[begins[index] + 1 : begins[index + 1]]
+        assert any(
+            row[2] == "mamba heads" and row[3] == f"{layer.evidence['mamba_heads_ablation']:+.4f}" for row in below
+        )
+        for column, branch in ((2, "mamba"), (5, "attention")):
+            assert rows[begins[index]][column] == ("kept" if layer.keep in ("both", branch) else "cut")
+            taken = [row[column] for row in below if row[column].startswith("−")]
+            removed = layer.heads.get(branch, [])
+            assert taken == ([f"−{len(removed)} heads"] if removed else [])
     assert main(["export", str(run), str(file), str(out), "--context", "0", "--device", "cpu"]) == 0
     assert f"{heads} single heads cut" in capsys.readouterr().out
     assert "heads" in (out / "README.md").read_text()
@@ -117,6 +147,19 @@ def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys:
     assert main(["generate", str(out), "--prompt", "the", "--max-new-tokens", "3", "--device", "cpu"]) == 0
     assert main(["heal", str(out), "training.max_steps=2", f"output_dir={tmp_path / 'healed'}"]) == 0
     assert fusiontree.load(tmp_path / "healed", device="cpu").config.layer_heads == cut.config.layer_heads
+
+
+def test_gates_are_frozen_on_request(
+    run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "frozen.json", tmp_path / "cut"
+    wanted = ["--target", "max_loss_increase=9", "--freeze-gates", "9", "--criterion", "random", "--show"]
+    assert main(["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]) == 0
+    made, rows = PrunePlan.load(file), table_rows(capsys.readouterr().out)
+    assert all(layer.gate is not None for layer in made.layers)
+    assert [row[1] for row in rows] == [f"{layer.evidence['gate_mean']:.3f} frozen" for layer in made.layers]
+    assert main(["export", str(run), str(file), str(out), "--context", "0", "--device", "cpu"]) == 0
+    assert fusiontree.load(out, device="cpu").config.layer_gates == [False] * 3
 
 
 def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,6 +177,26 @@ def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
     with torch.no_grad():
         want, got = before(ids).logits, after(ids).logits
     assert (got - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "code"), [("float32", "highest", 2), ("float32", "high", 0), ("bfloat16", "highest", 0)]
+)
+def test_an_export_that_is_not_what_the_plan_says_is_not_written(
+    tmp_path: Path, dtype: str, precision: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file, out = save_tiny_model(tmp_path / "model", None), tmp_path / "plan.json", tmp_path / "cut"
+    # What is divided by such a gate grows past what float32 holds; with less precise products no equality is promised.
+    layers = [LayerDecision(keep="both", reason="by hand", gate=[1e-42] * 32), LayerDecision(keep="both", reason="-")]
+    PrunePlan(criterion="none", thresholds={}, source="test", layers=layers, measured={"dtype": dtype}).save(file)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert main(["export", str(folder), str(file), str(out), "--context", "0", "--device", "cpu"]) == code
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert out.exists() == (code == 0)
+    assert ("too extreme to be folded" in capsys.readouterr().err) == (code == 2)
 
 
 def test_healing_starts_from_the_export_and_reports(
@@ -172,6 +235,38 @@ def test_healing_starts_from_the_export_and_reports(
     assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
 
+def test_healing_takes_a_tenth_of_the_parents_steps_unless_told_otherwise(
+    run_settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = {"max_steps": 40, "learning_rate": 1e-2, "save_interval": 0, "eval_interval": 40, "eval_batches": 1}
+    fusiontree.train(run_settings(training=training, output_dir="run"))
+    layers = [LayerDecision(keep="attention", reason="by hand"), LayerDecision(keep="both", reason="by hand")]
+    PrunePlan(criterion="none", thresholds={}, source="test", layers=layers).save("plan.json")
+    assert main(["export", "run", "plan.json", "cut", "--context", "0", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["heal", "cut"]) == 0
+    shown, healed = capsys.readouterr().out, tmp_path / "runs" / "cut-healed"
+    settings = load_run_settings(healed / "config.yaml", [])
+    assert settings.training.max_steps == 4 and settings.training.init_from == "cut"
+    assert settings.training.learning_rate == pytest.approx(3e-3)
+    assert settings.loss.teacher == "run/checkpoints/step_00000040" and settings.loss.distillation_coeff == 1
+    report = HealReport.load(healed / "heal_report.json")
+    assert report.steps == 4 and report.parent == settings.loss.teacher
+    assert report.parent_loss < report.healed_loss < report.export_loss
+    share = (report.export_loss - report.healed_loss) / (report.export_loss - report.parent_loss)
+    assert report.recovered == pytest.approx(share) and f"({100 * share:.0f} % recovered)" in shown
+    card = (healed / "latest" / "README.md").read_text()
+    assert card.startswith((tmp_path / "cut" / "README.md").read_text())
+    for name in ("parent", "export", "healed"):
+        assert f"| {name} | {getattr(report, f'{name}_loss'):.4f} |" in card
+    # Further than asked for at first: as a run of that length from the start.
+    assert main(["heal", "cut", "training.max_steps=6", "--resume", "auto"]) == 0
+    steps = [json.loads(line) for line in (healed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if "lm_loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert HealReport.load(healed / "heal_report.json").steps == 6
+
+
 def test_thresholds_read_what_the_run_recorded(
     run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +280,9 @@ def test_thresholds_read_what_the_run_recorded(
     made = PrunePlan.load(out)
     assert made.criterion == "gate thresholds" and made.layer_branches == ["mamba"] * 3
     assert made.thresholds["mamba"] == 0.21 and all(layer.constant for layer in made.layers)
+    capsys.readouterr()
+    assert main(["plan", str(out), "--show"]) == 0
+    assert [row[2::3] for row in table_rows(capsys.readouterr().out)] == [["kept", "cut", "mean gate above 0.21"]] * 3
 
 
 def test_a_plan_does_not_replace_the_runs_own(run: Path, corpus: Path) -> None:
@@ -216,11 +314,13 @@ def test_what_training_cuts_can_be_exported(run_settings, tmp_path: Path, capsys
     assert "was made for another model" in capsys.readouterr().err
 
 
-def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
+def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = PrunePlan.load(run / "prune_plan.json")
     assert made.criterion == "gate thresholds"
     out = tmp_path / "same"
     assert main(["export", str(run), str(run / "prune_plan.json"), str(out), "--context", "0", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing is cut" in shown and "too early: step 12 of at least 1000 (layers 0, 1, 2)" in shown
     parent, same = fusiontree.load(run, device="cpu"), fusiontree.load(out, device="cpu")
     with torch.no_grad():
         assert torch.equal(parent(torch.arange(9)[None]).logits, same(torch.arange(9)[None]).logits)
@@ -252,6 +352,15 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
             "the criterion gate ranks whole branches: to cut single heads",
         ),
         (["plan", "RUN", "--data", "TEXT", "--heads", "--criterion", "gate"], "--heads goes with a --target"),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--freeze-gates", "0", "--criterion", "gate"],
+            "--freeze-gates goes with a --target",
+        ),
+        (
+            ["plan", "RUN", "--data", "TEXT", "--empty-layers", "--criterion", "gate"],
+            "--empty-layers goes with a --target",
+        ),
+        (["plan", "RUN", "--data", "NOTHING", "--target", "parameters=0.9x", "--out", "NEW"], "nothing.json"),
         (["plan", "BARE", "--data", "TEXT", "--target", "parameters=0.9x"], "holds no tokenizer"),
         (["plan", "NOTHING", "--show"], "nothing.json does not exist"),
         (["plan", "TEXT"], "is a file: name a model to plan for, or add --show"),
@@ -265,6 +374,8 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path) -> None:
         (["export", "RUN", "NOTHING", "OUT"], "does not exist; it should hold the prune plan"),
         (["export", "CUT", "EMPTIES", "OUT"], "keeps attention in layer 0, which has mamba alone"),
         (["export", "RUN", "NEITHER", "OUT"], "layers.0.keep"),
+        (["export", "RUN", "HEADLESS", "OUT"], "layer 0 takes all 4 heads of attention: take the branch out instead"),
+        (["export", "GROUPED", "HALVES", "OUT"], "layer 0 takes the attention heads [0], which are no whole groups of"),
         (["heal", "RUN"], "does not say what it was cut from: name its parent with --parent"),
         (
             ["heal", "SHALLOW", "loss.hidden_coeff=1", "--parent", "RUN"],
@@ -288,8 +399,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     content = json.loads(plan.read_text()) | {"model": None, "constants_file": None}
     for layer in content["layers"]:
         layer["constant"] = None
-    for name, keep in (("empties", "attention"), ("neither", None)):
-        changed = content | {"layers": [content["layers"][0] | {"keep": keep}, *content["layers"][1:]]}
+    changes = {"empties": {"keep": "attention"}, "neither": {"keep": None}}
+    changes |= {
+        name: {"keep": "both", "heads": {"attention": heads}}
+        for name, heads in (("headless", [0, 1, 2, 3]), ("halves", [0]))
+    }
+    for name, change in changes.items():
+        changed = content | {"layers": [content["layers"][0] | change, *content["layers"][1:]]}
         (tmp_path / f"{name}.json").write_text(json.dumps(changed))
     cut = {"num_layers": 3, "layer_branches": ["mamba", "both", "both"]}
     names = {
@@ -298,9 +414,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         "TEXT": corpus / "train.jsonl",
         "SHORT": tmp_path / "short.txt",
         "OUT": tmp_path / "out",
+        "NEW": tmp_path / "new" / "sub" / "plan.json",
         "NOTHING": tmp_path / "nothing.json",
         "EMPTIES": tmp_path / "empties.json",
         "NEITHER": tmp_path / "neither.json",
+        "HEADLESS": tmp_path / "headless.json",
+        "HALVES": tmp_path / "halves.json",
+        "GROUPED": save_tiny_model(tmp_path / "grouped", None, num_layers=3, num_kv_heads=2),
         "BARE": save_tiny_model(tmp_path / "bare", None),
         "OTHER": save_tiny_model(tmp_path / "other", None, num_layers=3),
         "CUT": save_tiny_model(tmp_path / "cut", corpus / "tokenizer", **cut),

@@ -158,7 +158,7 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path, capsys: pytest.Capt
     assert page.rows["birds: acc"] == ["0.7500 ± 0.0625", "–"]
     assert page.rows["weights, MB"] == ["–", "2.50"] and page.rows["decoding, tokens/s"] == ["–", "98.8"]
     assert page.rows["machine"] == ["–", "abacus, 2 threads"] and "training, tokens/s" not in page.rows
-    assert "By gate thresholds" in page.text
+    assert "What would be pruned" in page.text and "Would be pruned by gate thresholds" in page.text
     manifest = RunManifest.load(runs[0] / "manifest.json")
     assert page.rows["revision"][0] == (manifest.git_revision or "installed package")
     assert page.rows["torch"][0] == manifest.versions["torch"]

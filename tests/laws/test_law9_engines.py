@@ -51,6 +51,14 @@ FLOAT32_SECTIONS: dict[str, Any] = {
     "loss": {"gate_margin": 0.0},
     "gate_monitor": {"interval": 5},
 }
+# Of every kind of layer that only a cut leaves: one vector, merged maps, folded gates, fewer heads.
+CUT = {
+    "num_layers": 4,
+    "layer_branches": ["both", "mamba", "attention", "constant"],
+    "layer_gates": [True, False, False, True],
+    "layer_merges": ["none", "z", "hz", "none"],
+    "layer_heads": [{"mamba": 3, "local": 2}, None, None, None],
+}
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -95,6 +103,7 @@ def runs(settings, tmp_path_factory) -> Path:
         bf16 = {"mixed_precision": "bf16", "max_steps": 5, "eval_interval": 0, "save_interval": 0, "warmup_steps": 0}
         job(f"{engine}-bf16", engine, training=bf16)
         job(f"{engine}-dropped", engine, training={"max_steps": 5, "eval_interval": 0}, model={"drop_branch_prob": 0.4})
+        job(f"{engine}-cut", engine, training={"max_steps": 3, "eval_interval": 0}, model=CUT)
     taught = {"teacher": str(directory / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
     for engine in ("ddp", "zero2", "fsdp2"):
         job(f"{engine}-taught", engine, training={"max_steps": 3, "eval_interval": 0}, loss=taught)
@@ -179,6 +188,15 @@ def test_branch_dropout_and_its_running_means_are_those_of_one_process(runs: Pat
     for name, buffer in wanted.named_buffers():
         if name.endswith("_mean"):
             torch.testing.assert_close(dict(found.named_buffers())[name], buffer, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])
+def test_a_cut_model_trains_as_in_one_process(runs: Path, alone, engine: str) -> None:
+    one = alone("one-cut", training={"max_steps": 3, "eval_interval": 0}, model=CUT)
+    require_equal(rows(runs / f"{engine}-cut"), rows(one))
+    found, wanted = (fusiontree.load(run, device="cpu").state_dict() for run in (runs / f"{engine}-cut", one))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import fusiontree
 from fusiontree.artifacts import GateStatistics
 from fusiontree.models.gate_stats import HISTOGRAM_BINS, GateDetails
 from fusiontree.train.monitor_gate import GateMonitor, histogram_quantiles, mean_gate
@@ -107,6 +110,36 @@ def test_nothing_is_cut_between_the_thresholds_or_too_early() -> None:
     assert "too early" in watch.plan("x").layers[0].reason
     watch_means(watch, 20, 0.95, 0.5)
     assert watch.plan("x").layer_branches == ["mamba", "both", "mamba"]
+
+
+def test_a_gate_that_is_spread_out_is_not_cut() -> None:
+    """A mean of 0.891 with a standard deviation of 0.297: some tokens need the other branch."""
+    gate = torch.tensor([0.99] * 9 + [0.0])[:, None].expand(-1, CHANNELS)
+    for max_std, wanted in ((0.25, "both"), (0.3, "mamba")):
+        watch = monitor(plan_min_steps=0, plan_max_std=max_std)
+        watch.update(details([gate, gate, None]))
+        watch.record(1, 10, 10)
+        first = watch.plan("x").layers[0]
+        assert first.keep == wanted and first.evidence["gate_std"] == pytest.approx(0.297, abs=1e-3)
+        assert ("standard deviation is above 0.25" in first.reason) == (wanted == "both")
+
+
+def test_a_mean_that_few_records_bear_out_cuts_nothing() -> None:
+    for confidence, wanted in ((0.7, "both"), (0.6, "mamba")):
+        watch = monitor(plan_min_steps=0, plan_records=3, plan_confidence=confidence)
+        for step, mean in enumerate((0.99, 0.99, 0.5), 1):
+            watch_means(watch, step, mean, 0.5)
+        first = watch.plan("x").layers[0]
+        assert first.keep == wanted and first.evidence["confidence"] == pytest.approx(2 / 3)
+        assert ("in 2 of 3 records only" in first.reason) == (wanted == "both")
+
+
+def test_a_run_writes_its_plan_only_where_that_is_asked_for(run_settings, tmp_path: Path) -> None:
+    for wanted in (True, False):
+        run = tmp_path / str(wanted)
+        training = {"max_steps": 1, "eval_interval": 0}
+        fusiontree.train(run_settings(training=training, gate_monitor={"export_plan": wanted}, output_dir=str(run)))
+        assert (run / "gates.jsonl").exists() and (run / "prune_plan.json").exists() == wanted
 
 
 def test_a_monitor_goes_on_from_its_state() -> None:

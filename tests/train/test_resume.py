@@ -11,15 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
+from fusiontree.deploy.heal import heal, heal_settings
 from fusiontree.errors import InputError
 from fusiontree.train import processes
 from fusiontree.train.checkpoint import load_state
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings
-from tiny_models import needs_muon
+from tiny_models import needs_muon, save_tiny_model
 
 
 def test_stopped_and_killed_at_random_steps(run_settings, tmp_path: Path) -> None:
@@ -123,6 +126,40 @@ def test_a_run_can_start_from_another_runs_checkpoint(run_settings, tmp_path: Pa
     assert [row["step"] for row in rows(tmp_path / "second", "metrics.jsonl")] == [4, 5]
     manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
     assert manifest["parent_run"].endswith("step_00000003")
+
+
+def test_healing_a_cut_model_goes_on_exactly(run_settings, tmp_path: Path) -> None:
+    """Of every kind of layer that only a cut leaves: one vector, merged maps, folded gates, fewer heads."""
+    fields = {"num_layers": 4, "global_heads": 1, "vocab_size": 300}
+    cut = {
+        "layer_branches": ["both", "mamba", "attention", "constant"],
+        "layer_gates": [True, False, False, True],
+        "layer_merges": ["none", "z", "hz", "none"],
+        "layer_heads": [{"mamba": 3, "local": 2}, None, None, None],
+    }
+    tokenizer = Path(run_settings()["data"]["tokenizer"])
+    parent = save_tiny_model(tmp_path / "parent", tokenizer, **fields)
+    export = save_tiny_model(tmp_path / "cut", tokenizer, **fields, **cut)
+    training = {"max_steps": 6, "save_interval": 0, "eval_interval": 6, "eval_batches": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(run_settings(training=training)))
+
+    def settings(name: str) -> RunSettings:
+        overrides = ["training.max_steps=6", f"output_dir={tmp_path / name}"]
+        return heal_settings(export, parent=parent, config=config, overrides=overrides)
+
+    heal(settings("straight"))
+    engine = TrainingEngine(settings("stopped"))
+    halt_after(engine, 3)
+    assert engine.run().step == 3
+    assert heal(settings("stopped"), resume="auto").report is not None
+    assert rows(tmp_path / "stopped", "metrics.jsonl") == rows(tmp_path / "straight", "metrics.jsonl")
+    expected, found = final(tmp_path / "straight"), final(tmp_path / "stopped")
+    before = load_file(export / "model.safetensors")
+    assert found.keys() == expected.keys() >= before.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert not torch.equal(found["layers.3.constant"], before["layers.3.constant"])
 
 
 def stop_in_evaluation(engine: TrainingEngine, step: int) -> None:

@@ -11,7 +11,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ __all__ = [
     "atomic_write",
     "checkpoint_name",
     "checkpoint_step",
+    "directory_for_results",
     "git_revision",
     "library_versions",
     "make_directory",
@@ -206,6 +208,25 @@ def make_directory(path: str | os.PathLike[str], named: str) -> None:
     except OSError as error:
         problem = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise InputError(f"{named}: the directory {path} cannot be made ({problem}); name another place") from error
+
+
+@contextmanager
+def directory_for_results(path: str | os.PathLike[str], named: str) -> Iterator[None]:
+    """The same around the work; where that fails, what was made and still is empty goes again.
+
+    Raises:
+        InputError: as `make_directory`.
+    """
+    folder = Path(path)
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    make_directory(folder, named)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            for made in missing:
+                made.rmdir()
+        raise
 
 
 def git_revision() -> str | None:

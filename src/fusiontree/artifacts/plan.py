@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +26,6 @@ BranchKind = Literal["both", "mamba", "attention", "constant"]
 
 Branch = Literal["mamba", "attention"]
 
-CONSTANTS_SUFFIX = ".constants.safetensors"
 _CONSTANTS = ("constant", "gate", "head_constants")
 
 
@@ -76,7 +76,7 @@ class CutStep(Record):
 class PrunePlan(Artifact):
     """Which branch of which layer goes, and why.
 
-    What stands in for removed branches lies in `NAME.constants.safetensors` beside the JSON file.
+    What stands in for removed branches lies beside the JSON file, in `NAME.constants.DIGEST.safetensors`.
     """
 
     KIND: ClassVar[str] = "prune_plan"
@@ -115,22 +115,31 @@ class PrunePlan(Artifact):
         return [layer.keep for layer in self.layers]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan to `path`, and its constants beside it, each file whole or not at all."""
+        """Writes the plan to `path`, and its constants beside it, each file whole or not at all.
+
+        The constants have a name of their own for every content and are written first, and those of the plan that is
+        replaced go last: whenever it is cut short, the plan at `path` finds its own.
+        """
         constants = {
             f"layers.{index}.{name}": np.asarray(value, dtype=np.float64)
             for index, layer in enumerate(self.layers)
             for name in _CONSTANTS
             if (value := getattr(layer, name)) is not None
         }
-        if not constants:
-            super().save(path)
-            return
-        beside = Path(path).with_suffix(CONSTANTS_SUFFIX)
-        content = safetensors.numpy.save(constants)
-        bare = [layer.model_copy(update=dict.fromkeys(_CONSTANTS)) for layer in self.layers]
-        named = {"constants_file": beside.name, "constants_digest": hashlib.sha256(content).hexdigest()}
-        atomic_write(beside, content)
-        atomic_write(path, self.model_copy(update={"layers": bare, **named}).dumps(indent=2) + "\n")
+        bare, place = self, Path(path)
+        if constants:
+            content = safetensors.numpy.save(constants)
+            digest = hashlib.sha256(content).hexdigest()
+            layers = [layer.model_copy(update=dict.fromkeys(_CONSTANTS)) for layer in self.layers]
+            named = {"constants_file": f"{place.stem}.constants.{digest[:12]}.safetensors", "constants_digest": digest}
+            bare = self.model_copy(update={"layers": layers, **named})
+            atomic_write(place.with_name(named["constants_file"]), content)
+        atomic_write(path, bare.dumps(indent=2) + "\n")
+        # Older versions wrote a name without a digest.
+        of_this_plan = re.compile(re.escape(place.stem) + r"\.constants(\.[0-9a-f]{12})?\.safetensors")
+        for beside in place.parent.iterdir():
+            if of_this_plan.fullmatch(beside.name) and beside.name != bare.constants_file:
+                beside.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -72,7 +72,7 @@ def bench(
         _refuse_what_ops_ignores(context_of_call, overrides)
         _bench_ops(place, dtype.value, batch, context)
         return
-    from fusiontree.artifacts import make_directory
+    from fusiontree.artifacts import directory_for_results
     from fusiontree.eval.eval_system import BenchSettings
 
     settings = BenchSettings.parse(
@@ -90,10 +90,10 @@ def bench(
     if out is None or out.is_dir():
         destination /= "bench.json"
     model = _trained(names[0], place) if names else _fresh(config, overrides, place)
-    make_directory(destination.parent, "--out")
-    report = _measure(model, names[0] if names else str(config or "quickstart"), peers, settings)
-    _print_report(report)
-    report.save(destination)
+    with directory_for_results(destination.parent, "--out"):
+        report = _measure(model, names[0] if names else str(config or "quickstart"), peers, settings)
+        _print_report(report)
+        report.save(destination)
     print(destination)
 
 

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -112,7 +112,7 @@ def evaluate(
     folder = out or model
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; name a folder")
-    from fusiontree.artifacts import EvalReport
+    from fusiontree.artifacts import EvalReport, directory_for_results
     from fusiontree.cli._evaluation_tables import print_report
     from fusiontree.cli._options import dtype_named
     from fusiontree.data.tokenizer import tokenizer_fingerprint
@@ -131,7 +131,7 @@ def evaluate(
         "mixed_precision": mixed_precision,
         "device": str(loaded.device),
     }
-    with _directory_for_results(folder), _progress_bars() as shown_as:
+    with directory_for_results(folder, "--out"), _progress_bars() as shown_as:
         job = _Job(
             model=loaded,
             name=str(model),
@@ -177,22 +177,6 @@ def evaluate(
         print(plot_passkeys(report.passkeys, folder / PASSKEYS_MAP))
     if report.mqar is not None:
         print(plot_mqar(report.mqar, folder / MQAR_MAP))
-
-
-@contextmanager
-def _directory_for_results(folder: Path) -> Iterator[None]:
-    """Made beforehand, since evaluating takes long; gone again where nothing came of it."""
-    from fusiontree.artifacts import make_directory
-
-    was_there = folder.exists()
-    make_directory(folder, "--out")
-    try:
-        yield
-    except BaseException:
-        if not was_there:
-            with suppress(OSError):  # it holds something
-                folder.rmdir()
-        raise
 
 
 def _refuse_what_no_task_reads(call: typer.Context, wanted: list[str]) -> None:

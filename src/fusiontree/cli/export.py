@@ -57,8 +57,15 @@ def export(
     if merged := sum(cut.config.merges(layer) != "none" for layer in range(cut.config.num_layers)):
         counted += f"; maps merged in {merged}"
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
-    is_cut = heads > 0 or any(kind != "both" for kind in kinds)
-    if is_cut and not any(layer.has_constants for layer in loaded_plan.layers):
+    own = [loaded.config.branch(layer) for layer in range(loaded.config.num_layers)]
+    shapes = [{name: parameter.shape for name, parameter in one.named_parameters()} for one in (loaded, cut)]
+    if shapes[0] == shapes[1]:
+        reasons: dict[str, list[str]] = {}
+        for index, layer in enumerate(loaded_plan.layers):
+            reasons.setdefault(layer.reason, []).append(str(index))
+        why = "; ".join(f"{reason} (layers {', '.join(layers)})" for reason, layers in reasons.items())
+        print(f"nothing is cut, {out} is a copy of its parent: {why}")
+    elif (heads or kinds != own) and not any(layer.has_constants for layer in loaded_plan.layers):
         print(f"{plan} records no constants, so zeros stand in: `fusiontree plan` records what branches say on average")
     if loaded_plan.model is None:
         print(f"{plan} has no fingerprint of the model that it was made for: that it was this one is taken on trust")

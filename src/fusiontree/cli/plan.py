@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
-    from fusiontree.artifacts import Branch, GateStatistics, LayerDecision, PrunePlan
+    from fusiontree.artifacts import GateStatistics, PrunePlan
     from fusiontree.train.settings import GateMonitorSettings
 
 
@@ -28,7 +28,9 @@ def plan(
     ),
     out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan_CRITERION.json in MODEL."),
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
-    empty_layers: bool = typer.Option(False, "--empty-layers", help="Let a layer lose both branches."),
+    empty_layers: bool = typer.Option(
+        False, "--empty-layers", help="Let a layer lose both branches; beyond decode=1.5x that tends to cost less."
+    ),
     heads: bool = typer.Option(False, "--heads", help="Also cut single heads; by ablation or recall."),
     freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="First freeze gates, for so many nats."),
     tokens: int = typer.Option(16384, "--tokens", min=1, help="Calibration tokens."),
@@ -46,6 +48,7 @@ def plan(
     a target cuts by thresholds what the run recorded about its gates. `fusiontree plan PLAN.json --show` draws a plan.
     """
     from fusiontree.artifacts import PrunePlan
+    from fusiontree.cli._plan_table import draw
 
     if model.is_file():
         if not show:
@@ -54,7 +57,7 @@ def plan(
         return
     if show and model.suffix == ".json" and not model.exists():
         raise InputError(f"plan {model} does not exist")
-    from fusiontree.artifacts import make_directory
+    from fusiontree.artifacts import directory_for_results
     from fusiontree.cli._options import dtype_named, working
     from fusiontree.deploy.budget import parse_targets
     from fusiontree.deploy.calibration import calibration_text
@@ -65,8 +68,10 @@ def plan(
     targets = parse_targets(target or [])
     by_thresholds = criterion == "gate" and not targets
     settings = None
-    if by_thresholds and heads:
-        raise InputError("--heads goes with a --target: thresholds look at whole branches")
+    if by_thresholds:
+        meant = {"--heads": heads, "--empty-layers": empty_layers, "--freeze-gates": freeze_gates is not None}
+        for option in (name for name, is_asked in meant.items() if is_asked):
+            raise InputError(f"{option} goes with a --target: thresholds take one branch of a layer and nothing else")
     if not by_thresholds:
         if overrides:
             raise InputError(f"{overrides[0]}: only --criterion gate without --target reads thresholds")
@@ -87,28 +92,28 @@ def plan(
     destination = out or (model / f"prune_plan_{criterion}.json")
     if destination.is_dir():
         raise InputError(f"--out {destination} is a directory: name a file")
-    make_directory(destination.parent, "--out")
-    records, thresholds = _recorded(model, overrides or []) if by_thresholds else ([], None)
-    documents = Texts(data, text_key=text_key, where="--data")
-    loaded = load(model, device=device, dtype=dtype_named(dtype))
-    text = calibration_text(loaded, documents, tokens=tokens, length=length)
-    with working("plan") as progress:
-        if settings is not None:
-            made = make_plan(loaded, text, settings, source=source, progress=progress)
-        else:
-            assert thresholds is not None
-            made = plan_by_thresholds(
-                loaded,
-                text,
-                records,
-                thresholds,
-                source=source,
-                context=context,
-                rounds=rounds,
-                progress=progress,
-            )
-    made.measured["calibration_data"] = documents.paths
-    made.save(destination)
+    with directory_for_results(destination.parent, "--out"):
+        records, thresholds = _recorded(model, overrides or []) if by_thresholds else ([], None)
+        documents = Texts(data, text_key=text_key, where="--data")
+        loaded = load(model, device=device, dtype=dtype_named(dtype))
+        text = calibration_text(loaded, documents, tokens=tokens, length=length)
+        with working("plan") as progress:
+            if settings is not None:
+                made = make_plan(loaded, text, settings, source=source, progress=progress)
+            else:
+                assert thresholds is not None
+                made = plan_by_thresholds(
+                    loaded,
+                    text,
+                    records,
+                    thresholds,
+                    source=source,
+                    context=context,
+                    rounds=rounds,
+                    progress=progress,
+                )
+        made.measured["calibration_data"] = documents.paths
+        made.save(destination)
     if show:
         draw(made)
     print(summary(made))
@@ -141,48 +146,3 @@ def summary(made: PrunePlan) -> str:
     if "loss_increase" in found:
         parts.append(f"loss {found['parent_loss']:.4f} -> {found['loss']:.4f} ({found['loss_increase']:+.4f})")
     return "expected before healing: " + ", ".join(parts) if parts else "the plan expects nothing of its cut"
-
-
-def draw(made: PrunePlan) -> None:
-    """Layers x branches: what the gate gives each one, the rise of the loss without it, what it saves."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    table = Table(title=f"Prune plan by {made.criterion}, for {made.source}")
-    table.add_column("layer", justify="right")
-    table.add_column("gate", justify="right")
-    for branch in ("mamba", "attention"):
-        for head in (branch, "Δloss", "saves"):
-            table.add_column(head, justify="left" if head == branch else "right")
-    table.add_column("because")
-    for index, layer in enumerate(made.layers):
-        table.add_row(str(index), _number(layer.evidence.get("gate_mean")), *_cells(made, index, layer), layer.reason)
-    console.print(table)
-    print("gate: 1 = Mamba, 0 = attention; Δloss: nats without the branch alone, or (in brackets) after its step;")
-    print("saves: share of the parent's cost")
-
-
-def _cells(made: PrunePlan, index: int, layer: LayerDecision) -> list[str]:
-    cells: list[str] = []
-    removed = {step.branch: step.loss_increase for step in made.steps if step.layer == index and not step.heads}
-    branch: Branch
-    for branch in ("mamba", "attention"):
-        was_there = f"{branch}_saving" in layer.evidence or layer.keep in ("both", branch)
-        is_kept = layer.keep in ("both", branch)
-        kept = f"kept −{len(layer.heads[branch])} heads" if layer.heads.get(branch) else "kept"
-        rise = layer.evidence.get(f"{branch}_ablation", layer.evidence.get(f"{branch}_recall"))
-        shown = f"({removed[branch]:+.4f})" if rise is None and branch in removed else _number(rise, "+.4f")
-        saving = layer.evidence.get(f"{branch}_saving")
-        cells += [
-            kept if is_kept else "cut" if was_there else "–",
-            shown,
-            "–" if saving is None else f"{100 * saving:.1f} %",
-        ]
-    return cells
-
-
-def _number(value: Any, form: str = ".3f") -> str:
-    return "–" if value is None else format(value, form)

@@ -90,7 +90,7 @@ def _report(
 ) -> RunReport:
     from fusiontree.artifacts import RunManifest
     from fusiontree.cli.evaluate import PICTURE
-    from fusiontree.eval.eval_system import describe_machine
+    from fusiontree.deploy.costs import describe_machine
     from fusiontree.eval.peers import count_parameters
     from fusiontree.eval.report import RunReport
     from fusiontree.plots import GATES_BY_CHANNEL, GATES_BY_STEP, LEARNING_CURVE

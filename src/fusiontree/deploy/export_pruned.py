@@ -20,6 +20,10 @@ from fusiontree.models import HybridLanguageModel
 from fusiontree.train.checkpoint import no_progress_bar
 
 PLAN = "prune_plan.json"
+CARD = "README.md"
+CARD_HEADER = "---\nlibrary_name: fusiontree\npipeline_tag: text-generation\ntags: [fusiontree, pruned]\n---\n"
+#: Of the largest logit, or of 1: how far an export in float32 may be from its parent with the plan's constants.
+TOLERANCE = 1e-5
 _PROBE_TOKENS = 64
 
 
@@ -37,7 +41,7 @@ def export(
     """Writes the model that the plan leaves, with tokenizer, manifest, plan and a model card.
 
     What became constant is folded into the weights around it in float64, so that the export equals
-    `reference_parent(model, plan)`.
+    `reference_parent(model, plan)`; in float32 that is checked before anything is written.
 
     Args:
         model: the parent, as `fusiontree.load` returns it; it stays as it is.
@@ -53,7 +57,8 @@ def export(
         The exported model.
 
     Raises:
-        InputError: the directory exists or cannot be written, or the plan does not fit the model.
+        InputError: the directory exists or cannot be written, the plan does not fit the model, or what it says cannot
+            be folded without changing the model's predictions.
     """
     destination = Path(path)
     check_free(destination)
@@ -61,8 +66,17 @@ def export(
     parent = parent or str(model.name_or_path) or "unnamed"
     progress("folding")
     cut = fold(model, plan, merge)
-    cut.to(dtype or model.dtype)
-    difference, largest = compare(reference_parent(model, plan), cut)
+    reference = reference_parent(model, plan)
+    difference, largest = compare(reference, cut)
+    if _multiplies_exactly(model.dtype) and not difference <= TOLERANCE * max(1.0, largest):
+        raise InputError(
+            f"the export would differ from its parent with the plan's constants in place by {difference:.2g} where the "
+            f"largest logit is {largest:.3g}, more than rounding explains: a constant or a frozen gate is too extreme "
+            "to be folded; make the plan again"
+        )
+    if dtype not in (None, model.dtype):
+        cut.to(dtype)
+        difference, largest = compare(reference, cut)
     costs = None
     if context is not None:
         costs = measure_costs({"parent": model, "export": cut}, context=context, progress=progress)
@@ -81,7 +95,7 @@ def export(
             manifest.save(folder / "manifest.json")
             plan.save(folder / PLAN)
             card = _card(destination, model, cut, plan, parent, context, costs, difference, largest)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"the export {destination} could not be written: {first_line(error)}") from error
     return cut
@@ -91,6 +105,11 @@ def check_free(destination: Path) -> None:
     """Raises InputError where something is in the way of an export."""
     if destination.exists() or destination.is_symlink():
         raise InputError(f"{destination} exists already: name a directory that does not, exports replace nothing")
+
+
+def _multiplies_exactly(dtype: torch.dtype) -> bool:
+    """Whether products lose no more than float32 does: 16-bit types, TF32 and the like promise no equality."""
+    return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
 
 
 @torch.no_grad()
@@ -121,7 +140,7 @@ def _card(
     has_constants = any(layer.has_constants for layer in plan.layers)
     stand_in = "constants that the plan recorded" if has_constants else "zeros: the plan recorded no constants"
     parts = [
-        "---\nlibrary_name: fusiontree\npipeline_tag: text-generation\ntags: [fusiontree, pruned]\n---\n",
+        CARD_HEADER,
         f"# {destination.name}, a pruned {Path(parent).name}\n",
         f"Made from `{parent}` by a plan of the criterion {plan.criterion} (`{PLAN}`). In place of what was removed "
         f"stand {stand_in}, folded into the weights.\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from fusiontree.artifacts import HealReport, RunManifest
+from fusiontree.artifacts import HealReport, RunManifest, atomic_write
 from fusiontree.config import apply_overrides, load_yaml
 from fusiontree.data.tokenizer import holds_tokenizer
+from fusiontree.deploy.export_pruned import CARD, CARD_HEADER
 from fusiontree.deploy.loading import find_model
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModelConfig
 from fusiontree.train.checkpoint import load_model, no_progress_bar
+from fusiontree.train.checkpoint_files import LATEST
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings, as_run_settings
 
@@ -73,7 +76,23 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
     )
     if engine.processes.is_main:
         report.save(result.run / REPORT)
+        atomic_write((result.run / LATEST).resolve() / CARD, _card(report, result.run))
     return Healed(report, result.run, None)
+
+
+def _card(report: HealReport, run: Path) -> str:
+    """The model card of the healed model: that of the export, and what healing won back."""
+    card = Path(report.export) / CARD
+    before = card.read_text(encoding="utf-8") if card.is_file() else CARD_HEADER + f"\n# {run.name}\n"
+    share = "" if report.recovered is None else f", {100 * report.recovered:.0f} % of what the cut had lost"
+    losses = {"parent": report.parent_loss, "export": report.export_loss, "healed": report.healed_loss}
+    rows = "".join(f"| {name} | {loss:.4f} | {math.exp(loss):.2f} |\n" for name, loss in losses.items())
+    return (
+        f"{before.rstrip()}\n\n## Healed\n\nThese weights are the export's after {report.steps:,} steps "
+        f"({report.tokens:,} tokens) of distillation from `{report.parent}`{share}.\n\n"
+        f"| | loss | perplexity |\n|---|---|---|\n{rows}\nNats per token, on {report.eval_tokens:,} tokens of the "
+        "run's evaluation data.\n"
+    )
 
 
 def heal_settings(

@@ -14,7 +14,7 @@ from fusiontree.eval.tables import Cell, Getter, note, number, table
 def cut_section(columns: Sequence[Column]) -> str:
     """Empty where none of the columns was cut from another model or healed."""
     roles = {column.name: _role(column, columns) for column in columns}
-    if not any(column.heal or _cut_from(column) for column in columns):
+    if not any(column.heal or cut_from(column) for column in columns):
         return ""
     rows: list[tuple[str, Getter]] = [
         ("is", lambda c: roles[c.name]),
@@ -77,7 +77,7 @@ def bench_section(columns: Sequence[Column]) -> str:
     return section("Generating: speed and memory", table(columns, rows, marked) + note(text))
 
 
-def _cut_from(column: Column) -> str | None:
+def cut_from(column: Column) -> str | None:
     """The parent that an export names."""
     manifest = column.manifest
     is_export = manifest is not None and column.kind == "model" and "plan" in manifest.config
@@ -98,10 +98,10 @@ def _role(column: Column, columns: Sequence[Column]) -> Cell:
 
     if column.heal is not None:
         return f"healed from {named(column.heal.export)}"
-    parent = _cut_from(column)
+    parent = cut_from(column)
     if parent is not None:
         return f"cut from {named(parent)}"
-    is_parent = any(_is_at(_cut_from(c), column) or (c.heal and _is_at(c.heal.parent, column)) for c in columns)
+    is_parent = any(_is_at(cut_from(c), column) or (c.heal and _is_at(c.heal.parent, column)) for c in columns)
     return "parent" if is_parent else None
 
 
@@ -119,7 +119,7 @@ def _loss(column: Column, columns: Sequence[Column]) -> float | None:
 def _costs(column: Column, columns: Sequence[Column]) -> Mapping[str, Any]:
     """The figures of the export that measured this column, as itself or as its parent; `context` among them."""
     for export in columns:
-        parent = _cut_from(export)
+        parent = cut_from(export)
         measured = export.manifest.config.get("costs") if export.manifest is not None and parent else None
         name = "export" if export is column else "parent" if _is_at(parent, column) else None
         if measured and name:

@@ -6,13 +6,10 @@ All models take turns, round after round, so that what the machine does besides 
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fusiontree.artifacts import BenchReport, ModelFigures, git_revision
 from fusiontree.config import Settings
+from fusiontree.deploy.costs import describe_machine
 from fusiontree.deploy.quantized import weight_bytes
 from fusiontree.eval.peers import count_parameters
 
@@ -211,25 +209,3 @@ def _parts(item: object) -> Iterator[object]:
         yield from item
     elif hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item):
         yield from vars(item).values()
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on: processor, threads, and the GPU if it is one; nothing that names the machine."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-                break
-    machine: dict[str, Any] = {
-        "processor": name,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "kernels": torch.backends.cpu.get_cpu_capability(),
-        "device": device.type,
-    }
-    if device.type == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name(device)
-    return machine

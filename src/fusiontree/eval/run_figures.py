@@ -252,6 +252,7 @@ svg text {{ fill: var(--soft); font: 12px system-ui, sans-serif; }}
   background: var(--page); border: 1px solid var(--line); }}
 .branches .mamba {{ background: #c0392b; border-color: #c0392b; color: #fff; }}
 .branches .attention {{ background: #2166ac; border-color: #2166ac; color: #fff; }}
+.branches .constant {{ border-style: dashed; color: var(--soft); }}
 p.note {{ font-size: .88rem; margin: .6rem 0; }}
 h3 {{ margin-top: .8rem; overflow-wrap: anywhere; }}
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 from fusiontree.artifacts import EvalReport, MQARReport, PasskeyReport, RunManifest
 from fusiontree.atomic import atomic_write
 from fusiontree.eval.columns import Column, differences, read_columns
-from fusiontree.eval.cut_section import bench_section, cut_section
+from fusiontree.eval.cut_section import bench_section, cut_from, cut_section
 from fusiontree.eval.page import page, section
 from fusiontree.eval.run_figures import (
     LAYER_COLOURS,
@@ -227,7 +227,8 @@ def _harness(task: str, metric: str, evaluation: EvalReport) -> Cell:
 
 
 def _plan(columns: Sequence[Column]) -> str:
-    parts = []
+    parts: list[str] = []
+    exports: list[bool] = []
     for column in columns:
         plan = column.plan
         if plan is None:
@@ -236,24 +237,35 @@ def _plan(columns: Sequence[Column]) -> str:
             f'<li class="{layer.keep}" title="{escape(layer.reason)}">{index}</li>'
             for index, layer in enumerate(plan.layers)
         )
-        kept = {kind: plan.layer_branches.count(kind) for kind in ("both", "mamba", "attention")}
+        kept = {kind: plan.layer_branches.count(kind) for kind in ("both", "mamba", "attention", "constant")}
         counts = ", ".join(f"{count} {kind}" for kind, count in kept.items() if count)
+        if heads := sum(layer.num_heads_removed for layer in plan.layers):
+            counts += f"; {heads} single heads cut"
         reasons = "".join(
             f"<tr><td>{index}</td><td>{escape(layer.keep)}</td><td>{escape(layer.reason)}</td><td>"
             f"{', '.join(f'{escape(name)} {value:.4g}' for name, value in layer.evidence.items())}</td></tr>"
             for index, layer in enumerate(plan.layers)
         )
         thresholds = ", ".join(f"{escape(name)} {value:g}" for name, value in plan.thresholds.items())
+        is_done = cut_from(column) is not None
+        exports.append(is_done)
         parts.append(
-            f"<h3>{escape(column.name)}</h3><p>By {escape(plan.criterion)} ({thresholds})"
-            f"{'' if plan.step is None else f', at step {plan.step:,}'}: {counts}.</p>"
+            f"<h3>{escape(column.name)}</h3><p>{'Was' if is_done else 'Would be'} pruned by {escape(plan.criterion)}"
+            f"{f' ({thresholds})' if thresholds else ''}{'' if plan.step is None else f', at step {plan.step:,}'}: "
+            f"{counts}.</p>"
             f'<ol class="branches">{cells}</ol><details><summary>Why, layer by layer</summary><div class="wide">'
             f"<table><tr><th>layer</th><th>keeps</th><th>reason</th><th>evidence</th></tr>{reasons}</table></div></details>"
         )
     if not parts:
         return ""
-    text = "From prune_plan.json: a layer keeps both branches, Mamba alone (red) or attention alone (blue)."
-    return section("What would be pruned", "".join(parts) + note(text))
+    text = (
+        "From prune_plan.json: a layer keeps both branches, Mamba alone (red), attention alone (blue) or neither "
+        "(dashed): one constant vector. The plan of a run is what it would be pruned by, that of an export what it was."
+    )
+    title = "What was and what would be pruned"
+    if len(set(exports)) == 1:
+        title = "What was pruned" if exports[0] else "What would be pruned"
+    return section(title, "".join(parts) + note(text))
 
 
 def _origin(columns: Sequence[Column]) -> str:
