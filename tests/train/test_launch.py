@@ -64,6 +64,38 @@ def test_zero_needs_no_launcher_for_one_process(run_settings, tmp_path: Path) ->
     assert line.startswith("error: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT are not set: start it with torchrun")
 
 
+def test_another_zero_stage_than_asked_for_does_not_train(run_settings, tmp_path: Path) -> None:
+    """A library in between that changes what DeepSpeed is told."""
+    sections = run_settings(output_dir=str(tmp_path / "run"), system={"device": "cpu", "zero_stage": 2})
+    script = tmp_path / "meddles.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import sys
+            import accelerate
+            from fusiontree.cli import main
+
+            prepare = accelerate.Accelerator.prepare
+
+            def meddle(self, *objects):
+                self.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] = 1
+                return prepare(self, *objects)
+
+            accelerate.Accelerator.prepare = meddle
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    command = [warm.python(), str(script), "train", "--config", write(sections, tmp_path / "run.yaml")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert (
+        "error: stage 2, offload_optimizer none, offload_param none was asked for but DeepSpeed would run stage 1"
+        in (done.stderr)
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         output_dir=str(tmp_path / "run"),
