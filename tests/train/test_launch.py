@@ -42,6 +42,28 @@ def write(sections: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
+def by_hand(*commands: list[str]) -> tuple[list[int], list[str]]:
+    """Start a process with each command, without a launcher that would end the others: their exit codes and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, command in enumerate(commands):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))
+        processes.append(
+            subprocess.Popen(
+                [warm.python(), *command],
+                env=ENVIRONMENT | place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    shown = [process.communicate(timeout=110)[1] for process in processes]
+    return [process.returncode for process in processes], shown
+
+
 def test_zero_needs_no_launcher_for_one_process(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         output_dir=str(tmp_path / "run"),
@@ -96,6 +118,25 @@ def test_another_zero_stage_than_asked_for_does_not_train(run_settings, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("output_dir={notes}/run", "output_dir: nothing can be written to "),
+        ("system.num_devices=8", "system.num_devices is 8 but 2 processes run"),
+        ("data.train_paths=missing.jsonl", "missing.jsonl"),
+    ],
+)
+def test_what_all_processes_find_out_is_told_once(run_settings, tmp_path: Path, problem: str, said: str) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("kept")
+    config = write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
+    process = torchrun("-m", "fusiontree", "train", "--config", config, problem.format(notes=notes))
+    shown, _ = process.communicate(timeout=110)
+    assert process.returncode != 0 and "gloo" not in shown and not (tmp_path / "run").exists()
+    (sentence,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert said in sentence
+
+
 def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         output_dir=str(tmp_path / "run"),
@@ -123,25 +164,36 @@ def test_processes_that_differ_are_refused_in_one_sentence(
     config = write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
     other = tmp_path / "other.jsonl"
     other.write_text((corpus / "train.jsonl").read_text().replace("fox", "cat"), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        overrides = [different.format(other=other)] if rank == "1" else []
-        command = [warm.python(), "-m", "fusiontree", "train", "--config", config, *overrides]
-        processes.append(
-            subprocess.Popen(
-                command, env=ENVIRONMENT | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    shown = [process.communicate(timeout=110)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], shown
+    overrides = ["--config", config], ["--config", config, different.format(other=other)]
+    codes, shown = by_hand(*(["-m", "fusiontree", "train", *arguments] for arguments in overrides))
+    assert codes == [2, 2], shown
     (sentence,) = [line for text in shown for line in text.splitlines() if line.startswith("error: ")]
     assert said in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_fails_while_the_run_is_opened_ends_the_others_quietly(run_settings, tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import sys
+            from fusiontree.cli import main
+            from fusiontree.train import run_files
+
+            def fail(*arguments):
+                raise RuntimeError("boom")
+
+            run_files.dump_yaml = fail
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    command = [str(script), "train", "--config"]
+    command.append(write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml"))
+    codes, (first, second) = by_hand(command, command)
+    assert codes == [1, 2] and "RuntimeError: boom" in first
+    assert second.strip() == ""
 
 
 @pytest.mark.slow

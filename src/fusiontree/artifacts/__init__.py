@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,6 +62,7 @@ __all__ = [
     "TaskReport",
     "atomic_directory",
     "atomic_write",
+    "check_writable",
     "checkpoint_name",
     "checkpoint_step",
     "git_revision",
@@ -206,6 +208,24 @@ def make_directory(path: str | os.PathLike[str], named: str) -> None:
     except OSError as error:
         problem = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
         raise InputError(f"{named}: the directory {path} cannot be made ({problem}); name another place") from error
+
+
+def check_writable(path: str | os.PathLike[str], named: str) -> None:
+    """Tries whether files can be written in the directory `path`, or where it would have to be made; leaves nothing.
+
+    Raises:
+        InputError: they cannot (a file is in the way, no permission, a disk that is read-only or full); `named` says
+            where the path came from.
+    """
+    place = Path(path)
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        problem = "a file is in the way" if isinstance(error, NotADirectoryError) else error.strerror
+        raise InputError(f"{named}: nothing can be written to {path} ({problem}); name another place") from error
 
 
 def git_revision() -> str | None:

@@ -46,10 +46,17 @@ def check_launch(settings: RunSettings) -> None:
 
     Raises:
         InputError: they contradict each other, or something is missing here; nothing is replaced in silence
-            (`ElsewhereError` in all processes of a machine but its first: all of them see it).
+            (`ElsewhereError` in all processes of a machine but its first).
     """
-    try:
+    with told_once():
         _check_launch(settings)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Around what all processes of a machine find out alike, each for itself: its first one alone tells it."""
+    try:
+        yield
     except InputError as error:
         if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             raise

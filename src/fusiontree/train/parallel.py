@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -51,15 +52,18 @@ class Parallel:
         if self.accelerator.num_processes == 1:
             return self.module
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            self.module,
-            device_ids=devices,
-            # Running means are averaged (`average_running_means`), not overwritten by the main process's.
-            broadcast_buffers=False,
-            # Branch dropout leaves parameters out, the same ones in every process but not in every step.
-            find_unused_parameters=self.module.config.drop_branch_prob > 0,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 renames `broadcast_buffers`, in words of each process; the older ones know no other name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                self.module,
+                device_ids=devices,
+                # Running means are averaged (`average_running_means`), not overwritten by the main process's.
+                broadcast_buffers=False,
+                # Branch dropout leaves parameters out, the same ones in every process but not in every step.
+                find_unused_parameters=self.module.config.drop_branch_prob > 0,
+                gradient_as_bucket_view=True,
+            )
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch; gradients are exchanged in that of the last one alone."""

@@ -48,7 +48,24 @@ class RunFiles:
 
         Returns:
             The last step that the log has an evaluation of: a stop may have cut short that of the step it saved.
+
+        Raises:
+            InputError: a file cannot be written.
         """
+        try:
+            return self._open(config, step, checkpoint, fingerprint)
+        except OSError as error:
+            raise InputError(
+                f"output_dir: the run's files cannot be written to {self._run} ({error.strerror}); name another place"
+            ) from error
+
+    def _open(
+        self,
+        config: HybridLanguageModelConfig,
+        step: int,
+        checkpoint: Path | None,
+        fingerprint: Callable[[], str],
+    ) -> int | None:
         make_directory(self._run, "output_dir")
         remove_unfinished(self._run / "checkpoints")
         evaluated = self.truncate(step if checkpoint else -1)
