@@ -137,6 +137,39 @@ def test_what_all_processes_find_out_is_told_once(run_settings, tmp_path: Path, 
     assert said in sentence
 
 
+@pytest.mark.parametrize("system", [{}, {"zero_stage": 2}], ids=["ddp", "zero2"])
+def test_one_process_alone_prints_and_draws(run_settings, tmp_path: Path, system: dict[str, Any]) -> None:
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        logging={"progress": "plain"},
+        system={"device": "cpu", "num_threads": 1} | system,
+    )
+    script = tmp_path / "says_who_draws.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import os, sys
+            from fusiontree import plots
+            from fusiontree.cli import main
+
+            draw = plots.plot_run
+            plots.plot_run = lambda run: print("drawn by", os.environ["RANK"], flush=True) or draw(run)
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    process = torchrun(str(script), "train", "--config", write(sections, tmp_path / "run.yaml"))
+    shown, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, shown
+    expected = [f"{tmp_path / 'run'}: new run", "AdamW, weight decay", "AdamW, no weight decay", "step 0  eval loss"]
+    for last in (3, 6):
+        expected += [*(f"step {step}/6  loss" for step in range(last - 2, last + 1)), f"step {last}  eval loss"]
+    expected += ["done: 6 steps", "drawn by 0"]
+    lines = shown.splitlines()
+    assert len(lines) == len(expected), shown
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), shown
+
+
 def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         output_dir=str(tmp_path / "run"),
@@ -222,6 +255,39 @@ def test_other_launchers(run_settings, tmp_path: Path, launcher: list[str], zero
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert engine in done.stderr + done.stdout
     assert [row["step"] for row in rows(tmp_path / "run", "metrics.jsonl") if "lm_loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_launchers_sigterm_after_ctrl_c_leaves_time_to_save(run_settings, tmp_path: Path) -> None:
+    """As `deepspeed` sends it; the disk is slow."""
+    script = tmp_path / "slow_disk.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import sys, time
+            from fusiontree.cli import main
+            from fusiontree.train import checkpoint
+
+            write = checkpoint.list_files
+            checkpoint.list_files = lambda folder: time.sleep(2) or write(folder)
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"), training={"max_steps": 5000, "eval_interval": 0, "save_interval": 0}
+    )
+    command = [warm.python(), str(script), "train", "--config", write(sections, tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while len(rows(tmp_path / "run", "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 130, shown
+    saved = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step_"))
+    assert saved == rows(tmp_path / "run", "metrics.jsonl")[-1]["step"] >= 3
 
 
 def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_settings, tmp_path: Path) -> None:

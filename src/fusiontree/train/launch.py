@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,11 @@ _USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 def launched_processes() -> int:
     """How many processes the launcher (torchrun, accelerate launch, deepspeed) started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of the run that prints and draws."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def has_deepspeed() -> bool:
@@ -187,6 +193,8 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
         if not on_cuda:
             _leave_communication_to_gloo()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls torch by names that torch 2.13 wants changed, which each process would say.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, launched_processes()))
     if system.is_sharded and "RANK" not in os.environ:
         os.environ.update(_single_launch())  # and left so: DeepSpeed reads it when it wraps the model
