@@ -14,6 +14,7 @@ import torch
 from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
+from fusiontree.artifacts import RunManifest
 from fusiontree.errors import InputError
 from fusiontree.train import processes
 from fusiontree.train.checkpoint import load_state
@@ -123,6 +124,33 @@ def test_a_run_can_start_from_another_runs_checkpoint(run_settings, tmp_path: Pa
     assert [row["step"] for row in rows(tmp_path / "second", "metrics.jsonl")] == [4, 5]
     manifest = json.loads((tmp_path / "second" / "manifest.json").read_text())
     assert manifest["parent_run"].endswith("step_00000003")
+
+
+def test_the_manifest_tells_of_every_resume(run_settings, tmp_path: Path, monkeypatch) -> None:
+    """Another commit, other settings: what the run began with stays beside what it went on with."""
+    sections = run_settings(training={"max_steps": 2, "save_interval": 2}, output_dir=str(tmp_path / "run"))
+    fusiontree.train(sections)
+    path = tmp_path / "run" / "manifest.json"
+    began = RunManifest.load(path)
+    assert began.resumes == []
+    monkeypatch.setattr("fusiontree.artifacts.git_revision", lambda: "another")
+    monkeypatch.setattr("sys.argv", ["fusiontree", "train", "--resume", "auto"])
+    for last in (4, 6):
+        sections["training"] |= {"max_steps": last, "weight_decay": 0.05 * last}
+        fusiontree.train(sections, resume="auto")
+    now = RunManifest.load(path)
+    assert now.model_copy(update={"resumes": []}) == began
+    assert [(resume.step, Path(resume.checkpoint).name) for resume in now.resumes] == [
+        (2, "step_00000002"),
+        (4, "step_00000004"),
+    ]
+    assert now.resumes[1].changed == {"training.max_steps": 6, "training.weight_decay": pytest.approx(0.3)}
+    assert now.resumes[0].git_revision == "another" != began.git_revision
+    assert now.resumes[0].command == "fusiontree train --resume auto" and now.resumes[0].versions == began.versions
+    assert now.resumes[0].data_fingerprint == began.data_fingerprint
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kept = [RunManifest.load(checkpoints / f"step_0000000{n}" / "training_state" / "manifest.json") for n in (2, 4, 6)]
+    assert [len(manifest.resumes) for manifest in kept] == [0, 1, 2]
 
 
 def stop_in_evaluation(engine: TrainingEngine, step: int) -> None:

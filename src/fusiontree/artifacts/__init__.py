@@ -58,6 +58,7 @@ __all__ = [
     "PositionLoss",
     "PrunePlan",
     "RunManifest",
+    "RunResume",
     "TaskAnswers",
     "TaskReport",
     "atomic_directory",
@@ -84,10 +85,27 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
+class RunResume(Record):
+    """How a run went on after a stop."""
+
+    step: int
+    """Optimizer steps that it had taken."""
+    checkpoint: str
+    changed: dict[str, Any]
+    """Settings that are not those of the manifest's `config`, by dotted name."""
+    versions: dict[str, str]
+    git_revision: str | None
+    data_fingerprint: str | None
+    started: str
+    """UTC, ISO 8601."""
+    command: str
+
+
 class RunManifest(Artifact):
-    """Where a run came from: enough to start it again."""
+    """Where a run came from: enough to start it again. All but `resumes` is as it was when it began."""
 
     KIND = "run_manifest"
+    VERSION = 2  # 1 knows no `resumes`
 
     config: dict[str, Any]
     """The resolved settings."""
@@ -103,6 +121,7 @@ class RunManifest(Artifact):
     """UTC, ISO 8601."""
     command: str
     """The command line, quoted for a shell."""
+    resumes: list[RunResume] = []
 
     @classmethod
     def collect(
@@ -118,6 +137,28 @@ class RunManifest(Artifact):
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=shlex.join(sys.argv),
         )
+
+    def resumed(
+        self, config: Mapping[str, Any], *, step: int, checkpoint: str, data_fingerprint: str | None = None
+    ) -> Self:
+        """The manifest with what this process goes on with now, at `step` from `checkpoint`."""
+        now = type(self).collect(config, data_fingerprint=data_fingerprint)
+        before = _dotted(self.config)
+        resume = RunResume(
+            step=step,
+            checkpoint=checkpoint,
+            changed={key: value for key, value in _dotted(config).items() if key not in before or before[key] != value},
+            **now.model_dump(include={"versions", "git_revision", "data_fingerprint", "started", "command"}),
+        )
+        return self.model_copy(update={"resumes": [*self.resumes, resume]})
+
+
+def _dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _dotted(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
 
 
 class LayerGateStatistics(Record):
