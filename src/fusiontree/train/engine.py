@@ -362,7 +362,8 @@ class TrainingEngine:
             self.files.write(self.files.gates, statistics.dumps(), self.view.warn)
 
     def _log(self) -> None:
-        row = self.meter.close_row(self.step) | self._length() | {"skipped_steps": self.guard.skipped}
+        row = self.meter.close_row(self.step) | self._length()
+        row |= {"skipped_steps": self.guard.skipped, "spikes": self.guard.spikes}
         if self.settings.loss.commit_from is not None:
             row |= {f"{name}_coeff": self.loss.coefficients[name] for name in ("load_balance", "entropy")}
         if self.processes.is_main:
