@@ -8,5 +8,7 @@ config=${1:?usage: train_one_machine.sh CONFIG [KEY=VALUE]...}
 shift
 processes=${PROCESSES:-$(nvidia-smi --list-gpus | wc -l)}
 # --resume auto: a run that was stopped, by whatever, goes on where it was saved.
+# Ctrl-C and SIGTERM save first: torchrun would kill what is not done with it after 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 exec torchrun --standalone --nproc_per_node="$processes" -m fusiontree train \
     --config "$config" --resume auto system.num_devices="$processes" "$@"

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fusiontree.models import HybridLanguageModel
+from fusiontree.train.launch import checked_deepspeed_config
 from fusiontree.train.settings import RunSettings, load_run_settings
 from fusiontree.train.setup import model_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+DEEPSPEED_FILES = sorted(CONFIGS[0].parent.glob("*.json"))
 
 # The 8 x A6000 excerpt of the project's original description, as it stands there.
 EXCERPT = """\
@@ -52,6 +54,13 @@ def test_every_shipped_configuration_builds(path: Path) -> None:
 
 def test_the_expected_configurations_ship() -> None:
     assert {path.stem for path in CONFIGS} >= {"quickstart", "pretrain_optimized", "pretrain_wikipedia"}
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.stem)
+def test_deepspeed_accepts_every_shipped_file(path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    settings = RunSettings.parse({"system": {"device": "cpu", "deepspeed_config": str(path)}})
+    assert checked_deepspeed_config(settings, processes=2)["zero_optimization"]["stage"] == int(path.stem[-1])
 
 
 def test_the_original_excerpt_loads_as_it_stands(tmp_path: Path) -> None:

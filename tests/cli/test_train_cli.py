@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import warm
 from fusiontree.cli import main
+from fusiontree.data.bpe import train_bpe
 
 Train = Callable[..., tuple[int, str, str]]
 
@@ -295,11 +296,56 @@ def test_a_damaged_checkpoint_is_told_by_every_command(
         assert line.startswith("error: ") and checkpoint.name in line, command
 
 
-def test_an_output_dir_that_cannot_be_made_is_named(train: Train, tmp_path: Path) -> None:
+def test_an_output_dir_with_a_file_in_its_way_is_named(train: Train, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("kept")
-    code, _, errors = train(f"output_dir={tmp_path / 'notes.txt'}")
-    assert code == 2 and (tmp_path / "notes.txt").read_text() == "kept"
-    assert f"output_dir: the directory {tmp_path / 'notes.txt'} cannot be made (a file is in the way)" in errors
+    for path in (tmp_path / "notes.txt", tmp_path / "notes.txt" / "run"):
+        code, _, errors = train(f"output_dir={path}")
+        assert code == 2 and (tmp_path / "notes.txt").read_text() == "kept"
+        assert (
+            errors
+            == f"error: output_dir: nothing can be written to {path} (a file is in the way); name another place\n"
+        )
+
+
+@pytest.mark.parametrize("beneath", ["run", "run/checkpoints", ""])
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_dir_without_permission_is_told_before_the_data_is_read(
+    train: Train, tmp_path: Path, beneath: str
+) -> None:
+    locked = tmp_path / "locked" / beneath
+    locked.mkdir(parents=True)
+    locked.chmod(0o555)
+    code, _, errors = train(f"output_dir={tmp_path / 'locked' / 'run'}", "data.train_paths=missing.jsonl")
+    locked.chmod(0o755)
+    assert code == 2 and errors.startswith("error: output_dir: nothing can be written to ")
+    assert "(Permission denied); name another place" in errors and len(errors.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no place where nobody may write")
+def test_nothing_is_read_for_an_output_dir_where_nobody_may_write(train: Train) -> None:
+    code, _, errors = train("output_dir=/proc/fusiontree/run", "data.train_paths=missing.jsonl")
+    assert code == 2 and len(errors.splitlines()) == 1
+    assert errors.startswith("error: output_dir: nothing can be written to /proc/fusiontree/run (")
+
+
+def test_a_file_of_the_run_that_cannot_be_written_is_no_traceback(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "run" / "config.yaml" / "in the way").mkdir(parents=True)
+    code, _, errors = train()
+    assert code == 2 and f"error: output_dir: the run's files cannot be written to {tmp_path / 'run'} (" in errors
+
+
+def test_a_teacher_of_another_vocabulary_is_told_before_its_weights_are_read(
+    train: Train, corpus: Path, tmp_path: Path
+) -> None:
+    assert train("training.max_steps=1", f"output_dir={tmp_path / 'teacher'}")[0] == 0
+    checkpoint = (tmp_path / "teacher" / "latest").resolve()
+    (checkpoint / "model.safetensors").write_bytes(b"not read")
+    train_bpe([str(corpus / "eval.jsonl")], 280, str(tmp_path / "tokenizer"), "text")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / file).write_bytes((tmp_path / "tokenizer" / file).read_bytes())
+    code, _, errors = train(f"loss.teacher={checkpoint}", "loss.distillation_coeff=0.5")
+    assert code == 2 and len(errors.splitlines()) == 1 and not (tmp_path / "run").exists()
+    assert f"loss.teacher '{checkpoint}' has another vocabulary (320 rows) than the student's tokenizer (300" in errors
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused_before_anything_is_written(train: Train, tmp_path: Path) -> None:

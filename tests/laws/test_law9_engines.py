@@ -21,6 +21,7 @@ import warm
 from tiny_models import needs_muon
 
 STEPS = 20
+ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("engines_worker.py")
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -28,7 +29,18 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3},
     "fsdp2": {"fsdp": True},
-    "offload": {"zero_stage": 3, "offload_optimizer": True, "offload_params": True},
+    "zero2-offload": {"zero_stage": 2, "offload_optimizer": True},
+    "offload": {"deepspeed_config": "sharded.json", "offload_optimizer": True, "offload_params": True},
+}
+# Small parameters otherwise stay whole in every process, and all parameters are small here.
+SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+# As DeepSpeed says, and as its optimizer does: stage, offload of optimizer state and of parameters.
+ZERO = {
+    "zero1": (1, "none", "none"),
+    "zero2": (2, "none", "none"),
+    "zero3": (3, "none", "none"),
+    "zero2-offload": (2, "cpu", "none"),
+    "offload": (3, "cpu", "cpu"),
 }
 # What is summed in another order may differ by its rounding.
 ROUNDING = {
@@ -92,16 +104,22 @@ def runs(settings, tmp_path_factory) -> Path:
     """The directory of all runs."""
     jobs: list[dict[str, Any]] = []
 
+    directory = Path(settings("x")["output_dir"]).parent
+    (directory / "sharded.json").write_text(json.dumps(SHARDED))
+
     def job(name: str, engine: str, resume: str | None = None, spoilt: tuple[int, ...] = (), **changes: Any) -> None:
-        system = {"device": "cpu", "num_threads": 1, **ENGINES[engine]}
+        system = {"device": "cpu", "num_threads": 1, **ENGINES[engine], **changes.pop("system", {})}
+        if "deepspeed_config" in system:
+            system["deepspeed_config"] = str(directory / system["deepspeed_config"])
         jobs.append({"settings": settings(name, system=system, **changes), "resume": resume, "spoilt": spoilt})
 
-    directory = Path(settings("x")["output_dir"]).parent
     for engine in ENGINES:
         job(engine, engine)
     for engine in ("ddp", "zero2", "zero3", "fsdp2"):
         bf16 = {"mixed_precision": "bf16", "max_steps": 5, "eval_interval": 0, "save_interval": 0, "warmup_steps": 0}
-        job(f"{engine}-bf16", engine, training=bf16)
+        # By the shipped file, where there is one.
+        file = ROOT / "configs" / f"deepspeed_{engine}.json"
+        job(f"{engine}-bf16", engine, training=bf16, system={"deepspeed_config": str(file)} if file.exists() else {})
         job(f"{engine}-dropped", engine, training={"max_steps": 5, "eval_interval": 0}, model={"drop_branch_prob": 0.4})
         job(f"{engine}-cut", engine, training={"max_steps": 3, "eval_interval": 0}, model=CUT)
     taught = {"teacher": str(directory / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
@@ -165,6 +183,24 @@ def test_every_engine_trains_as_one_process_does(runs: Path, alone, engine: str)
         for layer, expected_layer in zip(record["layers"], other["layers"], strict=True):
             for name in ("mean", "std", "mamba_norm", "attention_norm"):
                 assert layer[name] == pytest.approx(expected_layer[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_asked_for_is_what_ran(runs: Path, engine: str) -> None:
+    seen = json.loads((runs / engine / "seen.json").read_text())
+    assert seen["moments"] == pytest.approx(1.0 if engine == "ddp" else 0.5, rel=0.02)
+    if engine not in ZERO:
+        return
+    stage, optimizer, parameters = ZERO[engine]
+    assert (seen["stage"], seen["offload_optimizer"], seen["offload_param"]) == (stage, optimizer, parameters)
+    assert seen["gradients are divided"] == (stage > 1) and seen["steps on host memory"] == (optimizer == "cpu")
+    assert seen["parameters"] == (0.0 if engine == "offload" else 1.0)  # between two steps
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_shipped_deepspeed_files_run(runs: Path, stage: int) -> None:
+    seen = json.loads((runs / f"zero{stage}-bf16" / "seen.json").read_text())
+    assert (seen["stage"], seen["output"]) == (stage, "torch.bfloat16") and len(rows(runs / f"zero{stage}-bf16")) == 5
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3", "fsdp2"])

@@ -15,7 +15,7 @@ import torch
 import fusiontree
 from fusiontree.errors import InputError
 from fusiontree.train import saving
-from fusiontree.train.checkpoint import load_moments
+from fusiontree.train.checkpoint import load_moments, load_state
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings
 from tiny_models import needs_muon
@@ -134,6 +134,9 @@ def test_a_spike_is_reported(run_settings, tmp_path: Path, capsys) -> None:
     engine.run()
     reported = [line for line in capsys.readouterr().err.splitlines() if "is a spike" in line]
     assert any(line.startswith("step 35: loss ") and "standard deviations" in line for line in reported)
+    counted = [row["spikes"] for row in rows(tmp_path / "run")]
+    assert counted[33:35] == [0, 1] and counted[-1] == len(reported)
+    assert load_state(tmp_path / "run" / "latest").guard["spikes"] == len(reported)  # a resumed run counts on
 
 
 def test_the_best_checkpoint_is_kept(run_settings, tmp_path: Path) -> None:

@@ -42,6 +42,28 @@ def write(sections: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
+def by_hand(*commands: list[str]) -> tuple[list[int], list[str]]:
+    """Start a process with each command, without a launcher that would end the others: their exit codes and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, command in enumerate(commands):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))
+        processes.append(
+            subprocess.Popen(
+                [warm.python(), *command],
+                env=ENVIRONMENT | place,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    shown = [process.communicate(timeout=110)[1] for process in processes]
+    return [process.returncode for process in processes], shown
+
+
 def test_zero_needs_no_launcher_for_one_process(run_settings, tmp_path: Path) -> None:
     sections = run_settings(
         output_dir=str(tmp_path / "run"),
@@ -62,6 +84,90 @@ def test_zero_needs_no_launcher_for_one_process(run_settings, tmp_path: Path) ->
     assert alone.returncode == 2
     (line,) = alone.stderr.splitlines()
     assert line.startswith("error: WORLD_SIZE is 2 but MASTER_ADDR, MASTER_PORT are not set: start it with torchrun")
+
+
+def test_another_zero_stage_than_asked_for_does_not_train(run_settings, tmp_path: Path) -> None:
+    """A library in between that changes what DeepSpeed is told."""
+    sections = run_settings(output_dir=str(tmp_path / "run"), system={"device": "cpu", "zero_stage": 2})
+    script = tmp_path / "meddles.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import sys
+            import accelerate
+            from fusiontree.cli import main
+
+            prepare = accelerate.Accelerator.prepare
+
+            def meddle(self, *objects):
+                self.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] = 1
+                return prepare(self, *objects)
+
+            accelerate.Accelerator.prepare = meddle
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    command = [warm.python(), str(script), "train", "--config", write(sections, tmp_path / "run.yaml")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert (
+        "error: stage 2, offload_optimizer none, offload_param none was asked for but DeepSpeed would run stage 1"
+        in (done.stderr)
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("output_dir={notes}/run", "output_dir: nothing can be written to "),
+        ("system.num_devices=8", "system.num_devices is 8 but 2 processes run"),
+        ("data.train_paths=missing.jsonl", "missing.jsonl"),
+    ],
+)
+def test_what_all_processes_find_out_is_told_once(run_settings, tmp_path: Path, problem: str, said: str) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("kept")
+    config = write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
+    process = torchrun("-m", "fusiontree", "train", "--config", config, problem.format(notes=notes))
+    shown, _ = process.communicate(timeout=110)
+    assert process.returncode != 0 and "gloo" not in shown and not (tmp_path / "run").exists()
+    (sentence,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert said in sentence
+
+
+@pytest.mark.parametrize("system", [{}, {"zero_stage": 2}], ids=["ddp", "zero2"])
+def test_one_process_alone_prints_and_draws(run_settings, tmp_path: Path, system: dict[str, Any]) -> None:
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"),
+        logging={"progress": "plain"},
+        system={"device": "cpu", "num_threads": 1} | system,
+    )
+    script = tmp_path / "says_who_draws.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import os, sys
+            from fusiontree import plots
+            from fusiontree.cli import main
+
+            draw = plots.plot_run
+            plots.plot_run = lambda run: print("drawn by", os.environ["RANK"], flush=True) or draw(run)
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    process = torchrun(str(script), "train", "--config", write(sections, tmp_path / "run.yaml"))
+    shown, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, shown
+    expected = [f"{tmp_path / 'run'}: new run", "AdamW, weight decay", "AdamW, no weight decay", "step 0  eval loss"]
+    for last in (3, 6):
+        expected += [*(f"step {step}/6  loss" for step in range(last - 2, last + 1)), f"step {last}  eval loss"]
+    expected += ["done: 6 steps", "drawn by 0"]
+    lines = shown.splitlines()
+    assert len(lines) == len(expected), shown
+    assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), shown
 
 
 def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
@@ -91,25 +197,36 @@ def test_processes_that_differ_are_refused_in_one_sentence(
     config = write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
     other = tmp_path / "other.jsonl"
     other.write_text((corpus / "train.jsonl").read_text().replace("fox", "cat"), encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        overrides = [different.format(other=other)] if rank == "1" else []
-        command = [warm.python(), "-m", "fusiontree", "train", "--config", config, *overrides]
-        processes.append(
-            subprocess.Popen(
-                command, env=ENVIRONMENT | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    shown = [process.communicate(timeout=110)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2], shown
+    overrides = ["--config", config], ["--config", config, different.format(other=other)]
+    codes, shown = by_hand(*(["-m", "fusiontree", "train", *arguments] for arguments in overrides))
+    assert codes == [2, 2], shown
     (sentence,) = [line for text in shown for line in text.splitlines() if line.startswith("error: ")]
     assert said in sentence
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_fails_while_the_run_is_opened_ends_the_others_quietly(run_settings, tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import sys
+            from fusiontree.cli import main
+            from fusiontree.train import run_files
+
+            def fail(*arguments):
+                raise RuntimeError("boom")
+
+            run_files.dump_yaml = fail
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    command = [str(script), "train", "--config"]
+    command.append(write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml"))
+    codes, (first, second) = by_hand(command, command)
+    assert codes == [1, 2] and "RuntimeError: boom" in first
+    assert second.strip() == ""
 
 
 @pytest.mark.slow
@@ -138,6 +255,39 @@ def test_other_launchers(run_settings, tmp_path: Path, launcher: list[str], zero
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert engine in done.stderr + done.stdout
     assert [row["step"] for row in rows(tmp_path / "run", "metrics.jsonl") if "lm_loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_launchers_sigterm_after_ctrl_c_leaves_time_to_save(run_settings, tmp_path: Path) -> None:
+    """As `deepspeed` sends it; the disk is slow."""
+    script = tmp_path / "slow_disk.py"
+    script.write_text(
+        textwrap.dedent(
+            """\
+            import sys, time
+            from fusiontree.cli import main
+            from fusiontree.train import checkpoint
+
+            write = checkpoint.list_files
+            checkpoint.list_files = lambda folder: time.sleep(2) or write(folder)
+            sys.exit(main(sys.argv[1:]))
+            """
+        )
+    )
+    sections = run_settings(
+        output_dir=str(tmp_path / "run"), training={"max_steps": 5000, "eval_interval": 0, "save_interval": 0}
+    )
+    command = [warm.python(), str(script), "train", "--config", write(sections, tmp_path / "run.yaml")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while len(rows(tmp_path / "run", "metrics.jsonl")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 130, shown
+    saved = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step_"))
+    assert saved == rows(tmp_path / "run", "metrics.jsonl")[-1]["step"] >= 3
 
 
 def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_settings, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from fusiontree.train.losses import (
     negative_entropy_sum,
 )
 from fusiontree.train.settings import LossSettings
-from fusiontree.train.teacher import Teacher, load_teacher
+from fusiontree.train.teacher import Teacher, check_vocabulary, load_teacher
 
 VOCABULARY = 40
 
@@ -214,19 +214,20 @@ def test_other_architectures_can_teach(corpus, tmp_path) -> None:
         vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "teacher")
-    teacher = load_teacher(str(tmp_path / "teacher"), tokenizer, 320, torch.device("cpu"))
+    check_vocabulary(str(tmp_path / "teacher"), tokenizer, 320)
+    teacher = load_teacher(str(tmp_path / "teacher"), tokenizer, torch.device("cpu"))
     assert teacher.vocabulary == len(tokenizer.get_vocab())
     batch = packed_batch()
     # Documents packed into one row do not see each other in the teacher either.
     alone = Batch(batch.input_ids[:1, 5:], batch.labels[:1, 5:], batch.position_ids[:1, 5:])
     torch.testing.assert_close(teacher.hidden_states(batch)[:1, 5:], teacher.hidden_states(alone), atol=1e-5, rtol=1e-4)
     with pytest.raises(InputError, match="another vocabulary"):
-        load_teacher(str(tmp_path / "teacher"), tokenizer, 384, torch.device("cpu"))
+        check_vocabulary(str(tmp_path / "teacher"), tokenizer, 384)
     (tmp_path / "teacher" / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="the tokenizer in .* cannot be loaded"):
-        load_teacher(str(tmp_path / "teacher"), tokenizer, 320, torch.device("cpu"))
+        check_vocabulary(str(tmp_path / "teacher"), tokenizer, 320)
     with pytest.raises(InputError, match=r"loss\.teacher: there is no folder .*no-such"):
-        load_teacher(str(tmp_path / "no-such"), tokenizer, 320, torch.device("cpu"))
+        check_vocabulary(str(tmp_path / "no-such"), tokenizer, 320)
 
 
 def test_no_teacher_is_unpickled(corpus, tmp_path) -> None:
@@ -236,7 +237,7 @@ def test_no_teacher_is_unpickled(corpus, tmp_path) -> None:
     llama.config.save_pretrained(folder)
     torch.save(llama.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be loaded as a causal LM"):
-        load_teacher(str(folder), load_tokenizer(str(corpus / "tokenizer")), 320, torch.device("cpu"))
+        load_teacher(str(folder), load_tokenizer(str(corpus / "tokenizer")), torch.device("cpu"))
 
 
 def test_entropy_coefficient_raises_the_entropy_of_the_gates() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from stopped_runs import final, halt_after, rows, stop
 
 import fusiontree
+from fusiontree.artifacts import RunManifest
 from fusiontree.deploy.heal import heal, heal_settings
 from fusiontree.errors import InputError
 from fusiontree.train import processes
@@ -160,6 +161,33 @@ def test_healing_a_cut_model_goes_on_exactly(run_settings, tmp_path: Path) -> No
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert not torch.equal(found["layers.3.constant"], before["layers.3.constant"])
+
+
+def test_the_manifest_tells_of_every_resume(run_settings, tmp_path: Path, monkeypatch) -> None:
+    """Another commit, other settings: what the run began with stays beside what it went on with."""
+    sections = run_settings(training={"max_steps": 2, "save_interval": 2}, output_dir=str(tmp_path / "run"))
+    fusiontree.train(sections)
+    path = tmp_path / "run" / "manifest.json"
+    began = RunManifest.load(path)
+    assert began.resumes == []
+    monkeypatch.setattr("fusiontree.artifacts.git_revision", lambda: "another")
+    monkeypatch.setattr("sys.argv", ["fusiontree", "train", "--resume", "auto"])
+    for last in (4, 6):
+        sections["training"] |= {"max_steps": last, "weight_decay": 0.05 * last}
+        fusiontree.train(sections, resume="auto")
+    now = RunManifest.load(path)
+    assert now.model_copy(update={"resumes": []}) == began
+    assert [(resume.step, Path(resume.checkpoint).name) for resume in now.resumes] == [
+        (2, "step_00000002"),
+        (4, "step_00000004"),
+    ]
+    assert now.resumes[1].changed == {"training.max_steps": 6, "training.weight_decay": pytest.approx(0.3)}
+    assert now.resumes[0].git_revision == "another" != began.git_revision
+    assert now.resumes[0].command == "fusiontree train --resume auto" and now.resumes[0].versions == began.versions
+    assert now.resumes[0].data_fingerprint == began.data_fingerprint
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kept = [RunManifest.load(checkpoints / f"step_0000000{n}" / "training_state" / "manifest.json") for n in (2, 4, 6)]
+    assert [len(manifest.resumes) for manifest in kept] == [0, 1, 2]
 
 
 def stop_in_evaluation(engine: TrainingEngine, step: int) -> None:

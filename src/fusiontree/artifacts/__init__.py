@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -58,10 +59,12 @@ __all__ = [
     "PositionLoss",
     "PrunePlan",
     "RunManifest",
+    "RunResume",
     "TaskAnswers",
     "TaskReport",
     "atomic_directory",
     "atomic_write",
+    "check_writable",
     "checkpoint_name",
     "checkpoint_step",
     "directory_for_results",
@@ -84,10 +87,27 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
+class RunResume(Record):
+    """How a run went on after a stop."""
+
+    step: int
+    """Optimizer steps that it had taken."""
+    checkpoint: str
+    changed: dict[str, Any]
+    """Settings that are not those of the manifest's `config`, by dotted name."""
+    versions: dict[str, str]
+    git_revision: str | None
+    data_fingerprint: str | None
+    started: str
+    """UTC, ISO 8601."""
+    command: str
+
+
 class RunManifest(Artifact):
-    """Where a run came from: enough to start it again."""
+    """Where a run came from: enough to start it again. All but `resumes` is as it was when it began."""
 
     KIND = "run_manifest"
+    VERSION = 2  # 1 knows no `resumes`
 
     config: dict[str, Any]
     """The resolved settings."""
@@ -103,6 +123,7 @@ class RunManifest(Artifact):
     """UTC, ISO 8601."""
     command: str
     """The command line, quoted for a shell."""
+    resumes: list[RunResume] = []
 
     @classmethod
     def collect(
@@ -118,6 +139,28 @@ class RunManifest(Artifact):
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=shlex.join(sys.argv),
         )
+
+    def resumed(
+        self, config: Mapping[str, Any], *, step: int, checkpoint: str, data_fingerprint: str | None = None
+    ) -> Self:
+        """The manifest with what this process goes on with now, at `step` from `checkpoint`."""
+        now = type(self).collect(config, data_fingerprint=data_fingerprint)
+        before = _dotted(self.config)
+        resume = RunResume(
+            step=step,
+            checkpoint=checkpoint,
+            changed={key: value for key, value in _dotted(config).items() if key not in before or before[key] != value},
+            **now.model_dump(include={"versions", "git_revision", "data_fingerprint", "started", "command"}),
+        )
+        return self.model_copy(update={"resumes": [*self.resumes, resume]})
+
+
+def _dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _dotted(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
 
 
 class LayerGateStatistics(Record):
@@ -227,6 +270,24 @@ def directory_for_results(path: str | os.PathLike[str], named: str) -> Iterator[
             for made in missing:
                 made.rmdir()
         raise
+
+
+def check_writable(path: str | os.PathLike[str], named: str) -> None:
+    """Tries whether files can be written in the directory `path`, or where it would have to be made; leaves nothing.
+
+    Raises:
+        InputError: they cannot (a file is in the way, no permission, a disk that is read-only or full); `named` says
+            where the path came from.
+    """
+    place = Path(path)
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        problem = "a file is in the way" if isinstance(error, NotADirectoryError) else error.strerror
+        raise InputError(f"{named}: nothing can be written to {path} ({problem}); name another place") from error
 
 
 def git_revision() -> str | None:

@@ -46,10 +46,11 @@ def train(
 
     from fusiontree.plots import plot_run
     from fusiontree.train import train as run_training
+    from fusiontree.train.launch import is_first_process
     from fusiontree.train.stop import EXIT_CODES
 
     result = run_training(settings, resume=resume)
-    if result.step > 0:
+    if result.step > 0 and is_first_process():
         plot_run(result.run)
     if result.stopped_by is not None:
         raise typer.Exit(EXIT_CODES[result.stopped_by])

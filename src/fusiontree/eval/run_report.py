@@ -9,7 +9,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from fusiontree.artifacts import EvalReport, MQARReport, PasskeyReport, RunManifest
+from fusiontree.artifacts import EvalReport, MQARReport, PasskeyReport, RunManifest, RunResume
 from fusiontree.atomic import atomic_write
 from fusiontree.eval.columns import Column, differences, read_columns
 from fusiontree.eval.cut_section import bench_section, cut_from, cut_section
@@ -281,12 +281,18 @@ def _origin(columns: Sequence[Column]) -> str:
         ("data fingerprint", of(lambda m: m.data_fingerprint)),
         ("started from", of(lambda m: m.parent_run)),
         ("command", of(lambda m: m.command)),
+        ("resumed", of(lambda m: ", ".join(map(_resume, m.resumes)) or None)),
         *((name, of(partial(_version, name))) for name in libraries),
     ]
-    text = "From manifest.json, written when a run begins. Marked rows differ."
+    text = "From manifest.json: as it was when the run began, and how it was resumed. Marked rows differ."
     return section(
         "Where they come from", table(columns, rows, ("revision", "data fingerprint", *libraries)) + note(text)
     )
+
+
+def _resume(resume: RunResume) -> str:
+    changes = ", ".join(f"{key}={value}" for key, value in resume.changed.items())
+    return f"at step {resume.step}{f' with {changes}' if changes else ''}"
 
 
 def _version(library: str, manifest: RunManifest) -> Cell:

@@ -3,6 +3,7 @@
     checkpoints/step_00000500/
         config.json, generation_config.json, model*.safetensors, tokenizer files
         training_state/state.json                   step, counters, place in the data
+        training_state/manifest.json                the run's, as it was when the checkpoint was written
         training_state/process-00000.safetensors    that process's share of the optimizer's moments, each one whole
         training_state/files.json                   sizes and checksums
 
@@ -16,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.hybrid_model import HybridLanguageModel
 from fusiontree.train.checkpoint_files import (
     LATEST,
+    MANIFEST,
     STATE_DIRECTORY,
     list_files,
     newest_checkpoint,
@@ -118,6 +121,8 @@ def save_checkpoint(run: Path, parallel: Parallel, processes: Processes, tokeniz
                 tokenizer.save_pretrained(target)
                 plain = {"version": FORMAT_VERSION, **vars(state)}
                 (target / STATE_DIRECTORY / "state.json").write_text(json.dumps(plain), encoding="utf-8")
+                if (run / MANIFEST).exists():
+                    shutil.copyfile(run / MANIFEST, target / STATE_DIRECTORY / MANIFEST)
                 list_files(target)
                 unfinished.close()
                 point(run / LATEST, path)

@@ -19,6 +19,7 @@ from fusiontree.errors import InputError
 
 LATEST = "latest"
 BEST = "best"
+MANIFEST = "manifest.json"
 STATE_DIRECTORY = "training_state"
 _LISTING = "files.json"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fusiontree.artifacts import check_writable
 from fusiontree.data.batch import Batch
 from fusiontree.data.loader import Loader, build_loader
 from fusiontree.errors import InputError
@@ -21,7 +23,7 @@ from fusiontree.train.checkpoint import TrainingState, load_model, load_moments,
 from fusiontree.train.diagnosis import first_not_finite
 from fusiontree.train.evaluation import TokenLoss
 from fusiontree.train.guards import StepGuard
-from fusiontree.train.launch import close_accelerator, open_accelerator
+from fusiontree.train.launch import close_accelerator, open_accelerator, told_once
 from fusiontree.train.loggers import ProgressView
 from fusiontree.train.losses import TERMS, HybridModelLoss, StepTotals
 from fusiontree.train.meter import StepMeter
@@ -45,7 +47,7 @@ from fusiontree.train.setup import (
 )
 from fusiontree.train.step import StepGradients, fetch
 from fusiontree.train.stop import StopRequest
-from fusiontree.train.teacher import Teacher, load_teacher
+from fusiontree.train.teacher import Teacher, check_vocabulary, load_teacher
 from fusiontree.train.throughput import Throughput
 from fusiontree.train.trackers import check_trackers
 
@@ -83,17 +85,32 @@ class TrainingEngine:
     def __init__(self, settings: RunSettings, resume: str | None = None):
         self.settings = settings
         self.run_directory = Path(settings.output_dir)
-        check_trackers(settings.logging)
+        with told_once():
+            check_trackers(settings.logging)
+            for directory in (self.run_directory, self.run_directory / "checkpoints"):
+                check_writable(directory, "output_dir")
         self.accelerator = open_accelerator(settings)
+        self.processes = Processes(self.accelerator)
         try:
-            self._open(resume)
+            with self._told_of_others():
+                self._open(resume)
         except BaseException:
             close_accelerator()
             raise
 
+    @contextmanager
+    def _told_of_others(self) -> Iterator[None]:
+        """What waiting for a process that is gone, or holds all up, looks like becomes a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.processes.lost(error)
+            if lost is None:
+                raise
+            raise lost from error
+
     def _open(self, resume: str | None) -> None:
         settings = self.settings
-        self.processes = Processes(self.accelerator)
         self.processes.require_equal(common_facts(settings), "start all processes with the same settings and launcher")
         self.lengths = settings.length_schedule(self.processes.count)
         self.passed_over: list[str] = []
@@ -152,6 +169,8 @@ class TrainingEngine:
             require_steps_left(settings, checkpoint, state.step)
         self.tokenizer = tokenizer_of(settings)
         config = model_config(settings, self.tokenizer)
+        if settings.loss.teacher is not None:
+            check_vocabulary(settings.loss.teacher, self.tokenizer, config.vocab_size)
         self.train_loader = self._loader("train")
         self.evaluation = RunEvaluation(settings, self._loader("eval") if settings.evaluates else None, self.processes)
         seed_model(settings.seed)
@@ -161,7 +180,7 @@ class TrainingEngine:
         model.to(self.accelerator.device)
         teacher = None
         if settings.loss.teacher is not None:
-            teacher = load_teacher(settings.loss.teacher, self.tokenizer, config.vocab_size, self.accelerator.device)
+            teacher = load_teacher(settings.loss.teacher, self.tokenizer, self.accelerator.device)
             if settings.loss.hidden_coeff:
                 teacher.require_layers_of(config)
         return state, model, teacher
@@ -200,7 +219,7 @@ class TrainingEngine:
                 a process of the run that was lost.
         """
         try:
-            with StopRequest() as stop:
+            with self._told_of_others(), StopRequest() as stop:
                 for _ in self.steps(stop):
                     pass
                 if self.step > 0:
@@ -215,11 +234,6 @@ class TrainingEngine:
                     loaders={"data": self.train_loader, "evaluation data": self.evaluation.loader},
                 )
                 return TrainResult(self.run_directory, self.step, self.saver.newest, self.evaluation.result, signal)
-        except RuntimeError as error:
-            lost = self.processes.lost(error)
-            if lost is None:
-                raise
-            raise lost from error
         finally:
             self.close()
 
@@ -348,7 +362,8 @@ class TrainingEngine:
             self.files.write(self.files.gates, statistics.dumps(), self.view.warn)
 
     def _log(self) -> None:
-        row = self.meter.close_row(self.step) | self._length() | {"skipped_steps": self.guard.skipped}
+        row = self.meter.close_row(self.step) | self._length()
+        row |= {"skipped_steps": self.guard.skipped, "spikes": self.guard.spikes}
         if self.settings.loss.commit_from is not None:
             row |= {f"{name}_coeff": self.loss.coefficients[name] for name in ("load_balance", "entropy")}
         if self.processes.is_main:

@@ -19,12 +19,14 @@ class StepGuard:
     Attributes:
         skipped: steps left out since the start of the run.
         in_a_row: of these, the newest ones without a finite step in between.
+        spikes: losses since the start of the run that were reported as spikes.
     """
 
     def __init__(self, settings: TrainingSettings):
         self._settings = settings
         self.skipped = 0
         self.in_a_row = 0
+        self.spikes = 0
         self._went_back = False
         self._losses: list[float] = []
 
@@ -54,14 +56,18 @@ class StepGuard:
             # Losses of a memorised text may not differ at all.
             deviations = (loss - mean) / max(math.sqrt(variance), 1e-3 * abs(mean) + 1e-12)
         self._losses = [*self._losses, loss][-_WINDOW:]
-        return deviations if deviations is not None and deviations > self._settings.spike_deviations else None
+        if deviations is None or deviations <= self._settings.spike_deviations:
+            return None
+        self.spikes += 1
+        return deviations
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values. That the run went back once is not among them: a resumed run may do so again."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "losses": self._losses}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "losses": self._losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.skipped = state["skipped"]
         self.in_a_row = state["in_a_row"]
+        self.spikes = state.get("spikes", 0)  # older checkpoints counted none
         self._losses = list(state["losses"])

@@ -7,9 +7,11 @@ import importlib.util
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
@@ -17,7 +19,12 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from fusiontree.errors import ElsewhereError, InputError
-from fusiontree.train.deepspeed_config import deepspeed_config, forget_in_transformers
+from fusiontree.train.deepspeed_config import (
+    OFFLOADS,
+    check_with_deepspeed,
+    deepspeed_config,
+    forget_in_transformers,
+)
 from fusiontree.train.optim import check_optimizer
 from fusiontree.train.settings import RunSettings
 
@@ -30,17 +37,43 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of the run that prints and draws."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def has_deepspeed() -> bool:
+    """Whether it is installed."""
+    return importlib.util.find_spec("deepspeed") is not None
+
+
 def check_launch(settings: RunSettings) -> None:
     """Compare what the settings ask for with how this process was launched and what is installed.
 
     Raises:
-        InputError: they contradict each other, or something is missing here; nothing is replaced in silence.
+        InputError: they contradict each other, or something is missing here; nothing is replaced in silence
+            (`ElsewhereError` in all processes of a machine but its first).
     """
+    with told_once():
+        _check_launch(settings)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Around what all processes of a machine find out alike, each for itself: its first one alone tells it."""
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
+            raise
+        raise ElsewhereError(str(error)) from error
+
+
+def _check_launch(settings: RunSettings) -> None:
     system, launched = settings.system, launched_processes()
     if system.num_devices is not None and system.num_devices != launched:
         runs = "1 process runs" if launched == 1 else f"{launched} processes run"
-        # Every process sees it; one of them says it.
-        raise (InputError if os.environ.get("RANK", "0") == "0" else ElsewhereError)(
+        raise InputError(
             f"system.num_devices is {system.num_devices} but {runs}: start it with torchrun "
             f"--nproc_per_node={system.num_devices} -m fusiontree train …, or set system.num_devices={launched}"
         )
@@ -50,15 +83,16 @@ def check_launch(settings: RunSettings) -> None:
             f"WORLD_SIZE is {launched} but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set: start "
             "it with torchrun, which sets them all, or unset WORLD_SIZE"
         )
+    zero: dict[str, Any] = {}
     if system.uses_deepspeed:
         key = "system.deepspeed_config" if system.deepspeed_config else "system.zero_stage"
-        if importlib.util.find_spec("deepspeed") is None:
+        if not has_deepspeed():
             raise InputError(
                 f"{key} asks for DeepSpeed, which is not installed: pip install 'fusiontree[deepspeed]', or set it to "
                 f"{'null' if system.deepspeed_config else 0}"
             )
-        stage = deepspeed_config(settings, launched)["zero_optimization"]["stage"]
-        if stage == 3 and settings.loss.teacher is not None:
+        zero = checked_deepspeed_config(settings, launched)["zero_optimization"]
+        if zero["stage"] == 3 and settings.loss.teacher is not None:
             raise InputError(
                 "loss.teacher: distillation reads the head's weights, which ZeRO-3 shards: use ZeRO-2 or system.fsdp"
             )
@@ -72,6 +106,7 @@ def check_launch(settings: RunSettings) -> None:
             "the launcher asks for FSDP (ACCELERATE_USE_FSDP) but system.fsdp is false: set it, or launch with torchrun"
         )
     check_optimizer(settings.training)
+    _check_launcher(settings, zero)
     wanted = settings.training.mixed_precision
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", wanted):
@@ -80,6 +115,50 @@ def check_launch(settings: RunSettings) -> None:
             "make them equal"
         )
     _check_devices(settings)
+
+
+def _check_launcher(settings: RunSettings, zero: Mapping[str, Any]) -> None:
+    """Compare what `accelerate launch` was told of DeepSpeed with the run, which is made from its settings alone.
+
+    Args:
+        zero: the section `zero_optimization` of DeepSpeed's configuration; empty where another engine runs.
+    """
+    training, file = settings.training, settings.system.deepspeed_config
+    runs: dict[str, tuple[str, Any]] = {
+        "GRADIENT_ACCUMULATION_STEPS": ("training.gradient_accumulation_steps", training.gradient_accumulation_steps),
+        "GRADIENT_CLIPPING": ("training.grad_clip", training.grad_clip),
+    }
+    if zero:
+        runs |= {f"DEEPSPEED_{key.upper()}_DEVICE": (key, zero.get(key, {}).get("device", "none")) for key in OFFLOADS}
+        runs["DEEPSPEED_ZERO_STAGE"] = ("the ZeRO stage", zero["stage"])
+        runs["DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = ("saving 16-bit weights", "false")
+        runs["DEEPSPEED_CONFIG_FILE"] = ("system.deepspeed_config", os.path.realpath(file) if file else "none")
+    for name, (key, value) in runs.items():
+        variable = f"ACCELERATE_{name}"
+        asked = os.environ.get(variable, "auto")
+        given = os.path.realpath(asked) if name.endswith("FILE") and asked != "none" else asked
+        if asked != "auto" and not _is_same(given, value):
+            raise InputError(f"the launcher asks for {asked} ({variable}) but {key} is {value}: make them equal")
+
+
+def _is_same(written: str, value: Any) -> bool:
+    try:
+        return float(written) == float(value)
+    except (TypeError, ValueError):
+        return written == value
+
+
+def checked_deepspeed_config(settings: RunSettings, processes: int) -> dict[str, Any]:
+    """What DeepSpeed is initialised with, once it has read and accepted it itself; it must be installed.
+
+    Raises:
+        InputError: as `deepspeed_config` and `check_with_deepspeed`.
+    """
+    config = deepspeed_config(settings, processes)
+    if not uses_cuda(settings):
+        os.environ["DS_ACCELERATOR"] = "cpu"  # which it looks for when it is imported
+    check_with_deepspeed(config, settings)
+    return config
 
 
 def _check_devices(settings: RunSettings) -> None:
@@ -112,9 +191,10 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
     plugin = None
     if system.uses_deepspeed:
         if not on_cuda:
-            os.environ["DS_ACCELERATOR"] = "cpu"
             _leave_communication_to_gloo()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls torch by names that torch 2.13 wants changed, which each process would say.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
         plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(settings, launched_processes()))
     if system.is_sharded and "RANK" not in os.environ:
         os.environ.update(_single_launch())  # and left so: DeepSpeed reads it when it wraps the model

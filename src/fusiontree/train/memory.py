@@ -17,6 +17,7 @@ from fusiontree.data.curriculum import LengthSchedule
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.activations import Activations, estimate_activations
 from fusiontree.train.deepspeed_config import deepspeed_config
+from fusiontree.train.launch import checked_deepspeed_config, has_deepspeed
 from fusiontree.train.optim import MOMENTS, ParameterGroup, parameter_groups
 from fusiontree.train.settings import RunSettings
 
@@ -100,8 +101,11 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
         devices: that share a step.
 
     Raises:
-        InputError: a DeepSpeed file that is missing, broken or contradicts the settings.
+        InputError: a DeepSpeed file that is missing, broken or contradicts the settings; where DeepSpeed is installed,
+            also one that it does not accept.
     """
+    if settings.system.uses_deepspeed and has_deepspeed():
+        checked_deepspeed_config(settings, devices)
     with torch.device("meta"):
         model = HybridLanguageModel(config)
     components: Counter[str] = Counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,9 +19,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from fusiontree.errors import InputError
+from fusiontree.errors import ElsewhereError, InputError
 from fusiontree.models import HybridLanguageModel
-from fusiontree.train.deepspeed_config import forget_in_transformers
+from fusiontree.train.deepspeed_config import OFFLOADS, deepspeed_config, forget_in_transformers
 from fusiontree.train.optim import MOMENTS, build_optimizers, set_learning_rate
 from fusiontree.train.settings import RunSettings
 
@@ -51,15 +52,18 @@ class Parallel:
         if self.accelerator.num_processes == 1:
             return self.module
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            self.module,
-            device_ids=devices,
-            # Running means are averaged (`average_running_means`), not overwritten by the main process's.
-            broadcast_buffers=False,
-            # Branch dropout leaves parameters out, the same ones in every process but not in every step.
-            find_unused_parameters=self.module.config.drop_branch_prob > 0,
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.13 renames `broadcast_buffers`, in words of each process; the older ones know no other name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                self.module,
+                device_ids=devices,
+                # Running means are averaged (`average_running_means`), not overwritten by the main process's.
+                broadcast_buffers=False,
+                # Branch dropout leaves parameters out, the same ones in every process but not in every step.
+                find_unused_parameters=self.module.config.drop_branch_prob > 0,
+                gradient_as_bucket_view=True,
+            )
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch; gradients are exchanged in that of the last one alone."""
@@ -262,6 +266,18 @@ class ZeroRedundancy(Parallel):
         forget_in_transformers()
         self.model, self._zero = engine, engine.optimizer
         self.stage = int(engine.zero_optimization_stage())
+        asked = deepspeed_config(settings, accelerator.num_processes)["zero_optimization"]
+        wanted = {"stage": asked["stage"]} | {key: asked.get(key, {}).get("device", "none") for key in OFFLOADS}
+        if self.what_runs != wanted:
+            kind = InputError if accelerator.is_main_process else ElsewhereError
+            raise kind(f"{_words(wanted)} was asked for but DeepSpeed would run {_words(self.what_runs)}")
+
+    @property
+    def what_runs(self) -> dict[str, Any]:
+        """As DeepSpeed has it: the stage, and the devices that optimizer state and parameters are offloaded to."""
+        offloads = (self.model.zero_offload_optimizer(), self.model.zero_offload_param())  # type: ignore[operator]
+        devices = [str(offload.device) if offload else "none" for offload in offloads]
+        return {"stage": self.stage} | dict(zip(OFFLOADS, devices, strict=True))
 
     def _wrap(self) -> nn.Module:
         return self.module  # DeepSpeed takes the optimizer along
@@ -367,6 +383,10 @@ class ZeroRedundancy(Parallel):
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         padded = F.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
         return padded.narrow(0, size * self.accelerator.process_index, size)
+
+
+def _words(zero: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in zero.items())
 
 
 def open_parallel(accelerator: Accelerator, module: HybridLanguageModel, settings: RunSettings) -> Parallel:

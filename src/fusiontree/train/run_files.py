@@ -10,7 +10,7 @@ from fusiontree.artifacts import RunManifest, make_directory
 from fusiontree.config import dump_yaml
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModelConfig
-from fusiontree.train.checkpoint_files import remove_unfinished
+from fusiontree.train.checkpoint_files import MANIFEST, remove_unfinished
 from fusiontree.train.loggers import JsonlLog
 from fusiontree.train.settings import RunSettings
 from fusiontree.train.trackers import MetricsLog
@@ -48,7 +48,24 @@ class RunFiles:
 
         Returns:
             The last step that the log has an evaluation of: a stop may have cut short that of the step it saved.
+
+        Raises:
+            InputError: a file cannot be written.
         """
+        try:
+            return self._open(config, step, checkpoint, fingerprint)
+        except OSError as error:
+            raise InputError(
+                f"output_dir: the run's files cannot be written to {self._run} ({error.strerror}); name another place"
+            ) from error
+
+    def _open(
+        self,
+        config: HybridLanguageModelConfig,
+        step: int,
+        checkpoint: Path | None,
+        fingerprint: Callable[[], str],
+    ) -> int | None:
         make_directory(self._run, "output_dir")
         remove_unfinished(self._run / "checkpoints")
         evaluated = self.truncate(step if checkpoint else -1)
@@ -56,13 +73,18 @@ class RunFiles:
         # Every field, so that the file trains the same run again when a default has changed.
         resolved["model"] = {name: getattr(config, name) for name in type(config).__annotations__}
         dump_yaml(resolved, self._run / "config.yaml")
-        manifest = self._run / "manifest.json"
-        if checkpoint is None or not manifest.exists():
-            RunManifest.collect(
+        path = self._run / MANIFEST
+        if checkpoint is not None and path.exists():
+            manifest = RunManifest.load(path).resumed(
+                resolved, step=step, checkpoint=str(checkpoint), data_fingerprint=fingerprint()
+            )
+        else:
+            manifest = RunManifest.collect(
                 resolved,
                 data_fingerprint=fingerprint(),
                 parent_run=str(checkpoint) if checkpoint else self._settings.training.init_from,
-            ).save(manifest)
+            )
+        manifest.save(path)
         self.metrics.open_trackers(self._settings.logging, resolved)
         return evaluated
 

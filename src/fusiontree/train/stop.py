@@ -9,6 +9,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from fusiontree.train.launch import is_first_process
+
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # A batch system sends it some time before the job's end (`sbatch --signal=USR1@120`); Windows has none.
 if hasattr(signal, "SIGUSR1"):
@@ -16,7 +18,10 @@ if hasattr(signal, "SIGUSR1"):
 
 
 class StopRequest:
-    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is noted in `signal`; a second one acts as usual, at once.
+    """While entered, the first SIGINT, SIGTERM or SIGUSR1 is noted in `signal`; the same again acts as usual, at once.
+
+    Another kind asks for nothing more: Ctrl-C on a terminal reaches `deepspeed` and its processes, to which it then
+    sends SIGTERM, and a batch system sends SIGTERM some time after SIGUSR1.
 
     Outside the main thread, where Python allows no handlers, nothing is ever requested.
     """
@@ -39,8 +44,12 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(number, self._previous.pop(signal.Signals(number)))
+        if self.signal is not None:
+            return
         self.signal = signal.Signals(number)
-        self._restore()
+        if not is_first_process():
+            return
         # To standard error past Python's buffers: a handler may interrupt another write to the same stream.
         with suppress(OSError):
             os.write(2, f"\n{self.signal.name}: saving after this step; once more ends at once\n".encode())

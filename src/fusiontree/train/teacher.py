@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fusiontree.data.tokenizer import holds_tokenizer, load_tokenizer
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ class Teacher:
             )
 
 
-def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.device) -> Teacher:
-    """Load `loss.teacher` and check that it speaks the student's vocabulary.
+def check_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> None:
+    """Whether `loss.teacher` speaks the student's vocabulary, by its configuration and tokenizer alone.
 
     Args:
         name: local folder or hub name of a causal LM.
@@ -93,21 +94,16 @@ def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.devic
         vocab_size: the student's embedding rows, compared when the teacher's folder holds no tokenizer.
 
     Raises:
-        InputError: it cannot be loaded, or its vocabulary differs.
+        InputError: there is no such model, or its vocabulary differs.
     """
-    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise InputError(f"loss.teacher: there is no folder {name}")
-    try:
-        local = _is_at_hand(name)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, local_files_only=local, trust_remote_code=False, use_safetensors=True
-        )
-    except Exception as error:  # of the file system, the network, the hub, safetensors, a configuration
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first}") from error
-    rows = model.get_output_embeddings().weight.shape[0]
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, local_files_only=_is_at_hand(name), trust_remote_code=False)
+    rows = config.get_text_config().vocab_size
     # In a folder without a tokenizer the sizes are all there is to compare.
-    bare = Path(name).is_dir() and not holds_tokenizer(Path(name))
+    bare = folder.is_dir() and not holds_tokenizer(folder)
     teachers_ids = None if bare else load_tokenizer(name).get_vocab()
     ids = tokenizer.get_vocab()
     if (teachers_ids != ids) if teachers_ids is not None else (rows != vocab_size):
@@ -115,7 +111,32 @@ def load_teacher(name: str, tokenizer: Any, vocab_size: int, device: torch.devic
             f"loss.teacher {name!r} has another vocabulary ({rows} rows) than the student's tokenizer "
             f"({len(ids)} tokens): distillation compares token by token, so both must share one tokenizer"
         )
-    return Teacher(model.to(device), vocabulary=min(rows, len(ids)), name=name)
+
+
+def load_teacher(name: str, tokenizer: Any, device: torch.device) -> Teacher:
+    """Load `loss.teacher`, of which `check_vocabulary` has been asked.
+
+    Raises:
+        InputError: it cannot be loaded, or its logits cannot be had in chunks.
+    """
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=torch.float32,
+            local_files_only=_is_at_hand(name),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    rows = model.get_output_embeddings().weight.shape[0]
+    return Teacher(model.to(device), vocabulary=min(rows, len(tokenizer.get_vocab())), name=name)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of the file system, the network, the hub, safetensors, a configuration
+        raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first_line(error)}") from error
 
 
 def _is_at_hand(name: str) -> bool:
