@@ -32,7 +32,7 @@ from fusiontree.artifacts.evaluation import (
     TaskReport,
 )
 from fusiontree.artifacts.plan import Branch, BranchKind, CutStep, LayerDecision, PrunePlan
-from fusiontree.artifacts.speed import BenchReport, ModelFigures
+from fusiontree.artifacts.speed import BenchReport, ModelFigures, ShapeFigures
 from fusiontree.atomic import atomic_directory, atomic_write
 from fusiontree.errors import InputError
 
@@ -57,6 +57,7 @@ __all__ = [
     "PositionLoss",
     "PrunePlan",
     "RunManifest",
+    "ShapeFigures",
     "TaskAnswers",
     "TaskReport",
     "atomic_directory",
