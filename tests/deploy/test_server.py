@@ -526,7 +526,9 @@ def test_a_server_that_is_stopped_finishes_what_it_began(tiny_folder: Path) -> N
     for thread in threads:
         thread.join(timeout=60)
     assert [choices[number].finish_reason for number in (1, 2, 3, 4, 40)] == ["length"] * 5
-    assert choices[2].text.startswith(choices[1].text) and choices[40].text.startswith(choices[4].text)
+    assert choices[2].text.startswith(choices[1].text)
+    shorter, longer = sorted((choices[4].text, choices[40].text), key=len)  # of a busy machine the last has less time
+    assert longer.startswith(shorter)
     assert server.stop() == 0
     assert server.wait_for("stopping")["drain_seconds"] == 30
     with pytest.raises(openai.APIConnectionError):
@@ -665,7 +667,7 @@ def test_ctrl_c_while_steps_are_compiled(folder: Path) -> None:
     command = [warm.python(), "-m", "fusiontree", "serve", str(folder), "--port", "0", "--device", "cpu", "--compile"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    assert any("compiling steps" in line for line in process.stderr)
+    assert any(line == "compiling program 1 of 4, steps of 1 row\n" for line in process.stderr)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     assert process.stderr.read() == "interrupted\n"
