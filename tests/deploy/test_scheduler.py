@@ -366,6 +366,12 @@ def test_compiled_steps_come_in_few_sizes(most: int) -> None:
     assert all(rows <= program_rows(rows, most) for rows in range(1, most + 1))
 
 
+def test_warming_up_says_which_program_it_is_at(model: HybridLanguageModel) -> None:
+    seen: list[tuple[int, ...]] = []
+    Client(model, max_rows=64).scheduler.warm_up(lambda *given: seen.append(given))
+    assert seen == [(1, 4, 1), (2, 4, 4), (3, 4, 16), (4, 4, 64)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_steps_of_several_rows_change_nothing(corpus: Path, tmp_path: Path) -> None:

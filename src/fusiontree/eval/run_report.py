@@ -251,7 +251,7 @@ def _plan(columns: Sequence[Column]) -> str:
         )
         thresholds = ", ".join(f"{escape(name)} {value:g}" for name, value in plan.thresholds.items())
         parts.append(
-            f"<h3>{escape(column.name)}</h3><p>By {escape(plan.criterion)} ({thresholds})"
+            f"<h3>{escape(column.name)}</h3><p>By {escape(plan.criterion)}{f' ({thresholds})' if thresholds else ''}"
             f"{'' if plan.step is None else f', at step {plan.step:,}'}: {counts}.</p>"
             f'<ol class="branches">{cells}</ol><details><summary>Why, layer by layer</summary><div class="wide">'
             f"<table><tr><th>layer</th><th>keeps</th><th>reason</th><th>evidence</th></tr>{reasons}</table></div></details>"
