@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import sys
@@ -33,6 +34,7 @@ from fusiontree import load
 from fusiontree.data import load_tokenizer, train_bpe
 from fusiontree.data.embedded import write_embedded_corpus
 from fusiontree.deploy.runtime import InferenceRuntime
+from fusiontree.deploy.slots import length_class
 from fusiontree.eval.eval_system import tensor_bytes
 from fusiontree.models import HybridCache
 
@@ -77,11 +79,14 @@ class Bench:
     def load(self) -> dict[str, Any]:
         options, draw = self.options, random.Random(1)
         shared = draw_prompt(draw, self.vocabulary, options.prompt_tokens // 2)
-        pool = []
+        prompts = []
         for number in range(options.pool):
             prompt = shared if number % 3 == 0 else []
-            prompt = prompt + draw_prompt(draw, self.vocabulary, draw.randint(1, options.prompt_tokens))
-            pool.append(Expected.of(self.runtime, prompt, options.new_tokens))
+            prompts.append(prompt + draw_prompt(draw, self.vocabulary, draw.randint(1, options.prompt_tokens)))
+        lengths = self._long_lengths(draw)
+        for number, length in enumerate(lengths):
+            prompts[number] = draw_prompt(draw, self.vocabulary, length)
+        pool = [Expected.of(self.runtime, prompt, options.new_tokens) for prompt in prompts]
         begun = time.monotonic()
         with self.serve() as server:
             found = asyncio.run(
@@ -101,7 +106,17 @@ class Bench:
                 time.sleep(0.1)
         left = {name: figures[f"fusiontree_{name}"] for name in ("batch_size", "queue_length", "state_bytes")}
         hits = figures["fusiontree_prefix_hits_total"]
-        return found.summary(seconds) | {"left_behind": left, "prefix_hits": hits}
+        prompt_tokens = {"long_prompts": len(lengths), "longest_prompt": max(map(len, prompts))}
+        return found.summary(seconds) | prompt_tokens | {"left_behind": left, "prefix_hits": hits}
+
+    def _long_lengths(self, draw: random.Random) -> list[int]:
+        """Of the long prompts of the load, read in pieces; rows behind the first outgrow their class of lengths."""
+        options, bound = self.options, length_class(1)
+        count = min(options.pool, math.ceil(options.long_share * options.pool))
+        lengths = [draw.randint(options.long_tokens // 4, options.long_tokens) for _ in range(count)]
+        if count and options.long_tokens >= bound:
+            lengths[0] = bound - options.new_tokens // 2
+        return lengths
 
     def throughput(self) -> dict[str, Any]:
         options, draw = self.options, random.Random(3)
@@ -157,16 +172,17 @@ class Bench:
         prompts = [shared + draw_prompt(draw, self.vocabulary, draw.randint(4, 16)) for _ in range(options.questions)]
         found, texts = {}, {}
         for name, memory in (("without", "0"), ("with", "256MiB")):
-            asked = prompts if name == "with" else prompts[: options.singles]
             with self.serve("--prefix-memory", memory) as server:
-                replies = asyncio.run(self._ask_in_turn(server, [shared, *asked]))[1:]
+                replies = asyncio.run(self._ask_in_turn(server, [shared, *prompts]))[1:]
             found[name] = median(reply.first or 0.0 for reply in replies)
             texts[name] = [reply.text for reply in replies]
         verdicts: dict[str, int] = {}
-        for prompt, one, other in zip(prompts, texts["without"], texts["with"], strict=False):
+        for prompt, *pair in zip(prompts, texts["without"], texts["with"], strict=True):
             verdict = "equal"
-            if one != other:
-                verdict = Expected.of(self.runtime, prompt, 8).verdict(other, 8, is_whole=True)
+            if pair[0] != pair[1]:  # the worse of the two, beside the prompt alone
+                expected = Expected.of(self.runtime, prompt, 8)
+                of_each = {expected.verdict(text, 8, is_whole=True) for text in pair}
+                verdict = next(worst for worst in ("wrong", "near tie", "equal") if worst in of_each)
             verdicts[verdict] = verdicts.get(verdict, 0) + 1
         return {
             "first_token_without": found["without"],
@@ -232,9 +248,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=48, help="different prompts of the load")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--long-share", type=float, default=0.1, help="of the load's prompts; 0 = none")
+    parser.add_argument("--long-tokens", type=int, default=3000, help="of these prompts at most, a quarter at least")
     parser.add_argument("--requests", type=int, default=32, help="at once, of the throughput")
     parser.add_argument("--rounds", type=int, default=3, help="of the throughput")
-    parser.add_argument("--singles", type=int, default=8, help="requests measured one by one, or without prefixes")
+    parser.add_argument("--singles", type=int, default=8, help="requests measured one by one")
     parser.add_argument("--shared-tokens", type=int, default=4096)
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--context", type=int, default=32768)

@@ -201,6 +201,9 @@ async def run_load(
             if reply.status != 200 or (reply.reason is None and not leaves):
                 load.outcomes["lost"] += 1
                 continue
+            if reply.reason is None and not reply.text:  # nothing of which it could be said that it is right
+                load.outcomes["left before any text"] += 1
+                continue
             load.outcomes["left" if reply.reason is None else "complete"] += 1
             load.verdicts[expected.verdict(reply.text, new, reply.reason is not None)] += 1
             load.tokens += reply.tokens

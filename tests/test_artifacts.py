@@ -16,11 +16,13 @@ import pytest
 import warm
 from fusiontree.artifacts import (
     Artifact,
+    BenchReport,
     DistanceAnswers,
     EvalReport,
     GateStatistics,
     LayerDecision,
     LayerGateStatistics,
+    ModelFigures,
     PositionLoss,
     PrunePlan,
     RunManifest,
@@ -131,6 +133,14 @@ def test_a_manifest_says_what_ran() -> None:
 
 def test_a_plan_reads_as_layer_branches() -> None:
     assert PLAN.layer_branches == ["mamba", "both"]
+
+
+def test_speeds_of_one_length_and_batch_still_load(tmp_path: Path) -> None:
+    figures = {"name": "m", "parameters": 1, "parameter_bytes": 4, "state_bytes": 2, "first_token_seconds": 0.5}
+    figures |= {"prefill_tokens_per_second": 3.0, "decode_tokens_per_second": 4.0}
+    old = {"kind": "bench_report", "version": 1, "settings": {}, "machine": {}, "models": [figures], "versions": {}}
+    (tmp_path / "bench.json").write_text(json.dumps(old))
+    assert BenchReport.load(tmp_path / "bench.json").models == [ModelFigures(**figures, more=[])]
 
 
 def test_a_plan_of_the_first_version_still_loads(tmp_path: Path) -> None:

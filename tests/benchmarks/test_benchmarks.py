@@ -371,7 +371,7 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
 @pytest.mark.slow  # five servers, of which each imports torch
 def test_serving_answers_right_under_load_and_records_what_it_costs(tmp_path: Path) -> None:
     sizes = ["--streams", "4", "--seconds", "4", "--pool", "4", "--prompt-tokens", "24", "--new-tokens", "12"]
-    sizes += ["--rounds", "2", "--requests", "4", "--singles", "2"]
+    sizes += ["--rounds", "2", "--requests", "4", "--singles", "2", "--long-share", "0.3", "--long-tokens", "1200"]
     sizes += ["--shared-tokens", "600", "--questions", "3", "--context", "600"]
     finished = run_script("serving.py", *TINY, *sizes, "--results", tmp_path)
     assert finished.returncode == 0, finished.stderr
@@ -379,10 +379,13 @@ def test_serving_answers_right_under_load_and_records_what_it_costs(tmp_path: Pa
     (record,) = json.loads(path.read_text())
     load, throughput, prefix, state = (record["results"][task] for task in ("load", "throughput", "prefix", "state"))
     assert load["outcomes"]["complete"] > 0 and "lost" not in load["outcomes"] and "wrong" not in load["verdicts"]
+    seen = load["outcomes"]["complete"] + load["outcomes"].get("left", 0)
+    assert sum(load["verdicts"].values()) == seen  # none of a stream that was left before any text
+    assert (load["long_prompts"], load["longest_prompt"] > 300) == (2, True)
     assert load["left_behind"] == {"batch_size": 0, "queue_length": 0, "state_bytes": 0}
     assert min(throughput[name] for name in ("at_once", "one_by_one", "falcon_h1_generate")) > 0
     assert len(throughput["rounds"]) == 2
-    assert sum(prefix["verdicts"].values()) == 2 and "wrong" not in prefix["verdicts"]
+    assert sum(prefix["verdicts"].values()) == 3 and "wrong" not in prefix["verdicts"]
     assert prefix["first_token_with"] < prefix["first_token_without"]
     # Llama keeps keys and values of 2 layers of width 128 in float32.
     assert state["llama"] == 2 * 2 * 128 * 600 * 4 and state["fusiontree"] < state["llama"]

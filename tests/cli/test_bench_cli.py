@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,24 @@ def test_a_trained_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert f"{report.models[0].parameters:,}" in shown
     assert "training 16 x 2, tokens/s" in shown
     assert str(folder / "bench.json") in shown
+
+
+def test_lengths_and_batches_each_with_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*QUICK, *FLOAT, "--train-batch", "0", "--context", "16,140", "--batch", "1, 3"]
+    assert main(["bench", str(folder), *options]) == 0
+    shown = capsys.readouterr().out
+    report = BenchReport.load(folder / "bench.json")
+    (model,) = report.models
+    assert (report.settings["context"], report.settings["batch"]) == (16, 1)
+    assert [(one.context, one.batch) for one in model.more] == [(16, 3), (140, 1), (140, 3)]
+    states = [model.state_bytes, *(one.state_bytes for one in model.more)]
+    # Of one sequence each: a state of more tokens is larger, one beside others is not, but for the counts they share.
+    assert states[2] > states[0] and abs(states[1] - states[0]) < 64 and abs(states[3] - states[2]) < 64
+    for one in model.more:
+        assert one.prefill_tokens_per_second == pytest.approx(one.context * one.batch / one.rounds["prefill"][0])
+        assert one.decode_tokens_per_second == pytest.approx(one.rounds["decode"][0])
+        row = next(line for line in shown.splitlines() if re.search(rf"{one.context} +│ +{one.batch} ", line))
+        assert f"{one.decode_tokens_per_second:,.1f}" in row and f"{one.state_bytes / 1e3:,.0f}" in row
 
 
 def test_a_configuration_beside_peers(
@@ -75,6 +94,10 @@ def test_ops(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["MODEL", "--context", "16,x"], "--context must be a number from 1 on, or several with commas between, got"),
+        (["MODEL", "--batch", "0"], "--batch must be a number from 1 on, or several with commas between, got '0'"),
+        (["ops", "--batch", "1,2"], "bench ops takes one --context and one --batch"),
+        (["LEARNED", "--context", "16,200"], "263 positions are needed, but the model's learned time encoding"),
         (["nowhere"], "model folder nowhere does not exist"),
         (["MODEL", "other"], "bench measures one model: name one of "),
         (["MODEL", "--config", "x.yaml"], "a trained MODEL has its own configuration: leave out --config"),

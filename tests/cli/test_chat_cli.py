@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,11 +40,14 @@ def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """A function that says lines to the command and gives what comes back on both outputs."""
 
-    def say(*lines: str, options: tuple[str, ...] = (), model: Path = folder) -> tuple[int, list[str], str]:
+    def say(
+        *lines: str, options: tuple[str, ...] = (), model: Path = folder, greedy: bool = True
+    ) -> tuple[int, list[str], str]:
         content = "".join(line + "\n" for line in lines).encode()
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         capsys.readouterr()
-        code = main(["chat", str(model), "--greedy", "-n", "10", "--device", "cpu", *options])
+        how = ["--greedy"] if greedy else []
+        code = main(["chat", str(model), *how, "-n", "10", "--device", "cpu", *options])
         shown = capsys.readouterr()
         return code, shown.out.splitlines(), shown.err
 
@@ -69,6 +73,18 @@ def test_a_conversation_goes_on_line_by_line(folder: Path, talk) -> None:
     )
     assert (code, shown) == (0, answers(folder, "hello", system="short") * 2)
     assert "/save FILE keeps the conversation" in said
+
+
+def test_answers_are_chosen_and_ended_as_asked_for(folder: Path, talk) -> None:
+    runtime, asked = InferenceRuntime(load(folder, device="cpu")), "user: hello\nassistant: "
+    (whole,) = runtime.generate(asked, max_new_tokens=10)
+    stop = whole[4:6]
+    code, shown, _ = talk("hello", options=("--stop", "never written", "--stop", stop))
+    assert (code, shown) == (0, (whole[: whole.index(stop)] + "\n").splitlines())
+    draws: dict[str, Any] = {"max_new_tokens": 10, "temperature": 1.0, "top_p": 1.0, "seed": 3}
+    plain, rare = (runtime.generate(asked, **draws, min_p=min_p)[0] for min_p in (0, 0.6))
+    code, shown, _ = talk("hello", options=("-t", "1", "--top-p", "1", "--seed", "3", "--min-p", "0.6"), greedy=False)
+    assert (code, shown) == (0, (rare + "\n").splitlines()) and rare != plain
 
 
 def test_a_conversation_is_saved_and_resumed_without_reading_it_again(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
+import warm
 from fusiontree import load
 from fusiontree.artifacts import EvalReport
 from fusiontree.cli import main
@@ -42,6 +47,22 @@ def test_it_prints_the_report_and_leaves_it_with_the_model(
     assert "0 – 63" in shown.out
     assert str(folder / "eval_report.json") in shown.out
     load(folder, device="cpu")  # what was written there is not in the way
+
+
+def test_a_terminal_is_shown_how_far_it_is(folder: Path, corpus: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [warm.python(), "-m", "fusiontree", "eval", folder, "--data", corpus / "eval.jsonl", "--device", "cpu"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # as the other end is closed
+        while piece := os.read(ours, 4096):
+            shown += piece
+    os.close(ours)
+    assert process.wait(60) == 0
+    last = shown.decode().rpartition("perplexity")[2]
+    assert "━━━━" in last and "100%" in last
 
 
 def test_several_files_behind_one_option_and_another_folder(

@@ -10,12 +10,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import warm
 from fusiontree import generate, load
 from fusiontree.cli import main
+from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions
+from fusiontree.deploy.text import token_text
 from tiny_models import save_tiny_model
 
 SCRIPT = Path(sys.executable).with_name("fusiontree")
@@ -169,6 +173,58 @@ def test_a_stop_ends_a_text_and_penalties_change_it(folder: Path, capsys: pytest
     assert capsys.readouterr().out != whole + "\n"
 
 
+def texts_of(folder: Path, **options: Any) -> str:
+    model = load(folder, device="cpu")
+    return next(InferenceRuntime(model).run([PROMPT], [SamplingOptions(max_new_tokens=30, **options)])).text
+
+
+def test_options_of_the_command_line_and_of_lines_are_the_runtime_s(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draws: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seed": 3}
+    plain, rare = texts_of(folder, **draws), texts_of(folder, **draws, min_p=0.4)
+    options = ["generate", str(folder), "-n", "30", "-t", "1", "--top-p", "1", "--device", "cpu"]
+    capsys.readouterr()
+    assert main([*options, "-p", PROMPT, "--seed", "3", "--min-p", "0.4"]) == 0
+    assert capsys.readouterr().out == rare + "\n" != plain + "\n"
+    own: list[dict[str, Any]] = [
+        {"min_p": 0.4},
+        {"logit_bias": {"70": 30}},
+        {"presence_penalty": 2},
+        {"frequency_penalty": -2},
+    ]
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": PROMPT, "options": one | {"seed": 3}}) + "\n" for one in own))
+    assert main([*options, "--jsonl", str(source)]) == 0
+    found = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    own[1] = {"logit_bias": {70: 30.0}}
+    assert found == [texts_of(folder, **draws, **one) for one in own]
+    assert plain not in found
+
+
+def test_log_probabilities_come_with_a_line_that_asks_for_them(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": PROMPT, "options": {"logprobs": 3}}, {"prompt": PROMPT}]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    capsys.readouterr()
+    assert main(["generate", str(folder), "--greedy", "-n", "5", "--device", "cpu", "--jsonl", str(source)]) == 0
+    with_them, without = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert with_them["text"] == without["text"] and "logprobs" not in without
+    model = load(folder, device="cpu")
+    with torch.no_grad():
+        logits = model(torch.tensor([model.tokenizer(PROMPT)["input_ids"]])).logits[0, -1, : len(model.tokenizer)]
+    best = logits.log_softmax(-1).topk(3)
+    first = with_them["logprobs"][0]
+    assert len(with_them["logprobs"]) == 5 and first["token"] == first["top_logprobs"][0]["token"]
+    assert [one["token"] for one in first["top_logprobs"]] == [
+        token_text(model.tokenizer, token) for token in best.indices.tolist()
+    ]
+    assert [one["logprob"] for one in first["top_logprobs"]] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert first["logprob"] == first["top_logprobs"][0]["logprob"]
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -182,6 +238,11 @@ def test_a_stop_ends_a_text_and_penalties_change_it(folder: Path, capsys: pytest
         ('{"prompt": "a", "options": {"max_new_tokens": true}}', "line 1: option 'max_new_tokens': Input should be a"),
         ('\n{"prompt": "a"}\n{"prompt": ""}', "prompts.jsonl, line 3: the prompt is empty"),
         ('{"prompt": "\\ud800"}', "prompts.jsonl, line 1: the prompt holds half of a surrogate pair"),
+        ('{"prompt": "a", "options": {"logprobs": 21}}', "line 1: logprobs must lie between 0 and 20, got 21"),
+        (
+            '{"prompt": "a"}\n\n{"prompt": "a", "options": {"logit_bias": {"999": 1}}}',
+            "prompts.jsonl, line 3: logit_bias: there is no token 999, the last one is 299",
+        ),
         ("\n", "prompts.jsonl holds no prompt"),
     ],
 )

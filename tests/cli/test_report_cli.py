@@ -19,16 +19,19 @@ from fusiontree.artifacts import (
     CodeReport,
     EvalReport,
     HarnessResult,
+    LayerDecision,
     ModelFigures,
     MQARReport,
     PasskeyReport,
     PositionLoss,
+    PrunePlan,
     RunManifest,
+    ShapeFigures,
 )
 from fusiontree.cli import main
 from fusiontree.eval.columns import differences, read_columns
 
-VOID = {"meta", "input", "img", "br"}
+VOID = {"meta", "input", "img", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -113,10 +116,14 @@ def runs(run_settings, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ).save(folder / "first" / "eval_report.json")
     figures = {"parameters": 5, "parameter_bytes": 2_500_000, "state_bytes": 12_300, "first_token_seconds": 0.0125}
     speeds = {"prefill_tokens_per_second": 4321.0, "decode_tokens_per_second": 98.76}
+    more = speeds | {"state_bytes": 45_600, "first_token_seconds": 0.5, "decode_tokens_per_second": 222.2}
     BenchReport(
         settings={"context": 512, "batch": 1, "dtype": "bfloat16"},
         machine={"processor": "abacus", "threads": 2},
-        models=[ModelFigures(name="second", **figures, **speeds)],
+        models=[
+            ModelFigures(name="second", **figures, **speeds, more=[ShapeFigures(context=4096, batch=8, **more)]),
+            ModelFigures(name="llama", **(figures | {"state_bytes": 98_700}), **speeds),
+        ],
     ).save(folder / "second" / "bench.json")
     return [folder / "first", folder / "second"]
 
@@ -156,8 +163,18 @@ def test_runs_side_by_side(runs: list[Path], tmp_path: Path, capsys: pytest.Capt
     assert page.rows["passkeys found"] == ["75% in 256, 50% in 1,024", "–"]
     assert page.rows["answers found in associative recall (MQAR)"] == ["75% in 64, 25% in 128", "–"]
     assert page.rows["birds: acc"] == ["0.7500 ± 0.0625", "–"]
-    assert page.rows["weights, MB"] == ["–", "2.50"] and page.rows["decoding, tokens/s"] == ["–", "98.8"]
-    assert page.rows["machine"] == ["–", "abacus, 2 threads"] and "training, tokens/s" not in page.rows
+    # Where a model was measured beside others, these stand in columns at the end.
+    assert page.rows["weights, MB"] == ["–", "2.50", "2.50"]
+    assert page.rows["decoding, tokens/s"] == ["–", "98.8", "98.8"]
+    assert page.rows["state of one sequence, kB"] == ["–", "12.3", "98.7"] and "llama beside second" in page.text
+    assert page.rows["4,096 tokens x 8: state of one, kB"] == ["–", "45.6", "–"]
+    assert page.rows["4,096 tokens x 8: first token, ms"] == ["–", "500.0", "–"]
+    assert page.rows["4,096 tokens x 8: decoding, tokens/s"] == ["–", "222.2", "–"]
+    assert page.rows["machine"] == ["–", *["abacus, 2 threads"] * 2] and "training, tokens/s" not in page.rows
+    # The grids, cell by cell: a row for each depth, or number of pairs.
+    assert page.rows["depth"] == ["256", "1,024"] and page.rows["pairs"] == ["64", "128"]
+    assert (page.rows["0%"], page.rows["100%"]) == (["50%", "25%"], ["100%", "75%"])
+    assert (page.rows["4"], page.rows["16"]) == (["100%", "50%"], ["50%", "0%"])
     assert "What would be pruned" in page.text and "Would be pruned by gate thresholds" in page.text
     manifest = RunManifest.load(runs[0] / "manifest.json")
     assert page.rows["revision"][0] == (manifest.git_revision or "installed package")
@@ -307,39 +324,71 @@ def test_other_mistakes(runs: list[Path], tmp_path: Path, capsys: pytest.Capture
     assert report() == 2
 
 
+@pytest.fixture(scope="module")
+def cut(runs: list[Path]) -> list[Path]:
+    """A run, what is left of it without a branch, and that healed."""
+    folder, width = runs[0].parent, HybridLanguageModel.from_pretrained(runs[0] / "latest").config.hidden_size
+    layers = [LayerDecision(keep="mamba", reason="", constant=[0.0] * width), LayerDecision(keep="both", reason="")]
+    PrunePlan(criterion="test", thresholds={}, source="test", layers=layers).save(folder / "plan.json")
+    export, healed = folder / "export", folder / "healed"
+    options = ["--context", "32", "--device", "cpu"]
+    assert main(["export", str(runs[0]), str(folder / "plan.json"), str(export), *options]) == 0
+    assert main(["heal", str(export), "training.max_steps=3", f"output_dir={healed}"]) == 0
+    return [runs[0], export, healed]
+
+
+# What of a page lies where it cannot be seen, and which tables of few columns scroll.
+LOOK = """
+    const page = document.querySelector("iframe").contentDocument;
+    const box = part => part.getBoundingClientRect();
+    for (const part of page.querySelectorAll("details")) part.open = true;
+    const charts = [...page.querySelectorAll("svg")].map(svg => box(svg).width);
+    const shown = [...page.querySelectorAll(".choice > .charts")].map(pane => pane.offsetHeight > 0);
+    const cut = [...page.querySelectorAll("svg text")].filter(text => {
+        const [outer, inner] = [box(text.ownerSVGElement), box(text)];
+        return inner.left < outer.left - 0.5 || inner.right > outer.right + 0.5
+            || inner.top < outer.top - 0.5 || inner.bottom > outer.bottom + 0.5;
+    }).map(text => text.textContent);
+    const scrolling = [...page.querySelectorAll(".wide")].filter(wide => {
+        return wide.querySelector("tr").children.length <= 3 && wide.scrollWidth > wide.clientWidth;
+    }).map(wide => wide.textContent.slice(0, 200));
+    document.body.textContent = JSON.stringify({
+        width: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight, charts, shown, cut,
+        scrolling, text: box(page.querySelector("svg text")).height});
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the browser chromium")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_all_of_it(runs: list[Path], tmp_path: Path, width: int) -> None:
-    """Nothing is wider than the window, every chart has a size, and one of the three axes is in view.
+@pytest.mark.parametrize("name", ["runs", "cut"])
+def test_a_browser_shows_all_of_it(request: pytest.FixtureRequest, tmp_path: Path, name: str, width: int) -> None:
+    """Nothing is wider than the window, every chart has a size and its labels inside, tables of two runs need no
+    scrolling, and one of the three axes is in view.
 
-    Leaves a screenshot to look at in artefacts/.
+    Leaves a picture of the whole page to look at in artefacts/.
     """
-    assert report(*runs, "-o", tmp_path / "page.html") == 0
-    look = """
-        const page = document.querySelector("iframe").contentDocument;
-        const charts = [...page.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect().width);
-        const shown = [...page.querySelectorAll(".choice > .charts")].map(pane => pane.offsetHeight > 0);
-        const text = page.querySelector("svg text").getBoundingClientRect().height;
-        document.body.textContent = JSON.stringify({width: page.documentElement.scrollWidth, charts, shown, text});
-    """
+    assert report(*request.getfixturevalue(name), "-o", tmp_path / "page.html") == 0
     frame = f'<iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>'
-    (tmp_path / "look.html").write_text(f"<body>{frame}<script>onload = () => {{{look}}}</script></body>")
+    (tmp_path / "look.html").write_text(f"<body>{frame}<script>onload = () => {{{LOOK}}}</script></body>")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
 
     def browse(page: str, *more: str) -> str:
         command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", *more, f"file://{tmp_path / page}"]
         return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
-    picture = Path(__file__).parents[2] / "artefacts" / f"report_{width}.png"
+    found = json.loads(re.findall(r"\{.*\}", browse("look.html", "--dump-dom"))[-1])
+    picture = Path(__file__).parents[2] / "artefacts" / f"report_{name}_{width}.png"
     picture.parent.mkdir(exist_ok=True)
     picture.unlink(missing_ok=True)
-    (tmp_path / "show.html").write_text(f'<body style="margin:0">{frame.replace("900", "6000")}</body>')
-    browse("show.html", f"--screenshot={picture}", f"--window-size={max(width, 500)},6000")
+    height = found["height"]  # with all that can be opened, so there is room for what is not
+    (tmp_path / "show.html").write_text(f'<body style="margin:0">{frame.replace("900", str(height))}</body>')
+    browse("show.html", f"--screenshot={picture}", f"--window-size={max(width, 500)},{height}")
     assert picture.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(re.findall(r"\{.*\}", browse("look.html", "--dump-dom"))[-1])
     assert found["width"] <= width
     assert found["shown"] == [True, False, False]
     visible = [chart for chart in found["charts"] if chart > 0]
     assert len(visible) >= 8 and min(visible) > 250
     assert found["text"] > 10
+    assert found["cut"] == []
+    assert name != "runs" or found["scrolling"] == []

@@ -35,12 +35,16 @@ def add_template(folder: Path) -> Path:
 
 
 class ServerProcess:
-    """`fusiontree serve MODEL` with some more arguments; its log is kept line by line."""
+    """`fusiontree serve MODEL` with some more arguments; its log is kept line by line.
 
-    def __init__(self, model: Path, *arguments: str, **environment: str) -> None:
-        command = [warm.python(), "-m", "fusiontree", "serve", str(model), "--port", "0", "--device", "cpu"]
+    Args:
+        code: Python that runs before.
+    """
+
+    def __init__(self, model: Path, *arguments: str, code: str = "", **environment: str) -> None:
+        command = ["-c", f"{code}\nimport sys\nfrom fusiontree.cli import main\nsys.exit(main(sys.argv[1:]))"]
         self.process = subprocess.Popen(
-            [*command, *arguments],
+            [warm.python(), *command, "serve", str(model), "--port", "0", "--device", "cpu", *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

@@ -179,9 +179,10 @@ def test_reading_on_from_a_snapshot_on_the_grid_repeats_the_same_bits(any_model:
     kept = [client.scheduler.prefixes.find(second) for client in (warm, cold)]
     assert [one.tokens for one in kept] == [57, 57]
     assert torch.equal(kept[0].logits, kept[1].logits)
-    for ours, theirs in zip(kept[0].path()[-1].layers, kept[1].path()[-1].layers, strict=True):
-        for name in ours:
-            assert name.startswith("global") or torch.equal(ours[name], theirs[name])
+    states = [client.scheduler.prefixes.restore(one, 57) for client, one in zip((warm, cold), kept, strict=True)]
+    for ours, theirs in zip(*(state.layers for state in states), strict=True):
+        assert ours.tensors().keys() == theirs.tensors().keys()
+        assert all(torch.equal(tensor, theirs.tensors()[name]) for name, tensor in ours.tensors().items())
     assert hit.generated == miss.generated
     # The same prompt once more needs no reading at all.
     again = warm.submit_and_run(second, 20)
@@ -250,6 +251,24 @@ def test_snapshots_share_their_keys_and_go_by_least_recent_use(model: HybridLang
     store.budget = 10
     assert client.submit_and_run(draw_prompt(draw, 20), 3).finish_reason == "length"
     assert len(store) == 0 and store.nbytes == 0
+
+
+def test_forks_share_the_keys_of_what_they_both_begin_with(model: HybridLanguageModel) -> None:
+    draw = random.Random(10)
+    shared, ends = draw_prompt(draw, 80), [draw_prompt(draw, 8) for _ in range(2)]
+    client = Client(model, prefix_bytes=10**9, snapshot_interval=8)
+    for end in ends:
+        client.submit_and_run([*shared, *end], 1)
+    separate = []
+    for end in ends:
+        apart = Client(model, prefix_bytes=10**9, snapshot_interval=8)
+        apart.submit_and_run([*shared, *end], 1)
+        separate.append(apart.scheduler.prefixes.nbytes)
+    keys = 2 * model.config.num_layers * 2 * model.config.head_dim * 4  # bytes of one token's global keys and values
+    fixed = state_bytes(model.config, torch.float32, 0) - keys
+    assert client.scheduler.prefixes.nbytes == sum(separate) - 10 * fixed - 80 * keys
+    kept = [client.scheduler.prefixes.find([*shared, *end]) for end in ends]
+    assert kept[0].parent is kept[1].parent and kept[0].parent.tokens == 80
 
 
 def test_prompts_of_a_group_are_read_once(model: HybridLanguageModel) -> None:
@@ -345,6 +364,12 @@ def test_compiled_steps_come_in_few_sizes(most: int) -> None:
     sizes = {program_rows(rows, most) for rows in range(1, most + 1)}
     assert len(sizes) <= 4 and min(sizes) == 1 and max(sizes) == most
     assert all(rows <= program_rows(rows, most) for rows in range(1, most + 1))
+
+
+def test_warming_up_says_which_program_it_is_at(model: HybridLanguageModel) -> None:
+    seen: list[tuple[int, ...]] = []
+    Client(model, max_rows=64).scheduler.warm_up(lambda *given: seen.append(given))
+    assert seen == [(1, 4, 1), (2, 4, 4), (3, 4, 16), (4, 4, 64)]
 
 
 @pytest.mark.slow

@@ -12,11 +12,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import pipeline
 
 from fusiontree import HybridLanguageModel, load, train
+from fusiontree.artifacts import LayerDecision, PrunePlan
+from fusiontree.deploy import export
 from fusiontree.deploy.runtime import InferenceRuntime
+from tiny_models import save_tiny_model
 
 TEXT = "seven silver birds sing about glass rivers and cities"
-# Every projection of a block, and the head.
-TARGETS = ["in_proj", "out_proj", "qkv_proj", "up", "down", "fusion_proj", "lm_head"]
+# Every linear layer of any model, as the documentation lists them; and the head.
+LINEAR = ["in_proj", "out_proj", "qkv_proj", "up", "down", "fusion_proj", "proj", "x_proj", "dt_proj", "align_proj"]
+TARGETS = [*LINEAR, "lm_head"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "mamba 1": {"mamba_version": 1},
+    "tied": {"tie_word_embeddings": True},
+    "learned times": {"srte_encoding": "learned"},
+    "merged export": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +42,9 @@ def model(run: Path) -> HybridLanguageModel:
     return load(run, device="cpu")
 
 
-def adapt(model: HybridLanguageModel, **fields: Any) -> PeftModel:
+def adapt(model: HybridLanguageModel, targets: str | list[str] = TARGETS, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=TARGETS, **fields)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=targets, **fields)
     return get_peft_model(model, config)
 
 
@@ -49,7 +60,7 @@ def test_adapters_learn_are_saved_and_merged(model: HybridLanguageModel, run: Pa
         loss.backward()
         if step == 1:  # the second matrices start at zero, so the first ones' gradients do in the first step
             found = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-            assert len(found) == 2 * (1 + 11 * model.config.num_layers)
+            assert len(found) == 2 * (2 + 11 * model.config.num_layers)  # time encoding and head
             for name, gradient in found.items():
                 assert gradient is not None and gradient.abs().max() > 0, f"{name} is bypassed"
         optimizer.step()
@@ -77,6 +88,45 @@ def test_adapters_learn_are_saved_and_merged(model: HybridLanguageModel, run: Pa
         assert InferenceRuntime(load(run, device="cpu")).generate(TEXT[:12], max_new_tokens=8) != unmerged
         merged.save_pretrained(tmp_path / "merged")
     torch.testing.assert_close(load(tmp_path / "merged", device="cpu")(ids).logits, merged(ids).logits, rtol=0, atol=0)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest, tmp_path: Path) -> HybridLanguageModel:
+    model = load(save_tiny_model(tmp_path / "whole", None, **VARIANTS[request.param]), device="cpu")
+    if request.param != "merged export":
+        return model
+    zeros, halves = [0.0] * model.config.hidden_size, [0.5] * model.config.hidden_size
+    layers = [LayerDecision(keep=keep, reason="", constant=zeros, gate=halves) for keep in ("attention", "mamba")]
+    plan = PrunePlan(criterion="test", thresholds={}, source="test", layers=layers)
+    model = export(model, plan, tmp_path / "cut", merge=True)
+    assert model.config.layer_merges == ["hz", "z"]
+    return model
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "list"])
+def test_adapters_of_every_model_train_and_merge(variant: HybridLanguageModel, targets: str) -> None:
+    """Of each linear layer; the head's only by name, and where the embeddings are not its weight too."""
+    takes_head = targets == "list" and not variant.config.tie_word_embeddings
+    linear = {name for name, part in variant.named_modules() if isinstance(part, torch.nn.Linear)}
+    expected = linear if takes_head else linear - {"lm_head"}
+    plain = variant(torch.arange(3, 43)[None]).logits
+    adapted = adapt(
+        variant, targets if targets == "all-linear" else TARGETS if takes_head else LINEAR, init_lora_weights=False
+    )
+    ids = torch.arange(3, 43)[None]
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    found = set()
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, f"{name} is bypassed"
+            found.add(name.removeprefix("base_model.model.").partition(".lora_")[0])
+    assert found == expected
+    adapted.eval()
+    with torch.no_grad():
+        wanted = adapted(input_ids=ids).logits
+        assert (wanted - plain).abs().max() > 0.1
+        got = adapted.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * max(1.0, float(wanted.abs().max())))
 
 
 def test_the_loss_of_an_adapted_head_is_that_of_its_logits(model: HybridLanguageModel) -> None:

@@ -34,7 +34,7 @@ from fusiontree.artifacts.evaluation import (
     TaskReport,
 )
 from fusiontree.artifacts.plan import Branch, BranchKind, CutStep, LayerDecision, PrunePlan
-from fusiontree.artifacts.speed import BenchReport, ModelFigures
+from fusiontree.artifacts.speed import BenchReport, ModelFigures, ShapeFigures
 from fusiontree.atomic import atomic_directory, atomic_write
 from fusiontree.errors import InputError
 
@@ -60,6 +60,7 @@ __all__ = [
     "PrunePlan",
     "RunManifest",
     "RunResume",
+    "ShapeFigures",
     "TaskAnswers",
     "TaskReport",
     "atomic_directory",

@@ -9,8 +9,23 @@ from pydantic import Field
 from fusiontree.artifacts.base import Artifact, Record, library_versions
 
 
+class ShapeFigures(Record):
+    """Medians over the rounds of one model at one length and batch, each as of `ModelFigures`."""
+
+    context: int
+    """Tokens of the prompt."""
+    batch: int
+    """Sequences at a time."""
+    state_bytes: int
+    prefill_tokens_per_second: float
+    first_token_seconds: float
+    decode_tokens_per_second: float
+    rounds: dict[str, list[float]] = Field(default_factory=dict)
+
+
 class ModelFigures(Record):
-    """Medians over the rounds of one model; `rounds` holds every single value."""
+    """Medians over the rounds of one model; `rounds` holds every single value. What depends on them is of the first
+    length and batch of the settings."""
 
     name: str
     parameters: int
@@ -31,12 +46,15 @@ class ModelFigures(Record):
     """Most GPU memory in use while the model trained, or generated if it did not; None on a CPU."""
     rounds: dict[str, list[float]] = Field(default_factory=dict)
     """Measure -> seconds (decode: tokens per second) of each round."""
+    more: list[ShapeFigures] = []
+    """At the settings' other lengths and batches."""
 
 
 class BenchReport(Artifact):
     """Speed and memory of models, measured side by side."""
 
     KIND: ClassVar[str] = "bench_report"
+    VERSION: ClassVar[int] = 2  # 1 knows one length and batch alone
 
     settings: dict[str, Any]
     machine: dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
 
     from fusiontree.eval.bench_ops import Measured
     from fusiontree.eval.eval_system import BenchReport, BenchSettings
@@ -43,9 +44,9 @@ def bench(
     peers: str = typer.Option(
         "", "--peers", help="Also measure llama, falcon_h1, mamba2, bamba (commas between) of equal size."
     ),
-    context: int = typer.Option(1024, "--context", min=1, help="Tokens of the prompt."),
+    context: str = typer.Option("1024", "--context", help="Tokens of the prompt; several with commas between."),
     new_tokens: int = typer.Option(64, "--new-tokens", min=2, help="Tokens decoded after it."),
-    batch: int = typer.Option(1, "--batch", min=1, help="Sequences read and decoded at a time."),
+    batch: str = typer.Option("1", "--batch", help="Sequences at a time; several with commas between."),
     train_batch: int = typer.Option(4, "--train-batch", min=0, help="Rows of a training step; 0 = do not train."),
     train_length: int = typer.Option(1024, "--train-length", min=2, help="Tokens of a row in training."),
     rounds: int = typer.Option(3, "--rounds", min=1, help="Measured rounds, after one that only warms up."),
@@ -68,18 +69,22 @@ def bench(
     from fusiontree.deploy.loading import resolve_device
 
     place = resolve_device(device)
+    shapes = list(product(_numbers(context, "--context"), _numbers(batch, "--batch")))
     if names == ["ops"]:
+        if len(shapes) > 1:
+            raise InputError("bench ops takes one --context and one --batch")
         _refuse_what_ops_ignores(context_of_call, overrides)
-        _bench_ops(place, dtype.value, batch, context)
+        _bench_ops(place, dtype.value, shapes[0][1], shapes[0][0])
         return
     from fusiontree.artifacts import directory_for_results
     from fusiontree.eval.eval_system import BenchSettings
 
     settings = BenchSettings.parse(
         {
-            "context": context,
+            "context": shapes[0][0],
             "new_tokens": new_tokens,
-            "batch": batch,
+            "batch": shapes[0][1],
+            "more": shapes[1:],
             "train_batch": train_batch,
             "train_length": train_length,
             "rounds": rounds,
@@ -95,6 +100,14 @@ def bench(
         _print_report(report)
         report.save(destination)
     print(destination)
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """The different numbers of an option, in order."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 2**31 for word in words):
+        raise InputError(f"{option} must be a number from 1 on, or several with commas between, got {text!r}")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _refuse_what_ops_ignores(call: typer.Context, overrides: list[str]) -> None:
@@ -144,7 +157,8 @@ def _measure(model: HybridLanguageModel, name: str, peers: str, settings: BenchS
     from fusiontree.eval.peers import PeerSize, build_peer
 
     config = model.config
-    longest = max(settings.context + settings.new_tokens - 1, settings.train_length if settings.train_batch else 0)
+    context = max(settings.context, *(context for context, _ in settings.more), 0)
+    longest = max(context + settings.new_tokens - 1, settings.train_length if settings.train_batch else 0)
     if config.srte_encoding == "learned" and longest > config.max_position_embeddings:
         raise InputError(
             f"{longest} positions are needed, but the model's learned time encoding (SRTE) ends after "
@@ -191,9 +205,37 @@ def _print_report(report: BenchReport) -> None:
         ratios = ["", *(f" ({value / values[0]:.2f}x)" for value in values[1:])]
         table.add_row(label, *(cell + ratio for cell, ratio in zip(cells, ratios, strict=True)))
     console.print(table)
+    if first.more:
+        console.print(_table_of_shapes(report))
     m = report.machine
     where = m.get("gpu") or f"{m['processor']}, {m['threads']} threads, {m['kernels']}"
     print(f"{where}; torch {report.versions['torch']}, transformers {report.versions['transformers']}")
+
+
+def _table_of_shapes(report: BenchReport) -> Table:
+    """A row for each length, batch and model."""
+    from rich.table import Table
+
+    several = len(report.models) > 1
+    table = Table(title="by length of the prompt and sequences at a time")
+    heads = ["tokens", "sequences", "reading, tokens/s", "first token, ms", "decoding, tokens/s", "state of one, kB"]
+    for head in heads[:2] + ["model"] * several + heads[2:]:
+        table.add_column(head, justify="left" if head == "model" else "right")
+    for shape in range(1 + len(report.models[0].more)):
+        for model in report.models:
+            found = model if shape == 0 else model.more[shape - 1]
+            place = report.settings if shape == 0 else model.more[shape - 1].model_dump()
+            table.add_row(
+                f"{place['context']:,}",
+                f"{place['batch']:,}",
+                *[model.name] * several,
+                f"{found.prefill_tokens_per_second:,.0f}",
+                f"{1e3 * found.first_token_seconds:,.1f}",
+                f"{found.decode_tokens_per_second:,.1f}",
+                f"{1e-3 * found.state_bytes:,.0f}",
+                end_section=model is report.models[-1],
+            )
+    return table
 
 
 def _bench_ops(device: torch.device, dtype: str, batch: int, tokens: int) -> None:

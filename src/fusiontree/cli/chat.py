@@ -28,9 +28,13 @@ def chat(
     ),
     top_k: int = typer.Option(None, "--top-k", help="Draw among this many likeliest tokens only."),
     top_p: float = typer.Option(0.95, "--top-p", help="Draw among the likeliest tokens of this total probability."),
+    min_p: float = typer.Option(
+        0.0, "--min-p", help="Leave out tokens below this share of the likeliest's probability."
+    ),
     repetition_penalty: float = typer.Option(
         1.0, "--repetition-penalty", help="Above 1: seen tokens become less likely."
     ),
+    stop: list[str] = typer.Option(None, "--stop", help="End an answer before this text; can be given several times."),
     seed: int = typer.Option(None, "--seed", help="Makes the draws repeatable."),
     greedy: bool = typer.Option(False, "--greedy", help="Take the likeliest token each time and draw nothing."),
     memory: str = typer.Option("256MiB", "--memory", help="For states of what was said, so that it is read once."),
@@ -53,7 +57,9 @@ def chat(
         temperature=temperature_of(temperature, greedy),
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
         seed=seed,
     )
     settings = SchedulerSettings(prefix_bytes=byte_size(memory, "--memory"))

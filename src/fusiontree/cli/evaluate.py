@@ -261,6 +261,7 @@ class _Job:
             found = evaluate_perplexity(
                 self.model, texts, max_tokens=settings["max_tokens"], progress=progress, **self._options
             )
+            progress(texts.num_bytes, found.tokens)  # what stands in the files beside texts counts as read
             return {field: getattr(found, field) for field in fields}
 
         depends_on = {**self.common, **settings, "files": files_identity(texts.paths)}
@@ -281,6 +282,7 @@ class _Job:
                 progress=progress,
                 **self._options,
             )
+            progress(texts.num_bytes, found.tokens)  # what stands in the files beside texts counts as read
             return {"tasks": found}
 
         depends_on = {**self.common, **settings, "files": files_identity(texts.paths), "tasks": tasks, "seed": seed}

@@ -54,7 +54,8 @@ def generate(
 
     The continuation goes to standard output as it comes, without the prompt. A newline at the very end of a file or of
     standard input does not count as part of the prompt. With --jsonl each line comes back in order, with text,
-    finish_reason, prompt_tokens and new_tokens; its "options" replace those of the command line.
+    finish_reason, prompt_tokens and new_tokens, and with logprobs among its options those of its tokens; its "options"
+    replace those of the command line.
     """
     if out is not None and jsonl is None:
         raise InputError("--out is for --jsonl; a single text goes to standard output")
@@ -79,9 +80,7 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     )
-    own = [
-        _own_options(options, record, number, f"{jsonl}, line {line}") for number, (line, record) in enumerate(lines)
-    ]
+    own = [_own_options(options, record, number, _place(jsonl, line)) for number, (line, record) in enumerate(lines)]
     settings = SchedulerSettings(max_rows=rows)
     if out is not None:  # before the work, not after it
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,8 @@ def generate(
     if jsonl is None:
         results = [_print_text(runtime, text, options)]
     else:
-        results = _write_lines(runtime, [record for _, record in lines], own, out)
+        names = [_place(jsonl, line) for line, _ in lines]
+        results = _write_lines(runtime, [record for _, record in lines], own, names, out)
     if stats:
         _print_stats(runtime, results)
 
@@ -109,7 +109,11 @@ def _print_text(runtime: InferenceRuntime, text: str, options: SamplingOptions) 
 
 
 def _write_lines(
-    runtime: InferenceRuntime, records: list[dict[str, Any]], options: list[SamplingOptions], out: Path | None
+    runtime: InferenceRuntime,
+    records: list[dict[str, Any]],
+    options: list[SamplingOptions],
+    names: list[str],
+    out: Path | None,
 ) -> list[Generation]:
     """Every record with its continuation: to standard output as they are done, to a file when all are."""
     from rich.console import Console
@@ -118,9 +122,9 @@ def _write_lines(
     from fusiontree.atomic import atomic_write
 
     console, results, lines = Console(stderr=True), [], []
-    texts = runtime.run([record["prompt"] for record in records], options)
+    texts = runtime.run([record["prompt"] for record in records], options, names)
     shown = track(texts, "generating", len(records), console=console, disable=not console.is_terminal or out is None)
-    for record, result in zip(records, shown, strict=True):
+    for record, own, result in zip(records, options, shown, strict=True):
         results.append(result)
         line = json.dumps(
             record
@@ -129,7 +133,8 @@ def _write_lines(
                 "finish_reason": result.finish_reason,
                 "prompt_tokens": result.prompt_tokens,
                 "new_tokens": result.new_tokens,
-            },
+            }
+            | ({} if own.logprobs is None else {"logprobs": _logprobs(runtime, result)}),
             ensure_ascii=False,
         )
         if out is not None:
@@ -140,6 +145,19 @@ def _write_lines(
         atomic_write(out, "".join(lines))
         print(out)
     return results
+
+
+def _logprobs(runtime: InferenceRuntime, result: Generation) -> list[dict[str, Any]]:
+    """Each token with its log probability and the likeliest ones with theirs, named as in chats of OpenAI's API."""
+    from fusiontree.deploy.text import token_text
+
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        return {"token": token_text(runtime.tokenizer, token), "logprob": logprob}
+
+    return [
+        entry(choice.token, choice.logprob) | {"top_logprobs": [entry(*one) for one in choice.likeliest]}
+        for choice in result.choices
+    ]
 
 
 def _print_stats(runtime: InferenceRuntime, results: list[Generation]) -> None:
@@ -183,7 +201,7 @@ def _own_options(options: SamplingOptions, record: dict[str, Any], number: int, 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of a JSONL file with their line numbers; empty lines are none, and there has to be one."""
-    name = "standard input" if str(path) == "-" else str(path)
+    name = _name_of(path)
     content = _read_bytes(None if str(path) == "-" else path, "JSONL file")
     lines = [(number, line) for number, line in enumerate(_decoded(content, name).splitlines(), 1) if line.strip()]
     if not lines:
@@ -192,16 +210,26 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{name}, line {number} is not valid JSON") from error
+            raise InputError(f"{_place(path, number)} is not valid JSON") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-            raise InputError(f'{name}, line {number} must be an object with a text "prompt"')
+            raise InputError(f'{_place(path, number)} must be an object with a text "prompt"')
         if not record["prompt"]:
-            raise InputError(f"{name}, line {number}: the prompt is empty: give at least one character")
+            raise InputError(f"{_place(path, number)}: the prompt is empty: give at least one character")
         if any("\ud800" <= character <= "\udfff" for character in record["prompt"]):
-            raise InputError(f"{name}, line {number}: the prompt holds half of a surrogate pair, which is no character")
+            raise InputError(
+                f"{_place(path, number)}: the prompt holds half of a surrogate pair, which is no character"
+            )
         if not isinstance(record.get("options", {}), dict):
-            raise InputError(f'{name}, line {number}: "options" must be an object')
+            raise InputError(f'{_place(path, number)}: "options" must be an object')
         yield number, record
+
+
+def _name_of(path: Path) -> str:
+    return "standard input" if str(path) == "-" else str(path)
+
+
+def _place(path: Path, line: int) -> str:
+    return f"{_name_of(path)}, line {line}"
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -91,7 +91,7 @@ def serve(
         runtime = InferenceRuntime(loaded, settings=memory, compile=compile)
         if compile:
             typer.echo("compiling steps of decoding, which can take minutes the first time", err=True)
-            runtime.scheduler.warm_up()
+            runtime.scheduler.warm_up(_say_program)
         return runtime
 
     thread = ComputeThread()
@@ -101,6 +101,10 @@ def serve(
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)  # without an end of the interpreter, which would break the thread off inside of torch
     run(runtime, settings, thread)
+
+
+def _say_program(number: int, count: int, rows: int) -> None:
+    typer.echo(f"compiling program {number} of {count}, steps of {rows} row{'s' if rows > 1 else ''}", err=True)
 
 
 def _name_of(folder: Path) -> str:

@@ -189,6 +189,7 @@ def hold_heads(block: HybridBlock, decision: LayerDecision) -> None:
         columns = _columns(removed, branch.head_dim).to(like.device)
         width = branch.num_heads * branch.head_dim
         # As a part of the module it is found by everything that reads a branch's output projection.
+        assert branch.out_proj is not None  # layers of merged maps lose no heads
         branch.out_proj = ConstantHeads(branch.out_proj, columns, constants[name].to(like), width)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fusiontree.deploy.sampling import Choice
 from fusiontree.deploy.sequences import Delta
 from fusiontree.deploy.sequences import Sequence as Running
+from fusiontree.deploy.text import token_text
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A request that ran out of time ends where it is, as if that had been its length.
@@ -100,16 +101,12 @@ class Answer:
         text = self.tokenizer.decode([token])
         # A part of a character has no text of its own.
         shown = None if _REPLACEMENT in text else list(text.encode("utf-8"))
-        return {"token": self._name(token), "logprob": logprob, "bytes": shown}
-
-    def _name(self, token: int) -> str:
-        text = self.tokenizer.decode([token])
-        return self.tokenizer.convert_ids_to_tokens(token) if _REPLACEMENT in text else text
+        return {"token": token_text(self.tokenizer, token), "logprob": logprob, "bytes": shown}
 
     def _text_logprobs(self, chosen: Sequence[Choice], offset: int) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        names = [self._name(choice.token) for choice in chosen]
+        names = [token_text(self.tokenizer, choice.token) for choice in chosen]
         offsets = []
         for name in names:
             offsets.append(offset)
@@ -117,7 +114,9 @@ class Answer:
         return {
             "tokens": names,
             "token_logprobs": [choice.logprob for choice in chosen],
-            "top_logprobs": [{self._name(token): logprob for token, logprob in choice.likeliest} for choice in chosen],
+            "top_logprobs": [
+                {token_text(self.tokenizer, token): logprob for token, logprob in choice.likeliest} for choice in chosen
+            ],
             "text_offset": offsets,
         }
 

@@ -50,6 +50,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.is_logged = False
         self.headers = headers or {}
         kind = {429: "rate_limit_error"}.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.content = {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -140,14 +140,24 @@ class InferenceRuntime:
             )
         return self._search_beams(self._encode_prompts(texts, max_new_tokens), max_new_tokens, num_beams)
 
-    def run(self, prompts: Sequence[str], options: Sequence[SamplingOptions]) -> Iterator[Generation]:
+    def run(
+        self, prompts: Sequence[str], options: Sequence[SamplingOptions], names: Sequence[str] | None = None
+    ) -> Iterator[Generation]:
         """Continues each prompt with its own options, as many at once as the settings allow; gives them in order.
 
+        Args:
+            names: what errors call each prompt; None: "prompt 1" and so on.
+
         Raises:
-            InputError: as `generate`, at the call.
+            InputError: as `generate`, at the call; a bias for a token that there is not.
         """
-        rows = self._encode_prompts(list(prompts), [one.max_new_tokens for one in options])
-        streams = [self._submit(row, one) for row, one in zip(rows, options, strict=True)]
+        rows = self._encode_prompts(list(prompts), [one.max_new_tokens for one in options], names)
+        streams = []
+        for number, (row, one) in enumerate(zip(rows, options, strict=True)):
+            try:
+                streams.append(self._submit(row, one))
+            except InputError as error:
+                raise InputError(f"{names[number] if names else f'prompt {number + 1}'}: {error}") from error
         return (stream.result() for stream in streams)
 
     def stream(
@@ -279,13 +289,16 @@ class InferenceRuntime:
         (ids,) = self._encode([prompt])
         return ids.tolist()
 
-    def _encode_prompts(self, prompts: list[str], max_new_tokens: int | Sequence[int]) -> list[list[int]]:
+    def _encode_prompts(
+        self, prompts: list[str], max_new_tokens: int | Sequence[int], names: Sequence[str] | None = None
+    ) -> list[list[int]]:
         """Ids of each prompt, checked against what the model can read and the budget allows."""
         new_tokens = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         rows = []
         for number, (prompt, new) in enumerate(zip(prompts, new_tokens, strict=True), start=1):
-            rows.append(self.encode(prompt, f"prompt {number}"))
-            self.scheduler.check(len(rows[-1]), new, "the prompt" if len(prompts) == 1 else f"prompt {number}")
+            name = names[number - 1] if names else f"prompt {number}"
+            rows.append(self.encode(prompt, name))
+            self.scheduler.check(len(rows[-1]), new, name if names or len(prompts) > 1 else "the prompt")
         return rows
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -178,11 +179,17 @@ class Scheduler:
                 self._decode(slots)
 
     @torch.no_grad()
-    def warm_up(self) -> None:
-        """Make the programs of compiled steps now, which takes a minute or so for each of at most four on CPU."""
+    def warm_up(self, progress: Callable[[int, int, int], None] = lambda number, count, rows: None) -> None:
+        """Make the programs of compiled steps now, which takes a minute or so for each of at most four on CPU.
+
+        Args:
+            progress: called before each with its number from 1 on, how many there are, and how many rows it is for.
+        """
         state, most = HybridCache(self._model.config, capacity=LEAST_ROOM), self.settings.max_rows
         self._model.backbone(torch.zeros(1, 1, dtype=torch.long, device=self._model.device), past_key_values=state)
-        for rows in sorted({program_rows(rows, most) for rows in range(1, most + 1)}):
+        programs = sorted({program_rows(rows, most) for rows in range(1, most + 1)})
+        for number, rows in enumerate(programs, start=1):
+            progress(number, len(programs), rows)
             slots: Slots[None] = Slots(self._model, length_class(1), most)
             for _ in range(rows):
                 slots.add(state, None, spare=False)

@@ -150,8 +150,7 @@ class _Gate:
 
         async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in _PATHS else "other"
-                self._metrics.count(path, message["status"])
+                self._metrics.count(_known_path(scope), message["status"])
             await send(message)
 
         if self._keys and scope["path"] != "/health" and not self._holds_key(scope):
@@ -161,7 +160,7 @@ class _Gate:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-            await _response(error)(scope, receive, counted)
+            await _refusal(error, scope)(scope, receive, counted)
             return
         await self._app(scope, receive, counted)
 
@@ -172,23 +171,32 @@ class _Gate:
         return kind.lower() == b"bearer" and any(matches)
 
 
-def _response(error: ApiError) -> JSONResponse:
+def _known_path(scope: _Scope) -> str:
+    """Without what a client has made up, which may be anything."""
+    return scope["path"] if scope["path"] in _PATHS else "other"
+
+
+def _refusal(error: ApiError, scope: _Scope) -> JSONResponse:
+    """The answer; noted in the log, unless its request was when it ended. Not the sentence, which may quote a body."""
+    if not error.is_logged:
+        logger.info("refused", extra={"fields": {"path": _known_path(scope), "status": error.status}})
     return JSONResponse(error.content, error.status, headers=error.headers)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _response(error)
+    return _refusal(error, request.scope)
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
     status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
     problem = "there is no such path" if status == 404 else f"this path does not take {request.method}"
-    return _response(ApiError(status, f"{problem}; there are {', '.join(_PATHS)}", headers=dict(headers or {})))
+    unknown = ApiError(status, f"{problem}; there are {', '.join(_PATHS)}", headers=dict(headers or {}))
+    return _refusal(unknown, request.scope)
 
 
 async def _answer_failure(request: Request, error: Exception) -> Response:
-    return _response(ApiError(500, "the server failed on this request; its log says why"))
+    return _refusal(ApiError(500, "the server failed on this request; its log says why"), request.scope)
 
 
 class _JsonLines(logging.Formatter):

@@ -323,7 +323,7 @@ class Service:
             yield
             job.status = job.status or 200
         except ApiError as error:
-            job.status = error.status
+            job.status, error.is_logged = error.status, True
             raise
         finally:
             watch.cancel()

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from fusiontree.deploy.sampling import Choice
 from fusiontree.deploy.sequences import Delta, Sequence
 
 
@@ -16,6 +17,7 @@ class Generation:
     finish_reason: "stop" at the end token or a stop string, "length" at the last token asked for.
     cached_tokens: of the prompt, that were known from a snapshot.
     seconds_to_first_token, seconds: from the call.
+    choices: the tokens with their log probabilities, where these were asked for; without the end token.
     """
 
     text: str
@@ -25,6 +27,7 @@ class Generation:
     cached_tokens: int
     seconds_to_first_token: float
     seconds: float
+    choices: tuple[Choice, ...] = ()
 
 
 class TextStream(Iterator[str]):
@@ -40,6 +43,7 @@ class TextStream(Iterator[str]):
         self.sequence = sequence
         self._deltas = deltas
         self._step = step
+        self._choices: list[Choice] = []
 
     def __next__(self) -> str:
         while True:
@@ -47,6 +51,8 @@ class TextStream(Iterator[str]):
                 delta = self._deltas.popleft()
                 if delta.error is not None:
                     raise delta.error
+                if self.sequence.options.logprobs is not None:
+                    self._choices += delta.choices
                 if delta.text:
                     return delta.text
             if self.sequence.finish_reason is not None:
@@ -84,4 +90,5 @@ class TextStream(Iterator[str]):
             cached_tokens=sequence.cached_tokens,
             seconds_to_first_token=first - sequence.submitted,
             seconds=sequence.finished - sequence.submitted,
+            choices=tuple(self._choices),
         )

@@ -98,6 +98,12 @@ class StopText:
         return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
 
 
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """A token's text; of one that is a part of a character, its name in the vocabulary."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens(token) if _REPLACEMENT in text else text
+
+
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answers: bool = True) -> str:
     """A conversation as the tokenizer's chat template writes it; `answers`: up to where the assistant speaks.
 

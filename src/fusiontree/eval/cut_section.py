@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fusiontree.artifacts import ModelFigures, ShapeFigures
 from fusiontree.eval.columns import Column
 from fusiontree.eval.page import section
 from fusiontree.eval.tables import Cell, Getter, note, number, table
@@ -36,13 +38,19 @@ def cut_section(columns: Sequence[Column]) -> str:
 
 
 def bench_section(columns: Sequence[Column]) -> str:
-    """What `fusiontree bench` has measured; empty where it measured none of the columns."""
+    """What `fusiontree bench` has measured, models beside it in columns at the end; empty where it measured none."""
     if not any(column.bench for column in columns):
         return ""
+    columns = [*columns, *(peer for column in columns for peer in _peers(column))]
 
-    def of(name: str, form: str, scale: float = 1) -> Getter:
+    def of(name: str, form: str, scale: float = 1, shape: tuple[int, int] | None = None) -> Getter:
         def get(column: Column) -> Cell:
-            value = getattr(column.bench.models[0], name) if column.bench and column.bench.models else None
+            figures: ModelFigures | ShapeFigures | None = None
+            if column.bench and column.bench.models:
+                figures = column.bench.models[0]
+                if shape is not None:
+                    figures = next((one for one in figures.more if (one.context, one.batch) == shape), None)
+            value = getattr(figures, name, None)
             return number(None if value is None else value * scale, form)
 
         return get
@@ -68,6 +76,15 @@ def bench_section(columns: Sequence[Column]) -> str:
         ("dtype", setting("dtype")),
         ("machine", machine),
     ]
+    more = {(one.context, one.batch) for column in columns if column.bench for one in column.bench.models[0].more}
+    for context, batch in sorted(more):
+        place = f"{context:,} tokens x {batch}"
+        rows += [
+            (f"{place}: state of one, kB", of("state_bytes", ",.1f", 1e-3, (context, batch))),
+            (f"{place}: reading, tokens/s", of("prefill_tokens_per_second", ",.0f", 1, (context, batch))),
+            (f"{place}: first token, ms", of("first_token_seconds", ",.1f", 1e3, (context, batch))),
+            (f"{place}: decoding, tokens/s", of("decode_tokens_per_second", ",.1f", 1, (context, batch))),
+        ]
     text = (
         "The last fusiontree bench of each, medians over its rounds; the state is allocated bytes, decoding is timed "
         "from the stamps of streamed tokens. Figures of different runs compare less well than those of one; rows that "
@@ -75,6 +92,18 @@ def bench_section(columns: Sequence[Column]) -> str:
     )
     marked = ("context", "sequences at a time", "dtype", "machine")
     return section("Generating: speed and memory", table(columns, rows, marked) + note(text))
+
+
+def _peers(column: Column) -> list[Column]:
+    """The other models of a column's bench as columns."""
+    if column.bench is None:
+        return []
+    return [
+        replace(
+            column, name=f"{peer.name} beside {column.name}", bench=column.bench.model_copy(update={"models": [peer]})
+        )
+        for peer in column.bench.models[1:]
+    ]
 
 
 def cut_from(column: Column) -> str | None:

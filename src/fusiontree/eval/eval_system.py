@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
@@ -16,7 +17,7 @@ from pydantic import Field
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from fusiontree.artifacts import BenchReport, ModelFigures, git_revision
+from fusiontree.artifacts import BenchReport, ModelFigures, ShapeFigures, git_revision
 from fusiontree.config import Settings
 from fusiontree.deploy.costs import describe_machine
 from fusiontree.deploy.quantized import weight_bytes
@@ -29,6 +30,7 @@ class BenchSettings(Settings):
     context: int = Field(1024, ge=1, description="tokens of the prompt that is read and decoded from")
     new_tokens: int = Field(64, ge=2, description="tokens decoded")
     batch: int = Field(1, ge=1, description="sequences that are read and decoded at a time")
+    more: list[tuple[int, int]] = Field([], description="further contexts and batches that are read and decoded from")
     train_length: int = Field(1024, ge=2, description="tokens of a row in training")
     train_batch: int = Field(4, ge=0, description="rows of a training step; 0 = do not train")
     rounds: int = Field(3, ge=1, description="measured rounds, after one that only warms up")
@@ -62,6 +64,28 @@ def measure(
     )
 
 
+@dataclass
+class _Shape:
+    """Prompts [B, T] of one length and batch, and what was measured with them."""
+
+    prompts: torch.Tensor
+    state_bytes: int = 0
+    values: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "first_token": [], "decode": []})
+
+    def figures(self) -> ShapeFigures:
+        batch, context = self.prompts.shape
+        middle = {name: median(values) for name, values in self.values.items()}
+        return ShapeFigures(
+            context=context,
+            batch=batch,
+            state_bytes=self.state_bytes,
+            prefill_tokens_per_second=self.prompts.numel() / middle["prefill"],
+            first_token_seconds=middle["first_token"],
+            decode_tokens_per_second=middle["decode"],
+            rounds=self.values,
+        )
+
+
 class _Subject:
     """One model with what is needed to measure it again and again."""
 
@@ -73,28 +97,31 @@ class _Subject:
         def tokens(rows: int, length: int) -> torch.Tensor:
             return torch.randint(model.config.vocab_size, (rows, length), generator=generator).to(self.device)
 
-        self.prompt = tokens(settings.batch, settings.context)
+        shapes = [(settings.context, settings.batch), *settings.more]
+        self.shapes = [_Shape(tokens(batch, context)) for context, batch in shapes]
         self.rows = tokens(settings.train_batch, settings.train_length) if settings.train_batch else None
         # Training gets a copy of its own: its parameters are float32, those that generate often are not.
         self.learner = copy.deepcopy(model).float().train() if self.rows is not None else None
         self.optimizer = torch.optim.AdamW(self.learner.parameters()) if self.learner is not None else None
         self.model = model.to(dtype).eval()
-        self.values: dict[str, list[float]] = {"prefill": [], "first_token": [], "decode": [], "train": []}
-        self.state_bytes = 0
+        self.train_seconds: list[float] = []
         self.peak_bytes = 0
 
     def take_turn(self, *, record: bool) -> None:
         """Every measurement once."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        taken = {"prefill": self._prefill(), **self._decode()}
-        if self.learner is not None:
-            taken["train"] = self._train()
+        taken = [{"prefill": self._prefill(shape), **self._decode(shape)} for shape in self.shapes]
+        seconds = self._train() if self.learner is not None else None
         if self.device.type == "cuda":
             self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
-        if record:
-            for name, value in taken.items():
-                self.values[name].append(value)
+        if not record:
+            return
+        for shape, found in zip(self.shapes, taken, strict=True):
+            for name, value in found.items():
+                shape.values[name].append(value)
+        if seconds is not None:
+            self.train_seconds.append(seconds)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -102,17 +129,17 @@ class _Subject:
         return time.perf_counter()
 
     @torch.no_grad()
-    def _prefill(self) -> float:
+    def _prefill(self, shape: _Shape) -> float:
         """Seconds."""
         started = self._now()
-        self.model(input_ids=self.prompt, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=shape.prompts, use_cache=True, logits_to_keep=1)
         return self._now() - started
 
-    def _decode(self) -> dict[str, float]:
+    def _decode(self, shape: _Shape) -> dict[str, float]:
         """Seconds to the first token, and tokens per second after it."""
-        stamps, state = stream_stamps(self.model, self.prompt, self.settings.new_tokens)
-        self.state_bytes = state // self.settings.batch
-        rate = self.settings.batch * (len(stamps) - 2) / (stamps[-1] - stamps[1])
+        stamps, state = stream_stamps(self.model, shape.prompts, self.settings.new_tokens)
+        shape.state_bytes = state // len(shape.prompts)
+        rate = len(shape.prompts) * (len(stamps) - 2) / (stamps[-1] - stamps[1])
         return {"first_token": stamps[1] - stamps[0], "decode": rate}
 
     def _train(self) -> float:
@@ -128,19 +155,18 @@ class _Subject:
         return self._now() - started
 
     def figures(self) -> ModelFigures:
-        settings, middle = self.settings, {name: median(values) for name, values in self.values.items() if values}
+        settings, seconds = self.settings, self.train_seconds
+        first, *more = (shape.figures() for shape in self.shapes)
         trained = settings.train_batch * settings.train_length
         return ModelFigures(
             name=self.name,
             parameters=count_parameters(self.model),
             parameter_bytes=weight_bytes(self.model),
-            state_bytes=self.state_bytes,
-            prefill_tokens_per_second=self.prompt.numel() / middle["prefill"],
-            first_token_seconds=middle["first_token"],
-            decode_tokens_per_second=middle["decode"],
-            train_tokens_per_second=trained / middle["train"] if "train" in middle else None,
+            train_tokens_per_second=trained / median(seconds) if seconds else None,
             peak_bytes=self.peak_bytes or None,
-            rounds={name: values for name, values in self.values.items() if values},
+            rounds=first.rounds | ({"train": seconds} if seconds else {}),
+            more=more,
+            **first.model_dump(exclude={"context", "batch", "rounds"}),
         )
 
 

@@ -141,6 +141,35 @@ def evaluation_figure(columns: Sequence[Column]) -> str:
     return _charts(_figure("Perplexity", "by place in the document", chart))
 
 
+def grid_figures(columns: Sequence[Column]) -> str:
+    """Shares of passkeys and of associative recall that each evaluation found, as heat tables."""
+    tables = []
+    for column in columns:
+        if column.evaluation is None:
+            continue
+        passkeys, mqar = column.evaluation.passkeys, column.evaluation.mqar
+        if passkeys is not None:
+            depths = [f"{depth:.0%}" for depth in passkeys.depths]
+            drawn = _heat_table("depth", depths, passkeys.lengths, passkeys.right)
+            tables.append(_figure("Passkeys found", f"by depth and tokens of the row, {column.name}", drawn))
+        if mqar is not None:
+            drawn = _heat_table("pairs", [f"{pairs:,}" for pairs in mqar.pairs], mqar.lengths, mqar.right)
+            tables.append(_figure("Associative recall (MQAR)", f"by pairs and tokens of the row, {column.name}", drawn))
+    return _charts("".join(tables)) if tables else ""
+
+
+def _heat_table(corner: str, rows: Sequence[str], lengths: Sequence[int], shares: Sequence[Sequence[float]]) -> str:
+    """A row for each name and a column for each length; the more was found, the fuller a cell's colour."""
+    head = "".join(f"<th scope=col>{length:,}</th>" for length in lengths)
+    body = []
+    for name, values in zip(rows, shares, strict=True):
+        # Half of the colour at most, on which the page's ink can be read in light and dark.
+        cells = "".join(f'<td style="background:rgb(34 150 90/{value / 2:.3f})">{value:.0%}</td>' for value in values)
+        body.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
+    table = f'<table class="heat"><tr><th>{corner}</th>{head}</tr>{"".join(body)}</table>'
+    return f'<div class="wide">{table}</div>'
+
+
 def _by_layer(records: Sequence[GateStatistics], name: str) -> np.ndarray:
     """[L,R]; NaN where a record has fewer layers, or a layer no working gate."""
     layers = max(len(record.layers) for record in records)
@@ -217,8 +246,7 @@ main {{ max-width: 84rem; }}
 .legend {{ position: sticky; top: 0; z-index: 1; display: flex; gap: .4rem 1.1rem; overflow-x: auto; list-style: none;
   margin: 0 0 1rem; padding: .55rem .2rem; background: var(--page); border-bottom: 1px solid var(--line); }}
 .legend li {{ white-space: nowrap; font-size: .9rem; }}
-.legend li::before, .columns th[class]::before {{ content: ""; display: inline-block; width: .7em; height: .7em;
-  margin-right: .4em; border-radius: 50%; background: var(--mine); }}
+.legend li::before, .columns th[class]::before {{ content: "\\25CF\\A0"; color: var(--mine); }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: .6rem 1.2rem; }}
 .charts figure {{ margin: 0 0 .4rem; min-width: 0; }}
 .charts figcaption {{ margin: 0 0 .2rem; }}
@@ -230,7 +258,14 @@ svg text {{ fill: var(--soft); font: 12px system-ui, sans-serif; }}
 .wide {{ overflow-x: auto; }}
 .columns {{ width: auto; min-width: 60%; }}
 .columns th, .columns td {{ min-width: 6.5rem; max-width: 24rem; overflow-wrap: anywhere; }}
+.columns th {{ overflow-wrap: break-word; }}
 .columns th[scope=row] {{ font-weight: 500; color: var(--soft); min-width: 9rem; }}
+@media (max-width: 32rem) {{ .columns {{ width: 100%; font-size: .82rem; }}
+  .columns th, .columns td {{ padding: .3rem .35rem; min-width: 4.6rem; }}
+  .columns th[scope=row] {{ min-width: 6rem; }} }}
+.heat {{ width: auto; font-size: .82rem; }}
+.heat th, .heat td {{ text-align: right; padding: .3rem .55rem; font-variant-numeric: tabular-nums; }}
+.heat th {{ font-weight: 500; color: var(--soft); }}
 .columns th[scope=row] {{ position: sticky; left: 0; background: var(--card); }}
 .wide + .charts {{ margin-top: 1rem; }}
 .columns td {{ font-variant-numeric: tabular-nums; }}

@@ -19,6 +19,7 @@ from fusiontree.eval.run_figures import (
     STYLE,
     evaluation_figure,
     gate_figures,
+    grid_figures,
     learning_figures,
     other_figures,
     overview_of_gates,
@@ -198,11 +199,16 @@ def _evaluation(columns: Sequence[Column]) -> str:
     text = (
         "The last fusiontree eval of each: every token of whole held-out documents once, predicted from all of its "
         "document before it. Losses compare where files and tokens are the same, bits per byte also between "
-        "tokenizers; rows that stand in the way are marked."
+        "tokenizers; rows that stand in the way are marked. The depth of a passkey is 0 at the row's start and 100 % "
+        "right before the question; it is found where each of its digits is the likeliest next token, and so is an "
+        "answer of associative recall."
     )
     return section(
         "Last evaluation",
-        table(columns, rows, ("tokens", "documents", "files", "measured")) + evaluation_figure(columns) + note(text),
+        table(columns, rows, ("tokens", "documents", "files", "measured"))
+        + evaluation_figure(columns)
+        + grid_figures(columns)
+        + note(text),
     )
 
 

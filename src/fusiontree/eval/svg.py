@@ -18,7 +18,8 @@ from matplotlib import colormaps
 
 # Small enough for a telephone to show at its own size; wider screens put several side by side.
 WIDTH, HEIGHT = 360, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 10, 38
+_LETTER = 7  # width of one in the page's axes, at most
 
 #: Longer curves are drawn as means of neighbouring points.
 MOST_POINTS = 240
@@ -124,6 +125,9 @@ def round_numbers(low: float, high: float, wanted: int = 5) -> list[float]:
 def compact(value: float) -> str:
     """A number in a few characters."""
     size = abs(value)
+    if 0 < size < 1e-3:
+        power = math.floor(math.log10(size))
+        return f"{value / 10.0**power:.3g}e{power}"
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= unit:
             return f"{value / unit:.4g}{letter}"
@@ -166,7 +170,7 @@ def _x_axis(marks: Sequence[tuple[float, str]], label: str) -> str:
     parts = [f'<path class="grid" d="M{_LEFT} {base}H{WIDTH - _RIGHT}"/>']
     for x, name in marks:
         # The outermost name must not be cut off at the edge.
-        anchor = "end" if x > WIDTH - _RIGHT - 8 else "middle"
+        anchor = "end" if x + len(name) * _LETTER / 2 > WIDTH else "middle"
         parts.append(f'<text x="{x:.1f}" y="{base + 15}" text-anchor="{anchor}">{escape(name)}</text>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     return "".join(parts) + f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(label)}</text>'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from html import escape
 
@@ -15,7 +16,7 @@ Getter = Callable[[Column], Cell]
 def table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], marked: Collection[str] = ()) -> str:
     """A row for each getter that has a value anywhere; those named in `marked` stand out where their values differ."""
     heads = "".join(
-        f'<th scope="col" class="c{index % 8}">{escape(column.name)}</th>' for index, column in enumerate(columns)
+        f'<th scope="col" class="c{index % 8}">{_breakable(column.name)}</th>' for index, column in enumerate(columns)
     )
     body = []
     for name, get in rows:
@@ -24,8 +25,13 @@ def table(columns: Sequence[Column], rows: Sequence[tuple[str, Getter]], marked:
             continue
         is_marked = name in marked and len({value for value in values if value}) > 1
         cells = "".join(f"<td>{'–' if value is None else escape(value)}</td>" for value in values)
-        body.append(f"<tr{' class=differs' if is_marked else ''}><th scope=row>{escape(name)}</th>{cells}</tr>")
+        body.append(f"<tr{' class=differs' if is_marked else ''}><th scope=row>{_breakable(name)}</th>{cells}</tr>")
     return f'<div class="wide"><table class="columns"><tr><td></td>{heads}</tr>{"".join(body)}</table></div>'
+
+
+def _breakable(name: str) -> str:
+    """A name that goes on in the next line behind its dots, dashes, slashes and underscores, rather than in a word."""
+    return "<wbr>".join(escape(part) for part in re.split(r"(?<=[._/-])(?=.)", name))
 
 
 def note(text: str) -> str:

@@ -164,7 +164,7 @@ class HybridBlock(nn.Module):
                 width = config.branch_width(layer) if merges == "hz" else hidden
                 self.merged = MergedMaps(width, hidden, config.use_alignment)
                 if merges == "hz":
-                    getattr(self, branch).out_proj = nn.Identity()
+                    getattr(self, branch).out_proj = None
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         # Set by the model's `_set_gradient_checkpointing`; the first has the name by which transformers asks for it.

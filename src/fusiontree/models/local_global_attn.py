@@ -39,7 +39,8 @@ class LocalGlobalAttention(nn.Module):
         self.qkv_proj = nn.Linear(
             config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False
         )
-        self.out_proj: nn.Module = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
+        # None where it is merged with what follows (`layer_merges`).
+        self.out_proj: nn.Module | None = nn.Linear(self.num_heads * self.head_dim, config.hidden_size)
 
     def forward(
         self,
@@ -56,7 +57,8 @@ class LocalGlobalAttention(nn.Module):
             y = self._attend_piece(q, k, v, layout)
         else:
             y = self._attend_state(q, k, v, layout, state)
-        return self.out_proj(y.flatten(-2))
+        y = y.flatten(-2)
+        return y if self.out_proj is None else self.out_proj(y)
 
     def _attend_piece(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
         shared = layout.share("piece", lambda: attention_layout(layout.documents, q.shape[1], device=q.device))

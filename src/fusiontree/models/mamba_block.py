@@ -62,7 +62,8 @@ class MambaBlock(nn.Module):
         self.A_log = nn.Parameter(torch.empty(decays, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(decays[0], dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(decays[0], dtype=torch.float32))
-        self.out_proj: nn.Module = nn.Linear(d, hidden)
+        # None where it is merged with what follows (`layer_merges`).
+        self.out_proj: nn.Module | None = nn.Linear(d, hidden)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> MambaBlock:
         kept = {name: getattr(self, name).data for name in _FLOAT32_PARAMETERS}
@@ -85,7 +86,7 @@ class MambaBlock(nn.Module):
                 u.shape[0], torch.float64 if u.dtype == torch.float64 else self._compute_dtype(u), u.device
             )
         y = self._forward_ssd(u, layout, state) if self.version == 2 else self._forward_selective(u, layout, state)
-        return self.out_proj(y)
+        return y if self.out_proj is None else self.out_proj(y)
 
     def _compute_dtype(self, u: torch.Tensor) -> torch.dtype:
         kind = u.device.type
