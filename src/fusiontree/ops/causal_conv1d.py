@@ -224,13 +224,13 @@ def _depthwise(window: Tensor, weight: Tensor, bias: Tensor | None, *, padding: 
     return y[:, :, 0].transpose(1, 2)
 
 
-def _conv_cpp(x, weight, bias, *, reset, initial_state, return_final_state, activation):
+def _conv_cpp(x, weight, bias, **options):
+    if x.shape[1] == 1:
+        return _conv_torch(x, weight, bias, **options)
+    reset, initial_state = options["reset"], options["initial_state"]
     with without_autocast(x):
-        if x.shape[1] == 1:
-            y, state = _one_token(x, weight, bias, reset, initial_state, activation)
-            return (y, state) if return_final_state else y
-        y = _FusedConv.apply(x, weight, bias, reset, initial_state, activation)
-        return (y, last_inputs(x, initial_state, reset, weight.shape[1])) if return_final_state else y
+        y = _FusedConv.apply(x, weight, bias, reset, initial_state, options["activation"])
+        return (y, last_inputs(x, initial_state, reset, weight.shape[1])) if options["return_final_state"] else y
 
 
 class _FusedConv(torch.autograd.Function):

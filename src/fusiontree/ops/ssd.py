@@ -235,13 +235,13 @@ class _ChunkedScan(torch.autograd.Function):
         )
 
 
-def _ssd_cpp(x, dt, A, B, C, D=None, *, reset, initial_state, return_final_state, chunk_size):
+def _ssd_cpp(x, dt, A, B, C, D=None, **options):
+    if x.shape[1] == 1:
+        return _ssd_torch(x, dt, A, B, C, D, **options)
     with without_autocast(x):
-        if x.shape[1] == 1:
-            y, state = _one_token(x, dt, A, B, C, D, _first_state(x, B, reset, initial_state), torch.mul)
-        else:
-            y, state = _FusedScan.apply(x, dt, A, B, C, D, reset, initial_state, chunk_size)
-    return (y, state) if return_final_state else y
+        inputs = (options[name] for name in ("reset", "initial_state", "chunk_size"))
+        y, state = _FusedScan.apply(x, dt, A, B, C, D, *inputs)
+    return (y, state) if options["return_final_state"] else y
 
 
 class _FusedScan(torch.autograd.Function):
