@@ -214,6 +214,22 @@ def test_curves_over_steps_tokens_and_time(runs: list[Path]) -> None:
         assert places == pytest.approx([0, train[3][axis], train[6][axis]])
 
 
+def test_faults_and_resumes_are_shown(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "resumed"
+    shutil.copytree(runs[0], run, symlinks=True)
+    manifest = RunManifest.load(run / "manifest.json")
+    for step in (3, 5):
+        settings = manifest.config | {"seed": step}
+        manifest = manifest.resumed(settings, step=step, checkpoint=f"{run}/checkpoints/step_0000000{step}")
+    manifest.save(run / "manifest.json")
+    rows = [row | {"spikes": 2, "skipped_steps": 1} if "lm_loss" in row else row for row in metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report(runs[1], run, "-o", tmp_path / "page.html") == 0
+    page = Page(tmp_path / "page.html")
+    assert page.rows["resumed"] == ["–", "at step 3 with seed=3, at step 5 with seed=5"]
+    assert page.rows["loss spikes"] == ["0", "2"] and page.rows["steps left out"] == ["0", "1"]
+
+
 def test_what_stands_in_files_stays_text(runs: list[Path], tmp_path: Path) -> None:
     evil = "</title></td><script>alert(1)</script><img src=x onerror=alert(1)>\"'&amp;"
     run = tmp_path / "a<b>&\"c'"

@@ -76,6 +76,8 @@ def _glance(columns: Sequence[Column]) -> str:
         ("evaluation loss, last", lambda c: _last(c, "eval_loss", ".4f")),
         ("evaluation loss, best", lambda c: _best(c, "eval_loss")),
         ("evaluation perplexity, last", lambda c: _last(c, "eval_perplexity", ",.2f")),
+        ("steps left out", lambda c: _last(c, "skipped_steps", ",.0f")),
+        ("loss spikes", lambda c: _last(c, "spikes", ",.0f")),
         ("gates, mean", lambda c: _last(c, "gate_mean", ".3f")),
         ("gates, deviation", lambda c: _last(c, "gate_std", ".3f")),
         ("tokens/s", lambda c: _median(c, "tokens_per_second", ",.0f")),
