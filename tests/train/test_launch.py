@@ -137,6 +137,24 @@ def test_what_all_processes_find_out_is_told_once(run_settings, tmp_path: Path, 
     assert said in sentence
 
 
+def test_a_mistake_is_told_by_a_process_that_comes_to_it_late(run_settings, tmp_path: Path) -> None:
+    """The launcher ends it as soon as another has ended."""
+    config = write(run_settings(output_dir=str(tmp_path / "run")), tmp_path / "run.yaml")
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "time.sleep(4 if os.environ['RANK'] == '0' else 0)\n"
+        "from fusiontree.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    process = torchrun(str(script), "train", "--config", config, "system.num_devices=8")
+    shown, _ = process.communicate(timeout=110)
+    assert [line for line in shown.splitlines() if line.startswith("error: ")] == [
+        line for line in shown.splitlines() if "system.num_devices is 8 but 2 processes run" in line
+    ]
+    assert shown.count("system.num_devices is 8 but 2 processes run") == 1
+
+
 @pytest.mark.parametrize("system", [{}, {"zero_stage": 2}], ids=["ddp", "zero2"])
 def test_one_process_alone_prints_and_draws(run_settings, tmp_path: Path, system: dict[str, Any]) -> None:
     sections = run_settings(

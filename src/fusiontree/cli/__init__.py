@@ -11,6 +11,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["app", "main"]
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+_PATIENCE_S = 10
 
 # typer brings its own copy of click since 0.2x and imports click before: `BadParameter`'s grandparent is the class of
 # all errors that are the caller's in both.
@@ -156,8 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # A command with sub-commands that was given none answers with its help, which is no sentence.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
-        if not isinstance(error, ElsewhereError):
-            print(error if is_help else f"error: {sentence}", file=sys.stderr)
+        if isinstance(error, ElsewhereError):
+            # The process that tells it may be slower, and a launcher ends all as soon as one has ended. Whoever still
+            # runs after this has no launcher, or nobody told.
+            time.sleep(_PATIENCE_S)
+        print(error if is_help else f"error: {sentence}", file=sys.stderr)
         return BAD_INPUT
 
 
