@@ -14,7 +14,7 @@ class InputError(ValueError):
 
 
 class ElsewhereError(InputError):
-    """An `InputError` of another process of the same run, which tells it; this one does if it outlives that one."""
+    """An `InputError` of another process of the same run, which tells it itself: this one only ends with it."""
 
 
 class SettingError(InputError):

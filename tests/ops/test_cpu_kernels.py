@@ -35,10 +35,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a process that has not looked for the kernels yet."""
-    cpu_kernels._library.cache_clear()
+    cpu_kernels._outcome.cache_clear()
     monkeypatch.setattr(backends, "_announced", set())
     yield
-    cpu_kernels._library.cache_clear()
+    cpu_kernels._outcome.cache_clear()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_auto_takes_them_for_large_calls_alone(unbuilt: None) -> None:
         return next(name for name, one in backends._REGISTRY["causal_conv1d"].items() if one.function is chosen)
 
     large = (1, 1024, cpu_kernels.FEWEST_ELEMENTS // 1024)
-    assert taken((1, 16, 16)) == "torch" and cpu_kernels._library.cache_info().misses == 0
+    assert taken((1, 16, 16)) == "torch" and cpu_kernels._outcome.cache_info().misses == 0
     assert taken(large) == taken(large, dtype=torch.bfloat16) == "cpp"
     assert taken(large, dtype=torch.float64) == "torch"
     with FakeTensorMode():
@@ -250,6 +250,9 @@ def test_they_are_compiled_once_for_all_processes(tmp_path: Path) -> None:
     assert "causal_conv1d: backend cpp (auto)" in first.stderr
     again = run()
     assert again.stdout == first.stdout and kernels.stat().st_mtime_ns == made
+    kernels.write_bytes(b"")  # damaged
+    again = run()
+    assert again.stdout == first.stdout and "backend cpp (auto)" in again.stderr and kernels.stat().st_size > 0
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'no such processor' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
@@ -259,15 +262,99 @@ def test_they_are_compiled_once_for_all_processes(tmp_path: Path) -> None:
         assert "causal_conv1d: backend torch (auto)" in other.stderr and other.stdout == first.stdout
 
 
-def test_a_named_kernel_that_cannot_be_compiled_says_why(
+def test_a_compiler_that_fails_is_run_once_and_quoted(
     unbuilt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\necho 'no such processor' >&2\nexit 1\n")
+    broken.write_text(
+        f"#!/bin/sh\necho . >> {tmp_path}/calls\necho 'In function' >&2\necho 'fatal error: x' >&2\nexit 1\n"
+    )
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.raises(BackendError, match=r"c\+\+ cannot compile the kernels: no such processor"):
+    monkeypatch.setenv("FUSIONTREE_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"c\+\+ cannot compile the kernels: fatal error: x"):
+            causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), backend="cpp")
+    assert (tmp_path / "calls").read_text() == ".\n"
+
+
+def test_without_a_home_folder_they_say_so(unbuilt: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("FUSIONTREE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(BackendError, match="cannot be compiled and kept: Could not determine home"):
         causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4), backend="cpp")
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_what_torch_takes_by_default_does_not_matter(default: torch.dtype) -> None:
+    calls: list[tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = [
+        (causal_conv1d, conv_case(30, bias=True, initial=True), {"activation": "silu"}),
+        (ssd_scan, scan_case(30, skip=True, initial=True), {}),
+        (gated_rms_norm, norm_case(30, torch.float32), {"eps": 1}),
+        (gated_mix, mix_case(30, torch.float32), {}),
+    ]
+
+    def results() -> list[torch.Tensor]:
+        found = []
+        for op, case, options in calls:
+            leaves = {
+                name: tensor.clone().requires_grad_() for name, tensor in case.items() if tensor.is_floating_point()
+            }
+            outputs = op(**case | leaves, backend="cpp", **options)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum(output.sum() for output in outputs).backward()
+            found += [*outputs, *(leaf.grad for leaf in leaves.values())]
+        return found
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for want, got in zip(expected, found, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want)
+    case = conv_case(30)
+    with torch.device("meta"):
+        assert causal_conv1d(**case, backend="cpp").device.type == "cpu"
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    x, angle = normal(2, 6, 3, 4), torch.zeros(1, 6, 2)
+    a = normal(2, 6, 12)
+    for call, sentence in (
+        (lambda: gated_mix(a[..., :1], a, a), "gated_mix: a has shape"),
+        (lambda: gated_mix(a, a, a[:, :3]), "gated_mix: b has shape"),
+        (lambda: gated_rms_norm(x, a[:, :5], normal(12), eps=1e-5), "gated_rms_norm: z has shape"),
+        (lambda: gated_rms_norm(x, a, normal(4), eps=1e-5), "gated_rms_norm: weight has shape"),
+        (lambda: apply_rotary(x, angle[:, :5], angle[:, :5]), "rotary: cos has shape"),
+        (lambda: apply_rotary(x, angle, angle[..., :1]), "rotary: sin has shape"),
+        (lambda: apply_rotary(x[..., :3], angle, angle), "rotary: heads need an even width, got 3"),
+        (lambda: causal_conv1d(a, normal(12, 0)), "causal_conv1d: needs at least one tap"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
+    with pytest.raises(BackendError, match="it takes no empty tensors"):
+        causal_conv1d(a[:0], normal(12, 4), backend="cpp")
+
+
+def test_the_mix_and_its_means_are_tensors_of_their_own() -> None:
+    case = {name: tensor.requires_grad_() for name, tensor in mix_case(3, torch.float32).items()}
+    _, mean, entropy = gated_mix(**case, backend="cpp")
+    mean.mul_(2)
+    assert mean._base is None and entropy._base is None
+
+
+def test_tracing_sees_torchs_operations() -> None:
+    angle, x = torch.rand(1, 1024, 32), normal(1, 1024, 4, 64)
+    expected = apply_rotary(x, angle.cos(), angle.sin())
+    traced = torch.jit.trace(lambda t: apply_rotary(t, angle.cos(), angle.sin()), x)
+    torch.testing.assert_close(traced(x), expected)
 
 
 @pytest.mark.parametrize("op", [causal_conv1d, gated_rms_norm, gated_mix])

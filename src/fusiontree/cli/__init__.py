@@ -159,10 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A command with sub-commands that was given none answers with its help, which is no sentence.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
         if isinstance(error, ElsewhereError):
-            # The process that tells it may be slower, and a launcher ends all as soon as one has ended. Whoever still
-            # runs after this has no launcher, or nobody told.
+            # The process that tells it may come to it later, and a launcher ends all as soon as one has ended.
             time.sleep(_PATIENCE_S)
-        print(error if is_help else f"error: {sentence}", file=sys.stderr)
+        else:
+            print(error if is_help else f"error: {sentence}", file=sys.stderr)
         return BAD_INPUT
 
 

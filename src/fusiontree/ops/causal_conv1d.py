@@ -52,7 +52,7 @@ def causal_conv1d(
         last K-1 inputs, initial state included, with zeros for those before a reset.
 
     Raises:
-        ValueError: shapes that do not fit together, or another activation.
+        ValueError: shapes that do not fit together, no taps, or another activation.
         BackendError: a named backend that is missing or cannot run this call.
     """
     batch, length, channels = x.shape
@@ -65,6 +65,8 @@ def causal_conv1d(
     }
     check_shapes("causal_conv1d", expected)
     check_sequence("causal_conv1d", length, reset)
+    if taps < 1:
+        raise ValueError("causal_conv1d: needs at least one tap")
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     run = resolve("causal_conv1d", backend, x, weight, bias, initial_state, reset=reset)
@@ -240,7 +242,7 @@ class _FusedConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, reset, initial_state, activation):
         ctx.save_for_backward(x, weight, bias, reset, initial_state)
         ctx.is_silu = activation == "silu"
-        y = torch.empty(x.shape, dtype=x.dtype)
+        y = cpu_kernels.empty_like(x)
         sizes = (*x.shape, weight.shape[1], ctx.is_silu)
         cpu_kernels.call("conv_forward", x.dtype, *_conv_inputs(x, weight, bias, reset, initial_state), y, *sizes)
         return y
@@ -250,9 +252,9 @@ class _FusedConv(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, reset, initial_state = ctx.saved_tensors
         (channels, taps), dy = weight.shape, cpu_kernels.rows(dy)
-        dx = torch.empty(x.shape, dtype=x.dtype)
-        dweight_KC, dbias = torch.empty(taps, channels), torch.empty(channels)
-        dinitial = None if initial_state is None else torch.empty(initial_state.shape)
+        dx = cpu_kernels.empty_like(x)
+        dweight_KC, dbias = cpu_kernels.floats(taps, channels), cpu_kernels.floats(channels)
+        dinitial = None if initial_state is None else cpu_kernels.floats(*initial_state.shape)
         inputs = _conv_inputs(x, weight, bias, reset, initial_state)
         gradients = (dy, *dy.stride()[:2], dx, dinitial, dweight_KC, dbias)
         cpu_kernels.call("conv_backward", x.dtype, *inputs, *gradients, *x.shape, taps, ctx.is_silu)

@@ -1,7 +1,7 @@
 """C++ kernels for training on CPU, in `cpu_*.cpp`: compiled at their first use for the processor at hand, and kept.
 
-They are plain functions of pointers, so that they depend on no version of torch or Python; their OpenMP is the one that
-torch has loaded already.
+They are plain functions of pointers, so that they depend on no version of torch or Python. Compiled by g++, they share
+the OpenMP that torch has loaded already.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fusiontree.ops.backends import BackendError
 
@@ -44,13 +46,15 @@ def refuses(x: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
         return f"it does not support dtype {x.dtype}"
     if type(x) is not Tensor:  # with a memory of its own kind, or none
         return f"it reads plain tensors, not {type(x).__name__}"
-    return None
+    return None if x.numel() else "it takes no empty tensors"
 
 
 def auto_declines(x: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
     """Why `auto` leaves a call to torch's operations."""
     if x.numel() < FEWEST_ELEMENTS:
         return "the call is small"
+    if torch.jit.is_tracing() or _get_current_dispatch_mode() is not None:
+        return "somebody records torch's operations"
     try:
         _library()
     except BackendError as error:
@@ -66,6 +70,16 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool 
     """
     function = getattr(_library(), f"{name}_{_DTYPES[dtype]}")
     function(*map(_passed, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def floats(*shape: int) -> Tensor:
+    """Memory for float32 results, whatever dtype and device torch would take."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Contiguous memory for a result like `tensor`."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -87,42 +101,57 @@ def _compiler() -> str | None:
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")))), None)
 
 
-@lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
     """
     Raises:
         BackendError: there is no compiler, or it fails.
     """
+    if isinstance(found := _outcome(), BackendError):
+        raise found
+    return found
+
+
+@lru_cache(maxsize=1)
+def _outcome() -> ctypes.CDLL | BackendError:
+    """The kernels, or why there are none: a compiler that fails is not run again."""
+    try:
+        return _built()
+    except BackendError as error:
+        return error
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: the user has no home folder
+        return BackendError(f"the C++ kernels cannot be compiled and kept: {error}")
+
+
+def _built() -> ctypes.CDLL:
     compiler = _compiler()
     if compiler is None:
         raise BackendError("the C++ kernels need a compiler and find none")
     made_of = ([source.read_bytes() for source in SOURCES], compiler, FLAGS, _processor())
     name = hashlib.sha256(repr(made_of).encode()).hexdigest()[:32]
     path = _folder() / f"cpu_kernels_{name}.so"
-    if not path.exists():
-        _compile(compiler, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"the C++ kernels cannot be loaded: {error}") from error
+    if path.exists():
+        with suppress(OSError):  # damaged, or of another system that shares the folder
+            return ctypes.CDLL(str(path))
+    _compile(compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 def _compile(compiler: str, path: Path) -> None:
     """Into a file of its own first: other processes may do the same at the same time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-            done = subprocess.run(
-                [compiler, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300
-            )
-            if done.returncode:
-                first = next(iter(done.stderr.splitlines()), "it says nothing")
-                raise BackendError(f"{compiler} cannot compile the kernels: {first}")
-            made.replace(path)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(f"the C++ kernels cannot be compiled: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        sources = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+        done = subprocess.run(
+            [compiler, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True, timeout=300
+        )
+        if done.returncode:
+            lines = done.stderr.splitlines() or ["it says nothing"]
+            problem = next((line for line in lines if "error" in line), lines[0])
+            raise BackendError(f"{compiler} cannot compile the kernels: {problem}")
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        made.replace(path)
 
 
 def _folder() -> Path:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import cpu_kernels, reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.checks import check_shapes
 from fusiontree.ops.precision import state_dtype
 
 
@@ -52,7 +53,8 @@ class _FusedGatedMix(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, a, b = (tensor.contiguous() for tensor in (logits, a, b))
         ctx.save_for_backward(logits, a, b)
-        mix, (mean, entropy) = torch.empty_like(a), torch.empty(2, *a.shape[:-1])
+        mix = cpu_kernels.empty_like(a)
+        mean, entropy = cpu_kernels.floats(*a.shape[:-1]), cpu_kernels.floats(*a.shape[:-1])
         cpu_kernels.call("mix_forward", a.dtype, logits, a, b, mix, mean, entropy, *_sizes(a))
         return mix, mean, entropy
 
@@ -60,7 +62,7 @@ class _FusedGatedMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         logits, a, b = ctx.saved_tensors
-        found = tuple(torch.empty_like(a) for _ in range(3))
+        found = tuple(cpu_kernels.empty_like(a) for _ in range(3))
         grads = tuple(grad.contiguous() for grad in grads)
         cpu_kernels.call("mix_backward", a.dtype, logits, a, b, *grads, *found, *_sizes(a))
         return found
@@ -84,8 +86,10 @@ def gated_mix(
         last two are float32 (float64 for float64 inputs). All three carry gradient.
 
     Raises:
+        ValueError: shapes that differ.
         BackendError: a named backend that is missing or cannot run this call.
     """
+    check_shapes("gated_mix", {"a": (a, logits.shape), "b": (b, logits.shape)})
     return resolve("gated_mix", backend, logits, a, b)(logits, a, b)
 
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import cpu_kernels, reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.checks import check_shapes
 from fusiontree.ops.precision import state_dtype
 
 # Elements taken at once on CPU: what is made of them stays in the processor's cache.
@@ -85,7 +86,7 @@ class _FusedGatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(y, z, weight)
         ctx.eps = eps
-        out = torch.empty(z.shape, dtype=y.dtype)
+        out = torch.empty(z.shape, dtype=y.dtype, device=y.device)
         cpu_kernels.call("norm_forward", y.dtype, *_norm_inputs(y, z, weight), out, *_sizes(y), eps)
         return out
 
@@ -93,8 +94,7 @@ class _FusedGatedRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
-        dy, dz = torch.empty(y.shape, dtype=y.dtype), torch.empty(z.shape, dtype=z.dtype)
-        dweight = torch.empty(weight.shape)
+        dy, dz, dweight = cpu_kernels.empty_like(y), cpu_kernels.empty_like(z), cpu_kernels.floats(*weight.shape)
         gradients = (dout.contiguous(), dy, dz, dweight)
         cpu_kernels.call("norm_backward", y.dtype, *_norm_inputs(y, z, weight), *gradients, *_sizes(y), ctx.eps)
         return dy, dz, dweight.to(weight.dtype), None
@@ -125,13 +125,16 @@ def gated_rms_norm(
         [B,T,d] in the dtype of y; carries gradient to y, z and weight.
 
     Raises:
+        ValueError: shapes that do not fit together.
         BackendError: a named backend that is missing or cannot run this call.
     """
+    size = y.shape[2] * y.shape[3]
+    check_shapes("gated_rms_norm", {"z": (z, (*y.shape[:2], size)), "weight": (weight, (size,))})
     return resolve("gated_rms_norm", backend, y, z, weight)(y, z, weight, eps=eps)
 
 
 def _norm_cpp(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
-    return _FusedGatedRMSNorm.apply(y, z, weight, eps)
+    return _FusedGatedRMSNorm.apply(y, z, weight, float(eps))
 
 
 def _norm_torch(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:

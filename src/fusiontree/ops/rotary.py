@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from fusiontree.ops import cpu_kernels, reference
 from fusiontree.ops.backends import register, resolve
+from fusiontree.ops.checks import check_shapes
 
 
 def apply_rotary(x_BThD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -20,8 +21,14 @@ def apply_rotary(x_BThD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, 
         backend: "auto", "cpp", "torch" or "reference".
 
     Raises:
+        ValueError: shapes that do not fit together, or heads of an odd width.
         BackendError: a named backend that is missing or cannot run this call.
     """
+    batch, length, _, width = x_BThD.shape
+    if width % 2:
+        raise ValueError(f"rotary: heads need an even width, got {width}")
+    angles = (1 if len(cos) == 1 else batch, length, width // 2)
+    check_shapes("rotary", {"cos": (cos, angles), "sin": (sin, angles)})
     return resolve("rotary", backend, x_BThD, cos, sin)(x_BThD, cos, sin)
 
 
@@ -49,7 +56,7 @@ def _turned(x_BThD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backw
     heads, width = x_BThD.shape[2:]
     x_nd = cpu_kernels.rows(x_BThD.flatten(2)).flatten(0, 1)
     angles = (angle.float().contiguous() for angle in (cos, sin))
-    out = torch.empty(x_BThD.shape, dtype=x_BThD.dtype)
+    out = cpu_kernels.empty_like(x_BThD)
     sizes = (cos.shape[0] * cos.shape[1], out, len(x_nd), heads, width, backwards)
     cpu_kernels.call("rotary", x_BThD.dtype, x_nd, x_nd.stride(0), *angles, *sizes)
     return out

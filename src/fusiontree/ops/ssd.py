@@ -174,7 +174,7 @@ def _one_token(
     dtype = state_dtype(x)
     x_B1HP, dt_B1H = x.to(dtype), dt.to(dtype)
     decay_B1H1 = torch.exp(dt_B1H * A.to(dtype)).unsqueeze(-1)
-    dtx_BGQ1 = (x_B1HP * dt_B1H.unsqueeze(-1)).view(batch, groups, -1, 1)  # side by side, a group's heads are Q rows
+    dtx_BGQ1 = (x_B1HP * dt_B1H.unsqueeze(-1)).reshape(batch, groups, -1, 1)  # side by side, a group's heads are Q rows
     B_BG1N, C_BG1N = (t.to(dtype).reshape(batch, groups, 1, size) for t in (B, C))
     # state_t C_t = exp(dt_t A) state_{t-1} C_t + dt_t x_t (B_t C_t): a compiler can then do it all in one pass.
     # In this order: libraries take twice as long for a matrix times a column.
@@ -252,8 +252,7 @@ class _FusedScan(torch.autograd.Function):
         ctx.save_for_backward(x, dt, A, B, C, D, reset, initial_state)
         ctx.chunk_size = chunk_size
         ctx.set_materialize_grads(False)
-        y = torch.empty(x.shape, dtype=x.dtype)
-        state = torch.empty(x.shape[0], *x.shape[2:], B.shape[3])
+        y, state = cpu_kernels.empty_like(x), cpu_kernels.floats(x.shape[0], *x.shape[2:], B.shape[3])
         inputs = _scan_inputs(x, dt, A, B, C, D, reset, initial_state, chunk_size)
         cpu_kernels.call("scan_forward", x.dtype, *inputs, y, state)
         return y, state
@@ -263,12 +262,12 @@ class _FusedScan(torch.autograd.Function):
     def backward(ctx, dy, dstate):
         x, dt, A, B, C, D, reset, initial_state = ctx.saved_tensors
         (rows, length, heads, _), (groups, size) = x.shape, B.shape[2:]
-        dy = _tokens(torch.zeros(x.shape, dtype=x.dtype) if dy is None else dy)
+        dy = _tokens(torch.zeros_like(x) if dy is None else dy)
         dstate = None if dstate is None else dstate.contiguous()
-        dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty(dt.shape)
-        dA, dD = torch.empty(2, rows, heads)
-        dB, dC = torch.empty(2, rows, heads, length, size)  # of each head
-        dfirst = torch.empty(rows, *x.shape[2:], size)
+        dx, ddt = cpu_kernels.empty_like(x), cpu_kernels.floats(*dt.shape)
+        dA, dD = cpu_kernels.floats(2, rows, heads)
+        dB, dC = cpu_kernels.floats(2, rows, heads, length, size)  # of each head
+        dfirst = cpu_kernels.floats(rows, *x.shape[2:], size)
         inputs = _scan_inputs(x, dt, A, B, C, D, reset, initial_state, ctx.chunk_size)
         gradients = (dx, ddt, dA, dB, dC, dD, dfirst)
         cpu_kernels.call("scan_backward", x.dtype, *inputs, dy, *dy.stride()[:2], dstate, *gradients)
@@ -317,7 +316,7 @@ def _cpp_refuses(x, dt, A, B, C, *tensors, **arguments):
 def _first_state(x: Tensor, B: Tensor, reset: Tensor | None, initial_state: Tensor | None) -> Tensor:
     if initial_state is None:
         return torch.zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=state_dtype(x), device=x.device)
-    return first_state(initial_state, reset).to(state_dtype(x))
+    return first_state(initial_state, reset).to(state_dtype(x)).contiguous()
 
 
 def _triton_refuses(x, dt, A, B, *tensors, **arguments):
