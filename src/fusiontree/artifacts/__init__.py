@@ -7,6 +7,7 @@ strict JSON: a number that is not finite is written as the string `"NaN"`, `"Inf
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -72,6 +73,7 @@ __all__ = [
     "git_revision",
     "library_versions",
     "make_directory",
+    "processor",
 ]
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -289,6 +291,20 @@ def check_writable(path: str | os.PathLike[str], named: str) -> None:
     except OSError as error:
         problem = "a file is in the way" if isinstance(error, NotADirectoryError) else error.strerror
         raise InputError(f"{named}: nothing can be written to {path} ({problem}); name another place") from error
+
+
+def processor() -> tuple[str, set[str]]:
+    """The processor's name and, where /proc/cpuinfo tells them, its abilities."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags.update(value.split())
+    return name, flags
 
 
 def git_revision() -> str | None:

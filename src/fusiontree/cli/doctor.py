@@ -96,15 +96,9 @@ def _version(distribution: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    name, flags = platform.processor() or platform.machine(), set()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags.update(value.split())
+    from fusiontree.artifacts import processor
+
+    name, flags = processor()
     return {
         "name": name,
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -6,16 +6,15 @@ All models take turns, round after round, so that what the machine does besides 
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from fusiontree.artifacts import processor
 from fusiontree.deploy.quantized import weight_bytes
 from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
 
@@ -124,16 +123,8 @@ def _now(model: HybridLanguageModel) -> float:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on: processor, threads, and the GPU if it is one; nothing that names the machine."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-                break
     machine: dict[str, Any] = {
-        "processor": name,
+        "processor": processor()[0],
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": torch.backends.cpu.get_cpu_capability(),

@@ -294,13 +294,6 @@ register(
     unusable=triton_unusable,
     refuses=triton_refuses,
 )
-register(
-    "causal_conv1d",
-    "cpp",
-    _conv_cpp,
-    unusable=cpu_kernels.unusable,
-    refuses=cpu_kernels.refuses,
-    auto_declines=cpu_kernels.auto_declines,
-)
+cpu_kernels.register_kernel("causal_conv1d", _conv_cpp)
 register("causal_conv1d", "torch", _conv_torch)
 register("causal_conv1d", "reference", reference.causal_conv1d)

@@ -110,7 +110,7 @@ void conv_backward(const Row<T>* rows, const T* dy, int64_t dy_stride_B, int64_t
 #pragma omp parallel num_threads(threads)
     {
         // The gradients before the activation of the last K tokens, and how many entries each of them read.
-        std::vector<float> ring(K * c), out(c), zeros(c, 0.0f);
+        std::vector<float> ring(K * c), out(c);
         std::vector<int64_t> reach(K);
 #pragma omp for schedule(static)
         for (size_t index = 0; index < work.size(); ++index) {

@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from fusiontree.ops.backends import BackendError
+from fusiontree.ops.backends import BackendError, register
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_scan.cpp", "cpu_numbers.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -60,6 +61,11 @@ def auto_declines(x: Tensor, *tensors: Tensor | None, **_: Any) -> str | None:
     except BackendError as error:
         return str(error)
     return None
+
+
+def register_kernel(op: str, function: Callable[..., Any], refuses: Callable[..., str | None] = refuses) -> None:
+    """Adds `function`, which calls these kernels, to an op as its backend `cpp`."""
+    register(op, "cpp", function, unusable=unusable, refuses=refuses, auto_declines=auto_declines)
 
 
 def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool | None) -> None:

@@ -157,7 +157,7 @@ struct Chunk {
 
     Chunk(const Inputs<T>& in, const Sizes& n, const std::vector<float>& products)
         : in(in), n(n), products_BGTL(products), x(n.L, n.P), dtx(n.L, n.P), B(n.L, n.N), C(n.L, n.N), decay(n.L, n.L),
-          mixing(n.L, n.L), dt(n.L), high(n.L), low(n.L), from_start(n.L), to_end(n.L), segment(n.L) {}
+          mixing(n.L, n.L), dt(n.L), high(n.L), low(n.L), from_start(n.L), to_end(n.L), segment(n.L), exact(n.L) {}
 
     void at(int64_t row, int64_t head_, int64_t chunk) {
         b = row, head = head_, start = chunk * n.L, count = std::min(n.L, n.T - start), group = head / (n.h / n.G);
@@ -165,8 +165,6 @@ struct Chunk {
         read(B, in.B, b, start, count, group * n.N, n.N);
         double sum = 0.0;
         float documents = 0.0f;
-        std::vector<double>& exact = sums;
-        exact.resize(n.L);
         for (int64_t t = 0; t < count; ++t) {
             dt[t] = in.dt[(b * n.T + start + t) * n.h + head];
             sum += double(dt[t]) * double(in.A[head]);
@@ -222,7 +220,7 @@ struct Chunk {
     }
 
    private:
-    std::vector<double> sums;
+    std::vector<double> exact;  // the same sums
 
     float decayed(double log) const {
         if (log < double(in.floor)) return exponential(in.floor);

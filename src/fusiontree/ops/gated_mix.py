@@ -98,14 +98,7 @@ def _cpp_refuses(logits: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> str 
     return cpu_kernels.refuses(logits, a, b) or (None if one_dtype else "its arguments differ in dtype")
 
 
-register(
-    "gated_mix",
-    "cpp",
-    _FusedGatedMix.apply,
-    unusable=cpu_kernels.unusable,
-    refuses=_cpp_refuses,
-    auto_declines=cpu_kernels.auto_declines,
-)
+cpu_kernels.register_kernel("gated_mix", _FusedGatedMix.apply, _cpp_refuses)
 register("gated_mix", "torch", _GatedMix.apply)
 register("gated_mix", "reference", reference.gated_mix)
 

@@ -86,7 +86,7 @@ class _FusedGatedRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(y, z, weight)
         ctx.eps = eps
-        out = torch.empty(z.shape, dtype=y.dtype, device=y.device)
+        out = cpu_kernels.empty_like(z)
         cpu_kernels.call("norm_forward", y.dtype, *_norm_inputs(y, z, weight), out, *_sizes(y), eps)
         return out
 
@@ -147,13 +147,6 @@ def _cpp_refuses(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> str 
     return cpu_kernels.refuses(y, z, weight) or (None if z.dtype == y.dtype else "y and z differ in dtype")
 
 
-register(
-    "gated_rms_norm",
-    "cpp",
-    _norm_cpp,
-    unusable=cpu_kernels.unusable,
-    refuses=_cpp_refuses,
-    auto_declines=cpu_kernels.auto_declines,
-)
+cpu_kernels.register_kernel("gated_rms_norm", _norm_cpp, _cpp_refuses)
 register("gated_rms_norm", "torch", _norm_torch)
 register("gated_rms_norm", "reference", reference.gated_rms_norm)

@@ -62,13 +62,6 @@ def _turned(x_BThD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backw
     return out
 
 
-register(
-    "rotary",
-    "cpp",
-    _FusedRotary.apply,
-    unusable=cpu_kernels.unusable,
-    refuses=cpu_kernels.refuses,
-    auto_declines=cpu_kernels.auto_declines,
-)
+cpu_kernels.register_kernel("rotary", _FusedRotary.apply)
 register("rotary", "torch", _rotary_torch)
 register("rotary", "reference", reference.apply_rotary)

@@ -338,13 +338,6 @@ register(
     refuses=scan_libraries.ssd_library_refuses,
 )
 register("ssd_scan", "triton", kernel("ssd_triton", "ssd_triton"), unusable=triton_unusable, refuses=_triton_refuses)
-register(
-    "ssd_scan",
-    "cpp",
-    _ssd_cpp,
-    unusable=cpu_kernels.unusable,
-    refuses=_cpp_refuses,
-    auto_declines=cpu_kernels.auto_declines,
-)
+cpu_kernels.register_kernel("ssd_scan", _ssd_cpp, _cpp_refuses)
 register("ssd_scan", "torch", _ssd_torch)
 register("ssd_scan", "reference", reference.ssd_scan)

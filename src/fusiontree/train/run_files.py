@@ -53,40 +53,31 @@ class RunFiles:
             InputError: a file cannot be written.
         """
         try:
-            return self._open(config, step, checkpoint, fingerprint)
+            make_directory(self._run, "output_dir")
+            remove_unfinished(self._run / "checkpoints")
+            evaluated = self.truncate(step if checkpoint else -1)
+            resolved = self._settings.model_dump(mode="json")
+            # Every field, so that the file trains the same run again when a default has changed.
+            resolved["model"] = {name: getattr(config, name) for name in type(config).__annotations__}
+            dump_yaml(resolved, self._run / "config.yaml")
+            path = self._run / MANIFEST
+            if checkpoint is not None and path.exists():
+                manifest = RunManifest.load(path).resumed(
+                    resolved, step=step, checkpoint=str(checkpoint), data_fingerprint=fingerprint()
+                )
+            else:
+                manifest = RunManifest.collect(
+                    resolved,
+                    data_fingerprint=fingerprint(),
+                    parent_run=str(checkpoint) if checkpoint else self._settings.training.init_from,
+                )
+            manifest.save(path)
+            self.metrics.open_trackers(self._settings.logging, resolved)
+            return evaluated
         except OSError as error:
             raise InputError(
                 f"output_dir: the run's files cannot be written to {self._run} ({error.strerror}); name another place"
             ) from error
-
-    def _open(
-        self,
-        config: HybridLanguageModelConfig,
-        step: int,
-        checkpoint: Path | None,
-        fingerprint: Callable[[], str],
-    ) -> int | None:
-        make_directory(self._run, "output_dir")
-        remove_unfinished(self._run / "checkpoints")
-        evaluated = self.truncate(step if checkpoint else -1)
-        resolved = self._settings.model_dump(mode="json")
-        # Every field, so that the file trains the same run again when a default has changed.
-        resolved["model"] = {name: getattr(config, name) for name in type(config).__annotations__}
-        dump_yaml(resolved, self._run / "config.yaml")
-        path = self._run / MANIFEST
-        if checkpoint is not None and path.exists():
-            manifest = RunManifest.load(path).resumed(
-                resolved, step=step, checkpoint=str(checkpoint), data_fingerprint=fingerprint()
-            )
-        else:
-            manifest = RunManifest.collect(
-                resolved,
-                data_fingerprint=fingerprint(),
-                parent_run=str(checkpoint) if checkpoint else self._settings.training.init_from,
-            )
-        manifest.save(path)
-        self.metrics.open_trackers(self._settings.logging, resolved)
-        return evaluated
 
     def truncate(self, step: int) -> int | None:
         """Drop the rows of later steps; returns the last step with an evaluation among those that stay."""
