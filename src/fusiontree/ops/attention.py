@@ -3,8 +3,8 @@
 On CUDA, `"auto"` takes for `local_global_attention` the kernels of `flash_attn` where they are installed and honour the
 dtype: nothing is compiled at run time, and they skip what a window hides. Then `flex` where a gradient is wanted: one
 kernel for all heads, in any dtype but float64, compiled at the first call. Then `torch`: many small kernels, but no
-compilation, so it also reads the prompts of generation, each of another length. On CPU, `cpp` in bfloat16 where there is
-AMX and the call is large, else `torch`.
+compilation, so it also reads the prompts of generation, each of another length. On CPU, `cpp` for large calls in
+bfloat16 where there is AMX, else `torch`.
 
 `cached_attention` has no backend but `torch`. On CUDA a decoding step is one fused kernel over a handful of queries.
 What a library could do faster, it does for keys that lie in order from slot 0, and the index tensors of this op promise
