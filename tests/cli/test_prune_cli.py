@@ -222,15 +222,15 @@ def test_healing_starts_from_the_export_and_reports(
     # Side by side: what each of the three is, loses, weighs and remembers.
     assert main(["report", str(run), "cut", str(healed), "-o", "page.html"]) == 0
     page = Page(tmp_path / "page.html")
-    assert page.rows["is"] == ["parent", "cut from run", "healed from cut"]
+    assert page.rows["is"] == ["parent", "cut from run by ablation", "healed from cut"]
     wanted = [report.parent_loss, report.export_loss, report.healed_loss]
     assert page.rows["loss when healed"] == [f"{loss:.4f}" for loss in wanted]
     costs = RunManifest.load(tmp_path / "cut" / "manifest.json").config["costs"]
     assert page.rows["state, kB"] == [f"{costs[name]['state_bytes'] / 1e3:,.1f}" for name in ("parent", "export")] + [
         "–"
     ]
-    decoding = [f"{1 / costs[name]['decode_seconds']:,.1f}" for name in ("parent", "export")]
-    assert page.rows["decoding, tokens/s"] == [*decoding, "–"]
+    before, after = (1 / costs[name]["decode_seconds"] for name in ("parent", "export"))
+    assert page.rows["decoding, tokens/s"] == [f"{before:,.1f}", f"{after:,.1f} ({after / before:.2f}x)", "–"]
     counts = [sum(p.numel() for p in fusiontree.load(one, device="cpu").parameters()) for one in (run, "cut", healed)]
     assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
