@@ -82,6 +82,7 @@ def test_each_is_told_from_the_others_and_measured(folders: dict[str, Path], tmp
     assert page.rows["perplexity at 0 – 63"] == [f"{value:,.3f}" for value in first]
     needles = [next(one for one in found[name].tasks.results if one.task == "needle") for name in NAMES]
     assert page.rows["needle found"] == [f"{one.right:.1%} of {one.answers:,}" for one in needles]
+    assert page.rows["evaluated with weights in"] == ["float32"] * 6
     assert all(cell.endswith("in 32") for cell in page.rows["associative recall (MQAR) found, by length"])
 
 

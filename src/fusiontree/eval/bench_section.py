@@ -30,7 +30,7 @@ def bench_section(columns: Sequence[Column]) -> str:
         return get
 
     def setting(name: str) -> Getter:
-        return lambda column: str(column.bench.settings.get(name)) if column.bench else None
+        return lambda column: str(found) if column.bench and (found := column.bench.settings.get(name)) else None
 
     def machine(column: Column) -> Cell:
         if column.bench is None:
@@ -48,6 +48,7 @@ def bench_section(columns: Sequence[Column]) -> str:
         ("context", setting("context")),
         ("sequences at a time", setting("batch")),
         ("dtype", setting("dtype")),
+        ("weights rounded to", setting("weights")),
         ("machine", machine),
     ]
     more = {(one.context, one.batch) for column in columns if column.bench for one in column.bench.models[0].more}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from fusiontree.artifacts import EvalReport
 from fusiontree.eval.columns import Column
-from fusiontree.eval.evaluation_section import answers_found, found_by_length
+from fusiontree.eval.evaluation_section import answers_found, found_by_length, weights_of
 from fusiontree.eval.page import section
 from fusiontree.eval.roles import cut_from, is_at, parent_among, role, tokens_learned
 from fusiontree.eval.tables import Cell, Getter, note, number, table
 
-_FILES = "evaluated on"
+_FILES, _WEIGHTS = "evaluated on", "evaluated with weights in"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ def cut_section(columns: Sequence[Column]) -> str:
         ("both, MB", lambda c: _cost(costs, c, lambda one: one.memory_bytes / 1e6, ",.2f", is_against_parent=True)),
         ("reading, tokens/s", lambda c: _cost(costs, c, lambda one: one.prefill_rate, ",.0f", is_against_parent=True)),
         ("decoding, tokens/s", lambda c: _cost(costs, c, lambda one: one.decode_rate, ",.1f", is_against_parent=True)),
+        *_rounded(columns),
         ("at a context of", lambda c: _cost(costs, c, lambda one: one.context, ",.0f")),
         ("size and speed by", lambda c: costs[c.name].by if c.name in costs else None),
     ]
@@ -66,7 +68,7 @@ def cut_section(columns: Sequence[Column]) -> str:
         "bench where it measured all of them, else parent and export in turns, when the export was made (one sequence, "
         "medians), and fusiontree bench for the rest; a healed export has the size and speed of the export."
     )
-    marked = ("at a context of", "size and speed by", _FILES)
+    marked = ("at a context of", "size and speed by", _FILES, _WEIGHTS)
     return section("The cut", table(columns, rows, marked) + note(text))
 
 
@@ -100,6 +102,7 @@ def _quality(columns: Sequence[Column]) -> list[tuple[str, Getter]]:
         ("passkeys found, by length", of(lambda found: found_by_length(found.passkeys))),
         ("associative recall (MQAR) found, by length", of(lambda found: found_by_length(found.mqar))),
         (_FILES, of(lambda found: ", ".join(found.data) or None)),
+        (_WEIGHTS, of(weights_of)),
     ]
 
 
@@ -140,34 +143,64 @@ def _bench(column: Column, parent: Column | None) -> _Costs | None:
         state_bytes=figures.state_bytes,
         prefill_rate=figures.prefill_tokens_per_second,
         decode_rate=figures.decode_tokens_per_second,
-        conditions=(*(how.get(name) for name in ("context", "new_tokens", "batch", "dtype")), bench.machine),
+        conditions=(*(how.get(name) for name in ("context", "new_tokens", "batch", "dtype", "weights")), bench.machine),
     )
     base = _bench(parent, None) if parent is not None and parent is not column else None
     is_alike = base is not None and base.conditions == own.conditions
     return replace(own, parent=base) if is_alike else own
 
 
-def _when_exported(column: Column, columns: Sequence[Column]) -> _Costs | None:
-    """The figures of the export that measured this column, as itself or as its parent."""
+def _when_exported(column: Column, columns: Sequence[Column], name: str = "export") -> _Costs | None:
+    """The figures of the export that measured this column, as itself or as its parent.
+
+    Args:
+        name: `export`, or what its weights were rounded to.
+    """
     for export in columns:
         parent = cut_from(export)
         measured = export.manifest.config.get("costs") if export.manifest is not None and parent else None
-        if measured and (export is column or is_at(parent, column)):
-            context = measured["context"]
-            figures = {
-                name: _Costs(
-                    by="fusiontree export",
-                    context=context,
-                    weight_bytes=found["weight_bytes"],
-                    state_bytes=found["state_bytes"],
-                    prefill_rate=context / found["prefill_seconds"],
-                    decode_rate=1 / found["decode_seconds"],
-                )
-                for name in ("parent", "export")
-                if (found := measured[name])
-            }
-            return replace(figures["export"], parent=figures["parent"]) if export is column else figures["parent"]
+        if measured and name in measured and (export is column or is_at(parent, column)):
+            base = _exported(measured, "parent")
+            return replace(_exported(measured, name), parent=base) if export is column else base
     return None
+
+
+def _exported(measured: Mapping[str, Any], name: str) -> _Costs:
+    context, found = measured["context"], measured[name]
+    return _Costs(
+        by="fusiontree export",
+        context=context,
+        weight_bytes=found["weight_bytes"],
+        state_bytes=found["state_bytes"],
+        prefill_rate=context / found["prefill_seconds"],
+        decode_rate=1 / found["decode_seconds"],
+    )
+
+
+def _rounded(columns: Sequence[Column]) -> list[tuple[str, Getter]]:
+    """Rows of exports that were also measured with rounded weights, in turns with the rest."""
+
+    def of(kind: str, get: Callable[[_Costs], float], form: str) -> Getter:
+        def cell(column: Column) -> Cell:
+            found = _when_exported(column, [column], kind)
+            return None if found is None else _against_parent(found, get, form)
+
+        return cell
+
+    rows: list[tuple[str, Getter]] = []
+    for kind in dict.fromkeys(_rounded_to(column) for column in columns):
+        if kind is not None:
+            rows += [
+                (f"in {kind}: both, MB", of(kind, lambda one: one.memory_bytes / 1e6, ",.2f")),
+                (f"in {kind}: reading, tokens/s", of(kind, lambda one: one.prefill_rate, ",.0f")),
+                (f"in {kind}: decoding, tokens/s", of(kind, lambda one: one.decode_rate, ",.1f")),
+            ]
+    return rows
+
+
+def _rounded_to(column: Column) -> str | None:
+    rounded = column.manifest.config.get("rounded") if column.manifest is not None and cut_from(column) else None
+    return rounded["kind"] if rounded else None
 
 
 def _cost(
@@ -180,5 +213,9 @@ def _cost(
     found = costs.get(column.name)
     if found is None:
         return None
-    ratio = f" ({get(found) / get(found.parent):.2f}x)" if is_against_parent and found.parent is not None else ""
+    return _against_parent(found, get, form) if is_against_parent else format(get(found), form)
+
+
+def _against_parent(found: _Costs, get: Callable[[_Costs], float], form: str) -> str:
+    ratio = f" ({get(found) / get(found.parent):.2f}x)" if found.parent is not None else ""
     return f"{get(found):{form}}{ratio}"

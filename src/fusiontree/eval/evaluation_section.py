@@ -28,6 +28,7 @@ def evaluation_section(columns: Sequence[Column]) -> str:
         ("documents", of(lambda e: number(e.settings.get("documents"), ",.0f"))),
         ("files", of(lambda e: ", ".join(e.data) or None)),
         ("model", of(lambda e: e.model)),
+        ("weights in", of(weights_of)),
         ("measured", of(lambda e: str(e.settings.get("measured", "")) or None)),
     ]
     tasks = [c.evaluation.tasks for c in found if c.evaluation is not None and c.evaluation.tasks is not None]
@@ -61,7 +62,7 @@ def evaluation_section(columns: Sequence[Column]) -> str:
     )
     return section(
         "Last evaluation",
-        table(columns, rows, ("tokens", "documents", "files", "measured"))
+        table(columns, rows, ("tokens", "documents", "files", "weights in", "measured"))
         + evaluation_figure(columns)
         + grid_figures(columns)
         + note(text),
@@ -86,3 +87,9 @@ def _harness(task: str, metric: str, evaluation: EvalReport) -> Cell:
             error = result.errors.get(metric)
             return f"{result.metrics[metric]:,.4f}" + ("" if error is None else f" ± {error:.4f}")
     return None
+
+
+def weights_of(evaluation: EvalReport) -> Cell:
+    """The type of the weights, and what they were rounded to."""
+    dtype, rounded = (evaluation.settings.get(name) for name in ("dtype", "weights"))
+    return f"{rounded}, computing in {dtype}" if rounded else dtype
