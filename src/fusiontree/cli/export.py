@@ -58,6 +58,8 @@ def export(
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("both", "mamba", "attention", "constant"))
     if heads := sum(layer.num_heads_removed for layer in loaded_plan.layers):
         counted += f"; {heads} single heads cut"
+    if gates := sum(layer.gate is not None for layer in loaded_plan.layers):
+        counted += f"; {gates} gates frozen"
     if merged := sum(cut.config.merges(layer) != "none" for layer in range(cut.config.num_layers)):
         counted += f"; maps merged in {merged}"
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
