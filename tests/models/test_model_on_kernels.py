@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
-from fusiontree.ops import backends, cpu_kernels
+from fusiontree.ops import backends, cpu_attention, cpu_kernels
 
 pytestmark = pytest.mark.skipif(cpu_kernels.unusable() is not None, reason="needs a C++ compiler")
 OPS = {"ssd_scan", "causal_conv1d", "gated_rms_norm", "gated_mix", "rotary"}
@@ -36,12 +36,14 @@ def test_loss_and_gradients_are_those_of_torchs_operations(
     monkeypatch.setattr(backends, "_announced", set())
     with caplog.at_level("INFO", logger="fusiontree.ops"):
         loss, gradients = learn()
-    assert {line.partition(":")[0] for line in caplog.messages if "backend cpp (auto)" in line} == OPS
+    attends = mixed and cpu_attention.unusable() is None
+    ops = OPS | {"local_global_attention"} if attends else OPS
+    assert {line.partition(":")[0] for line in caplog.messages if "backend cpp (auto)" in line} == ops
     monkeypatch.setattr(cpu_kernels, "FEWEST_ELEMENTS", 2**62)
     caplog.clear()
     with caplog.at_level("INFO", logger="fusiontree.ops"):
         expected, wanted = learn()
-    assert {line.partition(":")[0] for line in caplog.messages if "backend torch (auto)" in line} >= OPS
+    assert {line.partition(":")[0] for line in caplog.messages if "backend torch (auto)" in line} >= ops
     assert loss == pytest.approx(expected, rel=tolerance / 10)
     assert gradients.keys() == wanted.keys()
     least = 1e-2 * max(want.abs().max() for want in wanted.values())  # keys' biases have none but of rounding

@@ -60,6 +60,7 @@ def serve(
             "with --without-key"
         )
     from fusiontree.cli._options import byte_size, load_for_use
+    from fusiontree.deploy.allocator import keep_large_blocks_apart
     from fusiontree.deploy.engine import ComputeThread
     from fusiontree.deploy.loading import find_model
     from fusiontree.deploy.runtime import InferenceRuntime, SchedulerSettings
@@ -94,6 +95,7 @@ def serve(
             runtime.scheduler.warm_up(_say_program)
         return runtime
 
+    keep_large_blocks_apart()
     thread = ComputeThread()
     try:
         runtime = thread.submit(ready).result()

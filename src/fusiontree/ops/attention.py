@@ -3,7 +3,8 @@
 On CUDA, `"auto"` takes for `local_global_attention` the kernels of `flash_attn` where they are installed and honour the
 dtype: nothing is compiled at run time, and they skip what a window hides. Then `flex` where a gradient is wanted: one
 kernel for all heads, in any dtype but float64, compiled at the first call. Then `torch`: many small kernels, but no
-compilation, so it also reads the prompts of generation, each of another length. On CPU it is always `torch`.
+compilation, so it also reads the prompts of generation, each of another length. On CPU, `cpp` for large calls in
+bfloat16 where there is AMX, else `torch`.
 
 `cached_attention` has no backend but `torch`. On CUDA a decoding step is one fused kernel over a handful of queries.
 What a library could do faster, it does for keys that lie in order from slot 0, and the index tensors of this op promise
@@ -19,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from fusiontree.ops import attention_libraries, flex_attention, reference
+from fusiontree.ops import attention_libraries, cpu_attention, flex_attention, reference
 from fusiontree.ops.attention_layouts import AttentionLayout, CachedLayout, attention_layout, cached_layout
 from fusiontree.ops.backends import register, resolve
 from fusiontree.ops.block_attention import HeadSpan, block_attention
@@ -52,7 +53,7 @@ def local_global_attention(
         position_ids: [B,T]; a document starts where it is 0, and at index 0. None: each row is one document.
         layout: `attention_layout(position_ids, T)`, to be built once and shared by the layers of a model, in place of
             `position_ids`.
-        backend: "auto", "flash_attn", "flex", "torch" or "reference".
+        backend: "auto", "flash_attn", "flex", "cpp", "torch" or "reference".
 
     Returns:
         [B,T,Hq,D] in the dtype of q; under autocast q, k, v are cast to autocast's dtype, as torch's own attention
@@ -232,6 +233,14 @@ register(
     unusable=flex_attention.find_unusable,
     refuses=flex_attention.refuses,
     auto_declines=flex_attention.auto_declines,
+)
+register(
+    "local_global_attention",
+    "cpp",
+    cpu_attention.local_global_cpp,
+    unusable=cpu_attention.unusable,
+    refuses=cpu_attention.refuses,
+    auto_declines=cpu_attention.auto_declines,
 )
 register("local_global_attention", "torch", _local_global_torch)
 register("local_global_attention", "reference", _local_global_reference)

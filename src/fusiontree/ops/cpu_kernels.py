@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fusiontree.ops.backends import BackendError, register
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_scan.cpp", "cpu_numbers.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name)
+    for name in ("cpu_kernels.cpp", "cpu_scan.cpp", "cpu_attention.cpp", "cpu_tiles.h", "cpu_numbers.h")
+)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # Below as many elements a call takes microseconds either way, and is no reason to run a compiler.
 FEWEST_ELEMENTS = 2**18
@@ -76,6 +79,17 @@ def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool 
     """
     function = getattr(_library(), f"{name}_{_DTYPES[dtype]}")
     function(*map(_passed, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def asks(name: str) -> bool:
+    """What a function without arguments says of this machine.
+
+    Raises:
+        BackendError: the kernels do not compile.
+    """
+    function = getattr(_library(), name)
+    function.restype = ctypes.c_bool
+    return function()
 
 
 def floats(*shape: int) -> Tensor:
