@@ -26,6 +26,7 @@ from packed_text import load_streams, pack
 from training_run import OPTIMIZERS, Recipe, train
 from variants import VARIANTS
 
+from fusiontree.atomic import atomic_write
 from fusiontree.eval.peers import count_parameters
 
 PEER_RATES = (1e-3, 2e-3, 4e-3)
@@ -143,11 +144,13 @@ def write_report(path: Path) -> str:
 
 def held_out(path: Path, every: int, cache: Path) -> tuple[Path, Path]:
     """The texts of `path` in two files, for training and, every so many, for validation."""
-    files = cache / f"{path.stem}_train.jsonl", cache / f"{path.stem}_valid_{every}.jsonl"
-    cache.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    files[0].write_text("".join(line for i, line in enumerate(lines) if i % every), encoding="utf-8")
-    files[1].write_text("".join(lines[::every]), encoding="utf-8")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    files = cache / f"{path.stem}_{digest}_{every}_train.jsonl", cache / f"{path.stem}_{digest}_{every}_valid.jsonl"
+    with path.open(encoding="utf-8") as source:
+        lines = list(source)
+    for file, kept in zip(files, ([line for i, line in enumerate(lines) if i % every], lines[::every]), strict=True):
+        if not file.exists():
+            atomic_write(file, "".join(kept).encode())
     return files
 
 
@@ -202,7 +205,9 @@ def main(argv: list[str]) -> None:
     revision = records.code_revision(*OUR_CODE)
     if options.discard_old_revisions:
         records.keep_records(results, lambda r: r["run"]["model"] != OURS or r["revision"] == revision)
-    size = SIZES[options.size]
+    size, source = SIZES[options.size], options.train
+    if options.hold_out is not None and options.hold_out < 2:
+        raise SystemExit("error: --hold-out must be 2 or more, or nothing is left to train on")
     if options.hold_out:
         options.train, options.valid = held_out(options.train, options.hold_out, options.cache)
     train_stream, valid_stream, data = load_streams(
@@ -263,7 +268,7 @@ def main(argv: list[str]) -> None:
             + (f" --optimizer {options.optimizer}" if options.optimizer != "adamw" else "")
             + (f" --seed {options.seed}" if options.seed else "")
             + (f" --corpus {options.corpus}" if options.corpus != "wikitext2" else "")
-            + (f" --hold-out {options.hold_out}" if options.hold_out else ""),
+            + (f" --train {source.name} --hold-out {options.hold_out}" if options.hold_out else ""),
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

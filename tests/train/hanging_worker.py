@@ -52,7 +52,7 @@ def hang(phase: str) -> None:
     def hanging_run(engine: TrainingEngine) -> Any:
         if phase.endswith("!"):
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(hours=1))
-        if engine.processes.index == (0 if phase == "stopped" else 1):
+        if engine.processes.index == (0 if phase.startswith("stopped") else 1):
             prepare(engine, phase.rstrip("!"))
         return run(engine)
 

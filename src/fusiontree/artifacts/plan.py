@@ -114,6 +114,13 @@ class PrunePlan(Artifact):
         """The decisions as the model configuration's `layer_branches`."""
         return [layer.keep for layer in self.layers]
 
+    @property
+    def finer_cuts(self) -> list[str]:
+        """What is cut beside whole branches, in words."""
+        heads = sum(layer.num_heads_removed for layer in self.layers)
+        gates = sum(layer.gate is not None for layer in self.layers)
+        return [f"{heads} single heads cut"] * (heads > 0) + [f"{gates} gates frozen"] * (gates > 0)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to `path`, and its constants beside it, each file whole or not at all.
 

@@ -56,10 +56,7 @@ def export(
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (loaded, cut))
     kinds = loaded_plan.layer_branches
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("both", "mamba", "attention", "constant"))
-    if heads := sum(layer.num_heads_removed for layer in loaded_plan.layers):
-        counted += f"; {heads} single heads cut"
-    if gates := sum(layer.gate is not None for layer in loaded_plan.layers):
-        counted += f"; {gates} gates frozen"
+    counted = "; ".join([counted, *loaded_plan.finer_cuts])
     if merged := sum(cut.config.merges(layer) != "none" for layer in range(cut.config.num_layers)):
         counted += f"; maps merged in {merged}"
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
@@ -71,7 +68,9 @@ def export(
             reasons.setdefault(layer.reason, []).append(str(index))
         why = "; ".join(f"{reason} (layers {', '.join(layers)})" for reason, layers in reasons.items())
         print(f"nothing is cut, {out} is a copy of its parent: {why}")
-    elif (heads or kinds != own) and not any(layer.has_constants for layer in loaded_plan.layers):
+    elif (any(layer.num_heads_removed for layer in loaded_plan.layers) or kinds != own) and not any(
+        layer.has_constants for layer in loaded_plan.layers
+    ):
         print(f"{plan} records no constants, so zeros stand in: `fusiontree plan` records what branches say on average")
     if loaded_plan.model is None:
         print(f"{plan} has no fingerprint of the model that it was made for: that it was this one is taken on trust")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from fusiontree.artifacts import LayerDecision, PrunePlan, RunManifest, atomic_directory
 from fusiontree.deploy.costs import Cost, measure_costs
 from fusiontree.deploy.folding import fold
-from fusiontree.deploy.quantized import Quantized, quantize_weights
+from fusiontree.deploy.quantized import Quantized, check_quantizable, quantize_weights
 from fusiontree.deploy.reference import check_plan, reference_parent
 from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel
@@ -78,6 +78,8 @@ def export(
     destination = Path(path)
     check_free(destination)
     check_plan(model, plan)
+    if weights is not None:
+        check_quantizable(model, weights)
     parent = parent or str(model.name_or_path) or "unnamed"
     progress("folding")
     cut = fold(model, plan, merge)

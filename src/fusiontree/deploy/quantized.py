@@ -42,6 +42,17 @@ class Quantized:
         return f"linear layers: {layers}; weights: {self.bytes_before:,} -> {self.bytes_after:,} bytes"
 
 
+def check_quantizable(model: HybridLanguageModel, kind: str) -> None:
+    """Raise InputError where weights of that kind are known to be impossible here, before anything is done."""
+    if kind not in KINDS:
+        raise InputError(f"weights can be {' or '.join(KINDS)}, got {kind!r}")
+    if importlib.util.find_spec("torchao") is None:
+        raise InputError(f"weights in {kind} need torchao: pip install 'fusiontree[quant]'")
+    device = model.device.type
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"weights in {kind} are for cpu and cuda, the model is on {device}")
+
+
 def quantize_weights(model: HybridLanguageModel, kind: str) -> Quantized:
     """Rounds the weights of the blocks' linear layers, in place. The model cannot be trained or saved then.
 
@@ -55,14 +66,8 @@ def quantize_weights(model: HybridLanguageModel, kind: str) -> Quantized:
         InputError: another kind; torchao is missing; it cannot do this on the model's device or in its dtype; the model
             decodes as a compiled program.
     """
-    if kind not in KINDS:
-        raise InputError(f"weights can be {' or '.join(KINDS)}, got {kind!r}")
-    if importlib.util.find_spec("torchao") is None:
-        raise InputError(f"weights in {kind} need torchao: pip install 'fusiontree[quant]'")
-    device = model.device.type
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"weights in {kind} are for cpu and cuda, the model is on {device}")
-    if kind == "int4" and device == "cuda" and model.dtype != torch.bfloat16:
+    check_quantizable(model, kind)
+    if kind == "int4" and model.device.type == "cuda" and model.dtype != torch.bfloat16:
         raise InputError(f"weights in int4 on CUDA need dtype bfloat16, the model has {model.dtype}")
     if model.decodes_compiled:
         raise InputError(f"weights in {kind} do not go with compiled steps: choose one of the two")

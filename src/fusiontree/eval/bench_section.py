@@ -65,17 +65,20 @@ def bench_section(columns: Sequence[Column]) -> str:
         "from the stamps of streamed tokens. Figures of different runs compare less well than those of one; rows that "
         "stand in the way are marked."
     )
-    marked = ("context", "sequences at a time", "dtype", "machine")
+    marked = ("context", "sequences at a time", "dtype", "weights rounded to", "machine")
     return section("Generating: speed and memory", table(columns, rows, marked) + note(text))
 
 
 def _peers(column: Column) -> list[Column]:
-    """The other models of a column's bench as columns."""
+    """The other models of a column's bench as columns; only the first one's weights are rounded."""
     if column.bench is None:
         return []
+    settings = column.bench.settings | {"weights": None}
     return [
         replace(
-            column, name=f"{peer.name} beside {column.name}", bench=column.bench.model_copy(update={"models": [peer]})
+            column,
+            name=f"{peer.name} beside {column.name}",
+            bench=column.bench.model_copy(update={"models": [peer], "settings": settings}),
         )
         for peer in column.bench.models[1:]
     ]

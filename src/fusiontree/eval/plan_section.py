@@ -26,10 +26,7 @@ def plan_section(columns: Sequence[Column]) -> str:
         )
         kept = {kind: plan.layer_branches.count(kind) for kind in ("both", "mamba", "attention", "constant")}
         counts = ", ".join(f"{count} {kind}" for kind, count in kept.items() if count)
-        if heads := sum(layer.num_heads_removed for layer in plan.layers):
-            counts += f"; {heads} single heads cut"
-        if gates := sum(layer.gate is not None for layer in plan.layers):
-            counts += f"; {gates} gates frozen"
+        counts = "; ".join([counts, *plan.finer_cuts])
         reasons = "".join(
             f"<tr><td>{index}</td><td>{escape(layer.keep)}</td><td>{escape(layer.reason)}</td><td>"
             f"{', '.join(f'{escape(name)} {value:.4g}' for name, value in layer.evidence.items())}</td></tr>"

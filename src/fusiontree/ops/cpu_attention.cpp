@@ -14,6 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <atomic>
+
 namespace {
 
 constexpr int64_t FORWARD_QUERIES = 64, QUERIES = 128, KEYS = 128;  // of one block
@@ -248,6 +250,23 @@ void attend_backwards(const Gradients& g, const int32_t* first, const Sizes& s) 
     }
 }
 
+// The work for every head of every row, the last heads first; false if memory ran out.
+template <typename Work>
+bool for_each_head(const Sizes& s, int threads, Work work) {
+    std::atomic<bool> enough{true};
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < s.B * s.H; ++unit) try {
+                work(unit % s.B, s.H - 1 - unit / s.B);
+            } catch (const std::bad_alloc&) {
+                enough = false;
+            }
+    }
+    return enough;
+}
+
 }  // namespace
 
 extern "C" {
@@ -259,29 +278,25 @@ bool attention_works() {
 }
 
 // out [B,T,H,D] and logsumexp [B,H,T], contiguous; starts [B,T] or null. Heads without a window, the longest, come first.
-void attention_forward_bfloat16(const bf16* q, int64_t q_row, int64_t q_token, int64_t q_head, const bf16* k,
+// Both say whether there was memory enough.
+bool attention_forward_bfloat16(const bf16* q, int64_t q_row, int64_t q_token, int64_t q_head, const bf16* k,
                                 int64_t k_row, int64_t k_token, int64_t k_head, const bf16* v, int64_t v_row,
                                 int64_t v_token, int64_t v_head, const int64_t* starts, bf16* out, float* logsumexp,
                                 int64_t B, int64_t T, int64_t H, int64_t Hkv, int64_t D, int64_t window,
                                 int64_t windowed, int threads) {
     Sizes s{B, T, H, Hkv, D, window, windowed};
     Heads queries{q, q_row, q_token, q_head}, keys{k, k_row, k_token, k_head}, values{v, v_row, v_token, v_head};
-#pragma omp parallel num_threads(threads)
-    {
-        Tiles tiles;
+    return for_each_head(s, threads, [&](int64_t b, int64_t h) {
+        int64_t shared = h / (H / Hkv);
         Scratch<int32_t> first(up(T, FORWARD_QUERIES));
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < B * H; ++unit) {
-            int64_t b = unit % B, h = H - 1 - unit / B, shared = h / (H / Hkv);
-            first_keys(first, starts, s, b, h, up(T, FORWARD_QUERIES));
-            attend(out + b * T * H * D + h * D, H * D, logsumexp + (b * H + h) * T, queries(b, h, T),
-                   keys(b, shared, T), values(b, shared, T), first, s);
-        }
-    }
+        first_keys(first, starts, s, b, h, up(T, FORWARD_QUERIES));
+        attend(out + b * T * H * D + h * D, H * D, logsumexp + (b * H + h) * T, queries(b, h, T), keys(b, shared, T),
+               values(b, shared, T), first, s);
+    });
 }
 
 // dq like out; dk and dv [B,H,T,D], of each query head its own share.
-void attention_backward_bfloat16(const bf16* q, int64_t q_row, int64_t q_token, int64_t q_head, const bf16* k,
+bool attention_backward_bfloat16(const bf16* q, int64_t q_row, int64_t q_token, int64_t q_head, const bf16* k,
                                  int64_t k_row, int64_t k_token, int64_t k_head, const bf16* v, int64_t v_row,
                                  int64_t v_token, int64_t v_head, const bf16* dout, int64_t dout_row,
                                  int64_t dout_token, int64_t dout_head, const int64_t* starts, const bf16* out,
@@ -290,19 +305,14 @@ void attention_backward_bfloat16(const bf16* q, int64_t q_row, int64_t q_token, 
     Sizes s{B, T, H, Hkv, D, window, windowed};
     Heads queries{q, q_row, q_token, q_head}, keys{k, k_row, k_token, k_head}, values{v, v_row, v_token, v_head};
     Heads outs{out, T * H * D, H * D, D}, douts{dout, dout_row, dout_token, dout_head};
-#pragma omp parallel num_threads(threads)
-    {
-        Tiles tiles;
+    return for_each_head(s, threads, [&](int64_t b, int64_t h) {
+        int64_t shared = h / (H / Hkv), head = (b * H + h) * T;
         Scratch<int32_t> first(up(T, QUERIES));
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < B * H; ++unit) {
-            int64_t b = unit % B, h = H - 1 - unit / B, shared = h / (H / Hkv), head = (b * H + h) * T;
-            first_keys(first, starts, s, b, h, up(T, QUERIES));
-            attend_backwards({queries(b, h, T), keys(b, shared, T), values(b, shared, T), outs(b, h, T), douts(b, h, T),
-                              logsumexp + head, dq + b * T * H * D + h * D, H * D, dk + head * D, dv + head * D},
-                             first, s);
-        }
-    }
+        first_keys(first, starts, s, b, h, up(T, QUERIES));
+        attend_backwards({queries(b, h, T), keys(b, shared, T), values(b, shared, T), outs(b, h, T), douts(b, h, T),
+                          logsumexp + head, dq + b * T * H * D + h * D, H * D, dk + head * D, dv + head * D},
+                         first, s);
+    });
 }
 
 }  // extern "C"

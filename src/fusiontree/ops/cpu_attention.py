@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
         starts = None if starts is None else starts.expand(batch, -1).contiguous()
         out, logsumexp = cpu_kernels.empty_like(q), cpu_kernels.floats(batch, heads, length)
         sizes = (batch, length, heads, k.shape[2], width, window, windowed)
-        cpu_kernels.call("attention_forward", q.dtype, *_strided(q, k, v), starts, out, logsumexp, *sizes)
+        _call("attention_forward", q.dtype, *_strided(q, k, v), starts, out, logsumexp, *sizes)
         ctx.save_for_backward(q, k, v, starts, out, logsumexp)
         ctx.sizes = sizes
         return out
@@ -67,9 +67,14 @@ class _Attention(torch.autograd.Function):
         dq = cpu_kernels.empty_like(q)
         shares = [cpu_kernels.floats(batch, heads, length, width) for _ in range(2)]  # of each query head
         strided = _strided(q, k, v, cpu_kernels.rows(dout))
-        cpu_kernels.call("attention_backward", q.dtype, *strided, starts, out, logsumexp, dq, *shares, *ctx.sizes)
+        _call("attention_backward", q.dtype, *strided, starts, out, logsumexp, dq, *shares, *ctx.sizes)
         dk, dv = (share.unflatten(1, (kv_heads, -1)).sum(2).transpose(1, 2).to(q.dtype) for share in shares)
         return dq, dk, dv, None, None, None
+
+
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | int | None) -> None:
+    if not cpu_kernels.call(name, dtype, *arguments):
+        raise MemoryError("attention: there is no memory left for what a head computes with")
 
 
 def _strided(*tensors: Tensor) -> list[Tensor | int]:

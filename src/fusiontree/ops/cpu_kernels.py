@@ -71,14 +71,17 @@ def register_kernel(op: str, function: Callable[..., Any], refuses: Callable[...
     register(op, "cpp", function, unusable=unusable, refuses=refuses, auto_declines=auto_declines)
 
 
-def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool | None) -> None:
+def call(name: str, dtype: torch.dtype, *arguments: Tensor | int | float | bool | None) -> bool:
     """Calls the kernel `name` for tensors of `dtype`: pointers for tensors, null for None; the number of threads last.
+
+    What it returns means something of those that return a bool.
 
     Raises:
         BackendError: the kernels do not compile.
     """
     function = getattr(_library(), f"{name}_{_DTYPES[dtype]}")
-    function(*map(_passed, arguments), ctypes.c_int(torch.get_num_threads()))
+    function.restype = ctypes.c_bool
+    return function(*map(_passed, arguments), ctypes.c_int(torch.get_num_threads()))
 
 
 def asks(name: str) -> bool:

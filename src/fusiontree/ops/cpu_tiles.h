@@ -46,10 +46,11 @@ class Tiles {
         Setting own{};
         own.palette = 1;
         for (int i = 0; i < 8; ++i) own.bytes[i] = 64, own.rows[i] = 16;
-        _tile_storeconfig(&before);
-        _tile_loadconfig(&own);
+        // Not by intrinsics, some of which do not tell the compiler that all 64 bytes are read.
+        asm volatile("sttilecfg %0" : "=m"(before));
+        asm volatile("ldtilecfg %0" ::"m"(own));
     }
-    ~Tiles() { _tile_loadconfig(&before); }
+    ~Tiles() { asm volatile("ldtilecfg %0" ::"m"(before)); }
     Tiles(const Tiles&) = delete;
 };
 

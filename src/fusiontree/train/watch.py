@@ -74,6 +74,7 @@ class Watch:
         self._timeout = timeout
         self._noted: tuple[int | None, str] = (None, "opening the run")
         self._closed = threading.Event()
+        self._is_silent = False
         if count > 1:
             # A connection of its own: the main thread's is locked for as long as it waits.
             self._store = default_store().clone()
@@ -89,7 +90,7 @@ class Watch:
 
     def give_up(self) -> None:
         """Let those that hang know that the run is over, for which a launcher would wait and then kill them."""
-        _within_patience(lambda: self._store.set(_OVER, "1"))
+        self._ask(lambda: self._store.set(_OVER, "1"))
 
     def waits_for(self) -> tuple[str, bool]:
         """The processes that have begun less than this one, in words, and whether it falls to this one to name them.
@@ -100,7 +101,8 @@ class Watch:
         if not everyones:
             # Without a launcher's agent the store is a thread of the first process.
             is_held_by_first = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "False") != "True"
-            return ("process 0 (which does not answer)" if is_held_by_first and self.index > 0 else ""), True
+            is_known = is_held_by_first and self.index > 0
+            return ("process 0 (which does not answer)", self.index == 1) if is_known else ("", True)
         everyones[self.index] = self._here()
         farthest = max(place.progress for place in everyones)
         behind: dict[str, list[str]] = {}
@@ -127,23 +129,46 @@ class Watch:
             told = [self._store.get(key) if self._store.check([key]) else b"[]" for key in keys]
             found.extend(Place(*json.loads(text)) for text in told)
 
-        _within_patience(read)
+        self._ask(read)
         return list(found)
 
+    def _ask(self, question: Callable[[], Any]) -> None:
+        """Ask the store for as long as it may take to answer: once it does not, it is not asked again."""
+        if self._is_silent:
+            return
+
+        def run() -> None:
+            with suppress(RuntimeError):
+                question()
+
+        thread = threading.Thread(target=run, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # Python 3.12 starts none while the interpreter ends
+            run()
+            return
+        thread.join(_STORE_PATIENCE_S)
+        self._is_silent = thread.is_alive()
+
+    def _tell(self, here: Place) -> None:
+        with suppress(RuntimeError):  # the store has gone with the process that held it
+            self._store.set(_key(self.index), json.dumps(astuple(here)))
+
+    def _is_over(self) -> bool:
+        found: list[bool] = []
+        self._ask(lambda: found.append(self._store.check([_OVER])))
+        return found == [True]
+
     def _run(self) -> None:
-        told, since = None, time.monotonic()
+        seen, since = None, time.monotonic()
         while not self._closed.wait(min(1.0, self._timeout / 10)):
             here, now = self._here(), time.monotonic()
-            try:
-                if here != told:
-                    self._store.set(_key(self.index), json.dumps(astuple(here)))
-                    told, since = here, now
-                is_over = now - since > self._timeout and self._store.check([_OVER])
-            except RuntimeError:  # the store has gone with the process that held it
-                if now - since <= self._timeout:
-                    return
-                is_over = True
-            if is_over and not self._closed.is_set():
+            if here != seen:
+                seen, since = here, now
+                self._tell(here)
+            # What writes a checkpoint may be slow rather than stuck: it gets as much time again.
+            patience = self._timeout * (2 if here.phase == "saving" else 1)
+            if now - since > patience and self._is_over() and not self._closed.is_set():
                 os._exit(BAD_INPUT)
             # A collective operation that times out by itself tells it better, from the main thread. NCCL's do not
             # return: it would end the process without a word.
@@ -151,11 +176,14 @@ class Watch:
                 self._end()
 
     def _end(self) -> None:
-        """End this process, whose main thread does not return, if it waits for others: name them."""
+        """End this process, whose main thread does not return, if it waits for others: one names them."""
         behind, falls_to_this = self.waits_for()
-        if behind and falls_to_this and not self._closed.is_set():
+        if not behind or self._closed.is_set():
+            return
+        if falls_to_this:
             print(f"error: {self.sentence(behind)}", file=sys.stderr, flush=True)
             self.give_up()
+        if falls_to_this or self._is_silent:
             os._exit(BAD_INPUT)
 
     def sentence(self, behind: str) -> str:
@@ -164,18 +192,6 @@ class Watch:
             f"process {self.index} waited longer than system.timeout for {behind or 'a process'} of {self._count}: "
             "look at what holds it up, then go on with --resume auto"
         )
-
-
-def _within_patience(ask: Callable[[], Any]) -> None:
-    """Ask the store for as long as it may take to answer; what does not answer is asked in vain."""
-
-    def run() -> None:
-        with suppress(RuntimeError):
-            ask()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_STORE_PATIENCE_S)
 
 
 def _key(index: int) -> str:
