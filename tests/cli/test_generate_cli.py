@@ -256,7 +256,11 @@ def test_lines_that_cannot_be_continued(
     shown = capsys.readouterr()
     assert shown.out == "" and sentence in shown.err and shown.err.count("\n") == 1
     source.write_text('{"prompt": "a"}')
-    for out, problem in ((tmp_path, "is a folder: name a file"), (source / "x", "a file is in the way")):
+    for out, problem in (
+        (tmp_path, "is a folder: name a file"),
+        (source / "x", "a file is in the way"),
+        (Path("/proc/x.jsonl"), "--out /proc/x.jsonl: nothing can be written to /proc"),
+    ):
         assert main(["generate", str(folder), "--jsonl", str(source), "--out", str(out), "--device", "cpu"]) == 2
         assert problem in capsys.readouterr().err
     for more, problem in ((["-p", "a"], "--jsonl holds the prompts"), (["--out", "x"], "--out is for --jsonl")):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -385,6 +388,25 @@ def test_a_browser_shows_all_of_it(request: pytest.FixtureRequest, tmp_path: Pat
     Leaves a picture of the whole page to look at in artefacts/.
     """
     assert report(*request.getfixturevalue(name), "-o", tmp_path / "page.html") == 0
+    capsys.readouterr()
+    assert report(runs[0], "-o", "/proc/page.html") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: /proc/page.html: no such file or folder")
+
+
+@pytest.mark.parametrize("command", ["report", "generate"])
+def test_a_pipe_is_written_to(command: str, runs: list[Path], tmp_path: Path) -> None:
+    pipe, source = tmp_path / "pipe", tmp_path / "prompts.jsonl"
+    os.mkfifo(pipe)
+    source.write_text('{"prompt": "a"}\n')
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text(encoding="utf-8")), daemon=True)
+    reader.start()
+    given = ["--jsonl", source, "-n", "2", "--device", "cpu", "--out", pipe]
+    assert main([command, str(runs[0]), *map(str, given if command == "generate" else ["-o", pipe])]) == 0
+    reader.join(timeout=30)
+    assert found[0].startswith("<!doctype html>" if command == "report" else '{"prompt": "a", "text": ')
+    assert pipe.is_fifo()
     frame = f'<iframe src="page.html" width="{width}" height="900" style="border:0"></iframe>'
     (tmp_path / "look.html").write_text(f"<body>{frame}<script>onload = () => {{{LOOK}}}</script></body>")
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]

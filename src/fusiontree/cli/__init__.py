@@ -38,6 +38,8 @@ _MENDABLE = {
     errno.EFBIG: "the file would be larger than this system allows; choose another place",
     errno.EACCES: "permission denied; change who may use it or choose another path",
     errno.EPERM: "permission denied; change who may use it or choose another path",
+    errno.ENOENT: "no such file or folder, and none can be made there; choose another path",
+    errno.ENXIO: "nothing can be written to it; choose another path",
     errno.EISDIR: "is a folder, where a file is needed",
     errno.ENOTDIR: "a file is in the way; choose another path",
     errno.EEXIST: "a file is in the way; choose another path",

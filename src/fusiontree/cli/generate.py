@@ -67,6 +67,7 @@ def generate(
         lines, text = [], _read_prompt(prompt, file)
     else:
         lines, text = list(_read_lines(jsonl)), ""
+    from fusiontree.artifacts import check_writable
     from fusiontree.cli._options import load_for_use, temperature_of
     from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
@@ -86,6 +87,8 @@ def generate(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise InputError(f"--out {out} is a folder: name a file")
+        if out.is_file() or not out.exists():  # a pipe or a device is written to as it is
+            check_writable(out.parent, f"--out {out}")
     loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
     runtime = InferenceRuntime(loaded, settings=settings, compile=compile)
     if compile and loaded.device.type == "cpu":
