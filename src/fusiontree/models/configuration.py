@@ -91,6 +91,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         "num_attention_heads": "num_heads",
         "num_key_value_heads": "num_kv_heads",
     }
+    auto_map = None  # libraries read it of a model whose class is not transformers' own (trl, for a reference model)
 
     vocab_size: int = 50257
     hidden_size: int = 1536
