@@ -177,6 +177,30 @@ def texts_of(folder: Path, **options: Any) -> str:
     model = load(folder, device="cpu")
     return next(InferenceRuntime(model).run([PROMPT], [SamplingOptions(max_new_tokens=30, **options)])).text
 
+@pytest.mark.parametrize("more", [["--greedy"], ["-t", "1.5", "--top-k", "3", "--min-p", "0.1"]], ids=str)
+def test_a_model_that_computes_no_numbers_is_told(
+    corpus: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_model(tmp_path / "broken", corpus / "tokenizer", broken=True)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    many = ["--jsonl", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    capsys.readouterr()
+    for source in (["-p", PROMPT], many):
+        assert main(["generate", str(folder), "--device", "cpu", *source, *more]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.count("\n") == 1
+        assert shown.err.startswith("error: the model's logits are not finite (NaN or infinity): ")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_seed_may_be_any_that_the_server_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (-1, 2**63 - 1):  # equal modulo 2**63
+        assert main(["generate", str(folder), "-p", PROMPT, "--seed", str(seed), "--device", "cpu", "-n", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
 
 def test_options_of_the_command_line_and_of_lines_are_the_runtime_s(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

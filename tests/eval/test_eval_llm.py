@@ -113,7 +113,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_the_picture_needs_no_display_and_shows_any_report(tmp_path: Path) -> None:
-    for buckets in (1, 12):
+    for buckets in (1, 12):  # one: nothing for the axis to span, which matplotlib would warn of
         ranges = [
             PositionLoss(start=0 if i == 0 else 32 << i, end=64 << i, tokens=10, loss=3.0 - 0.1 * i)
             for i in range(buckets)

@@ -105,6 +105,13 @@ class _CommandGroup(TyperGroup):
             )
         return name, COMMANDS[name].load(name), args[1:]
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            # typer would make an exit code of it, which cannot be told from that of a command that has said all.
+            raise typer.Abort from error
+
 
 app = typer.Typer(
     name="fusiontree",

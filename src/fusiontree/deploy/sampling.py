@@ -164,8 +164,8 @@ class TokenSampler:
 
 
 @torch.no_grad()
-def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[Choice]:
-    """The next token of each row, noted by its sampler."""
+def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[Choice | None]:
+    """The next token of each row, noted by its sampler; None where the row's logits are NaN or the largest infinite."""
     scores = logits_BV[:, : samplers[0].vocabulary].float()
     own = scores
     if any(sampler.changes_logits for sampler in samplers):
@@ -177,15 +177,21 @@ def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> 
     drawn = [number for number, sampler in enumerate(samplers) if sampler.options.temperature > 0]
     if drawn:
         part = _restricted(scores[drawn], [samplers[number].options for number in drawn])
+    # A NaN counts as the largest, so the likeliest token's score alone tells.
+    is_finite_B = scores.gather(1, tokens_B[:, None])[:, 0].isfinite()
         for row, number in zip(part, drawn, strict=True):
             samplers[number].add_noise(row)
         tokens_B[drawn] = part.argmax(-1)
-    tokens = tokens_B.tolist()
-    choices = [Choice(token) for token in tokens]
-    for number, sampler in enumerate(samplers):
-        sampler.note(tokens[number])
-        if sampler.options.logprobs is not None:
-            choices[number] = _with_logprobs(own[number], tokens[number], sampler.options.logprobs)
+    choices: list[Choice | None] = []
+    # One transfer from a GPU for both.
+    for row, (token, is_finite) in enumerate(torch.stack((tokens_B, is_finite_B.long()), dim=1).tolist()):
+        if not is_finite:
+            choices.append(None)
+            continue
+        sampler = samplers[row]
+        sampler.note(token)
+        count = sampler.options.logprobs
+        choices.append(Choice(token) if count is None else _with_logprobs(own[row], token, count))
     return choices
 
 
