@@ -86,7 +86,8 @@ def test_text_comes_as_it_is_made(folder: Path) -> None:
         (["MODEL", "-p", "a\udcff"], b"", "prompt 1 is not valid Unicode text at character 2"),
         (["MODEL", "-p", "a", "--dtype", "int3"], b"", "--dtype must be one of float32, bfloat16, float16, got 'int3'"),
         (["MODEL", "-p", "a", "--device", "abacus"], b"", "device 'abacus' cannot be used here"),
-        (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be at least 0"),
+        (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be a finite number of at least 0"),
+        (["MODEL", "-p", "a", "-t", "inf"], b"", "temperature must be a finite number of at least 0"),
         (["MODEL", "-p", "a", "--greedy", "-t", "0.5"], b"", "--greedy draws nothing, so --temperature has no effect"),
         (["MODEL", "-p", "a", "--rows", "4"], b"", "--rows is for --jsonl: a single text is one row"),
         (["MODEL", "-p", "a", "-n", "0"], b"", "max_new_tokens must be at least 1, got 0"),
@@ -169,13 +170,12 @@ def test_a_stop_ends_a_text_and_penalties_change_it(folder: Path, capsys: pytest
     shown = capsys.readouterr()
     assert shown.out == whole[: whole.index(whole[8:11])] + "\n"
     assert shown.err.startswith("1 text, 1 at once: ")
+    assert main([*options, "--stop", whole[0], "--stats"]) == 0  # with the first token
+    shown = capsys.readouterr().err
+    assert shown.startswith("1 text, 1 at once: ") and " 0 bytes of state" not in shown
     assert main([*options, "--repetition-penalty", "1.9"]) == 0
     assert capsys.readouterr().out != whole + "\n"
 
-
-def texts_of(folder: Path, **options: Any) -> str:
-    model = load(folder, device="cpu")
-    return next(InferenceRuntime(model).run([PROMPT], [SamplingOptions(max_new_tokens=30, **options)])).text
 
 @pytest.mark.parametrize("more", [["--greedy"], ["-t", "1.5", "--top-k", "3", "--min-p", "0.1"]], ids=str)
 def test_a_model_that_computes_no_numbers_is_told(
@@ -200,6 +200,10 @@ def test_a_seed_may_be_any_that_the_server_takes(folder: Path, capsys: pytest.Ca
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
+
+def texts_of(folder: Path, **options: Any) -> str:
+    model = load(folder, device="cpu")
+    return next(InferenceRuntime(model).run([PROMPT], [SamplingOptions(max_new_tokens=30, **options)])).text
 
 
 def test_options_of_the_command_line_and_of_lines_are_the_runtime_s(

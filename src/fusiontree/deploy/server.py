@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from fusiontree.deploy.engine import ComputeThread
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody, parse_body
@@ -46,6 +47,9 @@ logger = logging.getLogger("fusiontree.server")
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+# In which a body must have arrived: until then it holds a connection and memory for nothing.
+_BODY_S = 60.0
 
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
@@ -115,10 +119,13 @@ def build_app(runtime: InferenceRuntime, settings: ServerSettings, thread: Compu
 
 
 async def _body(request: Request, settings: ServerSettings) -> bytes:
+    seconds = min(_BODY_S, settings.request_seconds)
     try:
-        return await asyncio.wait_for(_read_body(request, settings), settings.request_seconds)
+        return await asyncio.wait_for(_read_body(request, settings), seconds)
     except asyncio.TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {settings.request_seconds:g} seconds") from error
+        raise ApiError(408, f"the body did not arrive within {seconds:g} seconds") from error
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client has gone") from error
 
 
 async def _read_body(request: Request, settings: ServerSettings) -> bytes:
