@@ -36,7 +36,8 @@ from fusiontree.deploy.calibration import Calibration, calibration_text
 from fusiontree.deploy.costs import Cost, measure_costs
 from fusiontree.deploy.heal import SHARE_OF_RATE, SHARE_OF_STEPS, heal, heal_settings
 from fusiontree.deploy.loading import find_model
-from fusiontree.deploy.prune_plan import PlanSettings, make_plan
+from fusiontree.deploy.plan_settings import PlanSettings
+from fusiontree.deploy.prune_plan import make_plan
 from fusiontree.eval.peers import count_parameters
 from fusiontree.eval.text_tasks import evaluate_tasks
 from fusiontree.eval.texts import Texts
@@ -247,7 +248,7 @@ class Study:
                 seed=rule.seed,
                 empty_layers=rule.empty_layers,
                 heads=rule.fine,
-                freeze_gates=FREEZE_GATES if rule.fine else None,
+                freeze_gates=FREEZE_GATES if rule.fine else 0.0,
                 context=self.options.context,
                 is_verified=False,
             )

@@ -7,6 +7,8 @@ from typing import Any
 
 import records
 
+from fusiontree.eval.gate_guide import rank_correlation
+
 Runs = list[dict[str, Any]]
 
 
@@ -51,15 +53,6 @@ def _documents(run: dict[str, Any]) -> str:
     return (
         f"; documents of {run['section']} characters{beginnings}, tasks in {100 * run['task_prob']:.0f} % of each kind"
     )
-
-
-def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's: Pearson's correlation of the ranks, equal values sharing theirs."""
-    ranks = [[(sum(x < v for x in values) + sum(x <= v for x in values) - 1) / 2 for v in values] for values in (a, b)]
-    (ra, rb), n = ranks, len(a)
-    da, db = [x - sum(ra) / n for x in ra], [x - sum(rb) / n for x in rb]
-    scale = (sum(x * x for x in da) * sum(x * x for x in db)) ** 0.5
-    return sum(x * y for x, y in zip(da, db, strict=True)) / scale if scale else float("nan")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

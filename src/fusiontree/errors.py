@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+#: The exit code that goes with it.
+BAD_INPUT = 2
+
 
 class InputError(ValueError):
     """Input that cannot be used: a file, a line or a key, named together with what to do, in one sentence.

@@ -16,6 +16,7 @@ from fusiontree.deploy import reference_parent
 from fusiontree.train.settings import load_run_settings
 from tiny_models import save_tiny_model
 
+WHOLE = ["--no-heads", "--freeze-gates", "0"]  # branches alone
 QUICK = ["--context", "64", "--rounds", "1", "--tokens", "2000", "--length", "48", "--device", "cpu"]
 
 
@@ -31,7 +32,7 @@ def run(run_settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(run: Path, corpus: Path) -> Path:
     file = run.parent / "plan.json"
     wanted = ["--target", "parameters=0.9x", "--target", "memory=0.85x"]
-    arguments = ["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]
+    arguments = ["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *WHOLE, *QUICK, "--out", str(file)]
     assert main(arguments) == 0
     return file
 
@@ -87,7 +88,7 @@ def test_an_export_is_a_model_like_any_other(
     # A cut model can be planned for and cut again.
     again = tmp_path / "again.json"
     files = ["--data", str(corpus / "train.jsonl"), "--out", str(again)]
-    assert main(["plan", str(out), *files, "--target", "max_loss_increase=9", "--empty-layers", *QUICK]) == 0
+    assert main(["plan", str(out), *files, "--target", "max_loss_increase=9", "--empty-layers", *WHOLE, *QUICK]) == 0
     assert main(["export", str(out), str(again), str(tmp_path / "cut2"), "--context", "0", "--device", "cpu"]) == 0
     assert set(fusiontree.load(tmp_path / "cut2", device="cpu").config.layer_branches) == {"constant"}
     page = tmp_path / "page.html"
@@ -117,7 +118,7 @@ def test_a_plan_for_a_rounded_model_is_carried_out_on_it(run: Path, corpus: Path
 
 def test_heads_are_cut_and_told(run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, out = tmp_path / "heads.json", tmp_path / "cut"
-    wanted = ["--target", "max_loss_increase=0.01", "--heads", "--show"]
+    wanted = ["--target", "max_loss_increase=0.01", "--show"]  # heads are the default
     assert main(["plan", str(run), "--data", str(corpus / "train.jsonl"), *wanted, *QUICK, "--out", str(file)]) == 0
     made = PrunePlan.load(file)
     heads = sum(layer.num_heads_removed for layer in made.layers)
@@ -222,15 +223,15 @@ def test_healing_starts_from_the_export_and_reports(
     # Side by side: what each of the three is, loses, weighs and remembers.
     assert main(["report", str(run), "cut", str(healed), "-o", "page.html"]) == 0
     page = Page(tmp_path / "page.html")
-    assert page.rows["is"] == ["parent", "cut from run", "healed from cut"]
+    assert page.rows["is"] == ["parent", "cut from run by ablation", "healed from cut"]
     wanted = [report.parent_loss, report.export_loss, report.healed_loss]
     assert page.rows["loss when healed"] == [f"{loss:.4f}" for loss in wanted]
     costs = RunManifest.load(tmp_path / "cut" / "manifest.json").config["costs"]
     assert page.rows["state, kB"] == [f"{costs[name]['state_bytes'] / 1e3:,.1f}" for name in ("parent", "export")] + [
         "–"
     ]
-    decoding = [f"{1 / costs[name]['decode_seconds']:,.1f}" for name in ("parent", "export")]
-    assert page.rows["decoding, tokens/s"] == [*decoding, "–"]
+    before, after = (1 / costs[name]["decode_seconds"] for name in ("parent", "export"))
+    assert page.rows["decoding, tokens/s"] == [f"{before:,.1f}", f"{after:,.1f} ({after / before:.2f}x)", "–"]
     counts = [sum(p.numel() for p in fusiontree.load(one, device="cpu").parameters()) for one in (run, "cut", healed)]
     assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
@@ -345,7 +346,7 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: 
         (["plan", "RUN", "--data", "SHORT", "--target", "parameters=0.9x"], "too little calibration text: 2 tokens"),
         (
             ["plan", "RUN", "--data", "TEXT", "--target", "parameters=0.1x"],
-            "parameters=0.1x cannot be met: with one branch left in every layer it is parameters=0.",
+            "=0.1x cannot be met: with one branch left in every layer, and one step of its heads it is parameters=0.",
         ),
         (
             ["plan", "RUN", "--data", "TEXT", "--target", "decode=2x", "--heads", "--criterion", "gate"],
@@ -353,7 +354,7 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: 
         ),
         (["plan", "RUN", "--data", "TEXT", "--heads", "--criterion", "gate"], "--heads goes with a --target"),
         (
-            ["plan", "RUN", "--data", "TEXT", "--freeze-gates", "0", "--criterion", "gate"],
+            ["plan", "RUN", "--data", "TEXT", "--freeze-gates", "0.1", "--criterion", "gate"],
             "--freeze-gates goes with a --target",
         ),
         (

@@ -15,9 +15,10 @@ from fusiontree.deploy import prune_plan
 from fusiontree.deploy.budget import CostModel
 from fusiontree.deploy.calibration import Calibration, CalibrationText
 from fusiontree.deploy.costs import Cost
-from fusiontree.deploy.criteria import ablation_scores, branches, gate_evidence, trained_scores
+from fusiontree.deploy.criteria import HEAD_PARTS, ablation_scores, branches, gate_evidence, trained_scores
 from fusiontree.deploy.cuts import Cuts, Removal
-from fusiontree.deploy.prune_plan import PlanSettings, make_plan
+from fusiontree.deploy.plan_settings import PlanSettings
+from fusiontree.deploy.prune_plan import make_plan
 from tiny_models import TINY
 
 ALL = ("both",) * 3
@@ -70,7 +71,8 @@ def costs_of(model: HybridLanguageModel, *, mamba: float, attention: float) -> C
 
 
 def plan_for(model, text, costs, **settings) -> PrunePlan:
-    chosen = PlanSettings(**({"context": 64, "rounds": 1, "is_verified": False} | settings))
+    whole = {"heads": False, "freeze_gates": 0.0}
+    chosen = PlanSettings(**(whole | {"context": 64, "rounds": 1, "is_verified": False} | settings))
     return make_plan(model, text, chosen, source="by hand", costs=costs)
 
 
@@ -176,6 +178,31 @@ def test_removals_are_measured_again_after_each() -> None:
     for layer in (0, 1):
         both = calibration.remove(both, Removal(layer, "attention"))
     assert plan.expected["loss_increase"] < both.rise_from(calibration.parent) - 0.1
+
+
+@pytest.mark.parametrize("criterion", ["ablation", "recall", "gate", "random"])
+def test_by_default_gates_that_say_nothing_are_frozen_and_heads_taken_where_that_is_measured(
+    model, text, costs, criterion
+) -> None:
+    known = replace(costs, head_seconds=dict.fromkeys(HEAD_PARTS, (0.01, 0.01)), gate_seconds=(0.0, 0.0))
+    chosen = {"criterion": criterion, "targets": {"decode": 1.05}, "context": 64, "is_verified": False}
+    some = CalibrationText(text.input_ids[:6], text.position_ids[:6])
+    plan = make_plan(model, some, PlanSettings(**chosen), source="by hand", costs=known)
+    assert [layer.gate is not None for layer in plan.layers] == [True] * 3
+    offered = [f"mamba_heads_{criterion}" in layer.evidence for layer in plan.layers]
+    assert offered == [criterion in ("ablation", "recall")] * 3
+    for step in (step for step in plan.steps if step.heads):
+        assert set(step.heads) <= set(plan.layers[step.layer].heads[step.branch])
+
+
+def test_by_default_a_model_without_heads_of_mamba_can_be_cut() -> None:
+    torch.manual_seed(0)
+    made = HybridLanguageModel(HybridLanguageModelConfig(**(TINY | {"mamba_version": 1}))).eval()
+    text = CalibrationText(torch.arange(240).view(6, 40), torch.arange(40).expand(6, -1).contiguous())
+    plan = make_plan(made, text, PlanSettings(targets={"parameters": 0.95}, context=16, rounds=1), source="by hand")
+    assert plan.expected["parameters"] <= 0.95
+    for layer in plan.layers:
+        assert "local_heads_ablation" in layer.evidence and "mamba_heads_ablation" not in layer.evidence
 
 
 def test_scalars_give_way_where_the_price_is(model, text) -> None:

@@ -18,9 +18,11 @@ from fusiontree.deploy.calibration import Calibration, CalibrationText, calibrat
 from fusiontree.deploy.criteria import CRITERIA, ablation_scores, head_order, trained_scores
 from fusiontree.deploy.cuts import Cuts
 from fusiontree.deploy.folding import fold
-from fusiontree.deploy.prune_plan import PlanSettings, make_plan
+from fusiontree.deploy.plan_settings import PlanSettings
+from fusiontree.deploy.prune_plan import make_plan
 from tiny_models import save_tiny_model
 
+WHOLE = {"heads": False, "freeze_gates": 0.0}  # branches alone
 IDLE = (1, "attention")  # of which layer and branch the output never changes
 
 
@@ -56,7 +58,7 @@ def loss_of(model: HybridLanguageModel, text: CalibrationText) -> float:
 
 
 def plan_for(parent, text, costs, **settings) -> PrunePlan:
-    settings = {"context": 64, "rounds": 1} | settings
+    settings = WHOLE | {"context": 64, "rounds": 1} | settings
     return make_plan(parent, text, PlanSettings(**settings), source="parent", costs=costs)
 
 
@@ -207,7 +209,7 @@ def test_an_impossible_budget_is_told_with_the_nearest(parent, own_text, costs) 
 
 def test_nothing_can_go_for_nothing(parent, own_text, costs) -> None:
     without_idle = fold(parent, plan_for(parent, own_text, costs, targets={"parameters": 0.95}))
-    settings = PlanSettings(targets={"max_loss_increase": 1e-4}, context=64, rounds=1)
+    settings = PlanSettings(targets={"max_loss_increase": 1e-4}, context=64, rounds=1, **WHOLE)
     with pytest.raises(
         InputError, match=r"max_loss_increase=0.0001 cannot be met: the cheapest removal raises .* \d\.\d+"
     ):

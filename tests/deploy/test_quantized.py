@@ -11,9 +11,12 @@ import torch
 from torch import nn
 
 from fusiontree import HybridCache, HybridLanguageModel, InputError, load
+from fusiontree.artifacts import BenchReport, EvalReport, LayerDecision, PrunePlan, RunManifest
 from fusiontree.cli import main
 from fusiontree.deploy.quantized import quantize_weights, weight_bytes
 from fusiontree.deploy.runtime import InferenceRuntime, SchedulerSettings
+from fusiontree.eval.eval_llm import evaluate_perplexity
+from fusiontree.eval.texts import Texts
 from tiny_models import save_tiny_model
 
 WIDE = {"hidden_size": 64, "gate_rank": 16, "srte_rank": 8}  # most layers fit groups of 32
@@ -116,3 +119,60 @@ def test_what_cannot_be_rounded(wide_folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else find(name))
     with pytest.raises(InputError, match=r"weights in int4 need torchao: pip install 'fusiontree\[quant\]'"):
         quantize_weights(load(wide_folder, device="cpu"), "int4")
+
+
+def test_rounded_models_are_evaluated_and_benched(
+    wide_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(corpus / "eval.jsonl")
+    evaluate = ["eval", str(wide_folder), "--data", text, "--device", "cpu", "--out", str(tmp_path)]
+    assert main(evaluate) == 0
+    plain = EvalReport.load(tmp_path / "eval_report.json")
+    capsys.readouterr()
+    recall = ["--tasks", "mqar", "--lengths", "32", "--pairs", "2", "--rows", "1"]
+    assert main([*evaluate, "--weights", "int8", *recall]) == 0
+    shown, rounded = capsys.readouterr(), EvalReport.load(tmp_path / "eval_report.json")
+    assert "kept from" not in shown.err and "in int8" in shown.err and "weights in int8" in shown.out
+    assert (plain.settings["weights"], rounded.settings["weights"]) == (None, "int8")
+    # Computed by hand with the same rounding.
+    model = load(wide_folder, device="cpu")
+    quantize_weights(model, "int8")
+    by_hand = evaluate_perplexity(model, Texts([text]), name="by hand")
+    assert rounded.loss == by_hand.loss != plain.loss and rounded.mqar is not None
+    size = ["--context", "8", "--new-tokens", "2", "--train-batch", "1", "--train-length", "8", "--rounds", "1"]
+    out = ["--out", str(tmp_path / "bench.json"), "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", str(wide_folder), *size, *out, "--weights", "int8", "--peers", "llama"]) == 0
+    report = BenchReport.load(tmp_path / "bench.json")
+    assert report.settings["weights"] == "int8" and "weights, int8, computing in float32, MB" in capsys.readouterr().out
+    assert report.models[0].parameter_bytes == weight_bytes(model)
+    assert report.models[1].parameter_bytes == 4 * report.models[1].parameters  # those beside it are left whole
+    assert report.models[0].train_tokens_per_second is not None
+    assert main([*evaluate, "--weights", "int8", "--mixed-precision", "bf16"]) == 2
+    assert "--weights does not go with --mixed-precision bf16" in capsys.readouterr().err
+    for command in (evaluate, ["bench", str(wide_folder), *size, *out]):
+        assert main([*command, "--weights", "int3"]) == 2
+        assert capsys.readouterr().err == "error: weights can be int8 or int4, got 'int3'\n"
+
+
+def test_an_export_is_measured_rounded_and_written_whole(
+    wide_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, out, page = tmp_path / "plan.json", tmp_path / "cut", tmp_path / "page.html"
+    layers = [LayerDecision(keep="mamba", reason="by hand"), LayerDecision(keep="both", reason="by hand")]
+    PrunePlan(criterion="by hand", thresholds={}, source="test", layers=layers).save(plan)
+    export = ["export", str(wide_folder), str(plan), str(out), "--context", "32", "--device", "cpu"]
+    assert main([*export, "--weights", "int3"]) == 2
+    assert "weights can be int8 or int4, got 'int3'" in capsys.readouterr().err and not out.exists()
+    assert main([*export, "--weights", "int8"]) == 0
+    whole, rounded = load(out, device="cpu"), load(out, device="cpu")
+    done = quantize_weights(rounded, "int8")
+    sizes = [weight_bytes(model) for model in (load(wide_folder, device="cpu"), whole, rounded)]
+    a, b, c = (f"{size / 1e6:,.2f}" for size in sizes)
+    card = (out / "README.md").read_text()
+    assert f"| weights, MB | {a} | {b} | {sizes[1] / sizes[0]:.2f} | {c} | {sizes[2] / sizes[0]:.2f} |" in card
+    assert f"rounds them when this folder is loaded ({done}), its logits move by at most" in card
+    assert main(["report", str(wide_folder), str(out), "-o", str(page)]) == 0
+    costs = RunManifest.load(out / "manifest.json").config["costs"]
+    memory = {name: costs[name]["weight_bytes"] + costs[name]["state_bytes"] for name in ("parent", "int8")}
+    cell = f"{memory['int8'] / 1e6:,.2f} ({memory['int8'] / memory['parent']:.2f}x)"
+    assert cell in page.read_text(encoding="utf-8") and "in int8: both, MB" in page.read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,51 +16,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
+from launched import ENVIRONMENT, by_hand, torchrun, write
 from stopped_runs import rows
 
 import fusiontree
 import warm
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-
-
-def torchrun(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*warm.torchrun(), *command],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def write(sections: dict[str, Any], path: Path) -> str:
-    path.write_text(yaml.safe_dump(sections))
-    return str(path)
-
-
-def by_hand(*commands: list[str]) -> tuple[list[int], list[str]]:
-    """Start a process with each command, without a launcher that would end the others: their exit codes and errors."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank, command in enumerate(commands):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        place |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))
-        processes.append(
-            subprocess.Popen(
-                [warm.python(), *command],
-                env=ENVIRONMENT | place,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    shown = [process.communicate(timeout=110)[1] for process in processes]
-    return [process.returncode for process in processes], shown
 
 
 def test_zero_needs_no_launcher_for_one_process(run_settings, tmp_path: Path) -> None:
@@ -186,19 +147,6 @@ def test_one_process_alone_prints_and_draws(run_settings, tmp_path: Path, system
     lines = shown.splitlines()
     assert len(lines) == len(expected), shown
     assert all(line.startswith(start) for line, start in zip(lines, expected, strict=True)), shown
-
-
-def test_a_process_that_hangs_is_named(run_settings, tmp_path: Path) -> None:
-    sections = run_settings(
-        output_dir=str(tmp_path / "run"),
-        training={"eval_interval": 0},
-        system={"device": "cpu", "num_threads": 1, "timeout": 10},
-    )
-    process = torchrun(str(Path(__file__).with_name("hanging_worker.py")), json.dumps(sections))
-    shown, _ = process.communicate(timeout=110)  # less than the other one would stand still
-    assert process.returncode != 0
-    (sentence,) = [line for line in shown.splitlines() if line.startswith("error: ")]
-    assert "process 0 waited longer than system.timeout for process 1 of 2 (at step 2, others at 3)" in sentence
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ import fusiontree
 from fusiontree.artifacts import RunManifest
 from fusiontree.deploy.heal import heal, heal_settings
 from fusiontree.errors import InputError
-from fusiontree.train import processes
 from fusiontree.train.checkpoint import load_state
 from fusiontree.train.engine import TrainingEngine
 from fusiontree.train.settings import RunSettings
@@ -221,14 +220,10 @@ def test_an_evaluation_that_is_made_up_for_can_be_the_best(run_settings, tmp_pat
     assert load_state(run / "best").best == {"step": 4, "loss": losses[4]}
 
 
-def test_an_evaluation_that_was_cut_in_several_processes_is_made_up_for(
-    run_settings, tmp_path: Path, monkeypatch
-) -> None:
+def test_an_evaluation_that_was_cut_in_several_processes_is_made_up_for(run_settings, tmp_path: Path) -> None:
     """The loop of two processes in one, whose sums are its own."""
     training = {"max_steps": 6, "eval_interval": 3, "save_interval": 0}
     settings = RunSettings.parse(run_settings(training=training, output_dir=str(tmp_path / "run")))
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(processes, "_store", lambda: store)
     engine = TrainingEngine(settings)
     engine.processes.count = 2
     stop_in_evaluation(engine, 3)

@@ -19,12 +19,11 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fusiontree.errors import ElsewhereError, InputError, nearest
+from fusiontree.errors import BAD_INPUT, ElsewhereError, InputError, nearest
 from fusiontree.version import __version__
 
 __all__ = ["app", "main"]
 
-BAD_INPUT = 2
 INTERRUPTED = 130
 _PATIENCE_S = 10
 

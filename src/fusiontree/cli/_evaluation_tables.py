@@ -22,6 +22,8 @@ def print_report(report: EvalReport, *, by_position: bool) -> None:
     if not console.is_terminal:
         console = Console(width=100)
     on = f" on {_shortened(report.data)}" if report.data else ""
+    if weights := report.settings.get("weights"):
+        on = f", weights in {weights},{on}"
     console.print(f"{report.model}{on}", highlight=False, markup=False, soft_wrap=True)
     if report.loss is not None:
         console.print(_text_table(report))

@@ -53,13 +53,23 @@ def load_for_use(
     if weights is not None and compile:
         raise InputError("--weights does not go with --compile: choose one of the two")
     from fusiontree.deploy.loading import load
-    from fusiontree.deploy.quantized import quantize_weights
 
     loaded = load(model, device=device, dtype=dtype_named(dtype))
-    if weights is not None:
-        done = quantize_weights(loaded, weights)
-        typer.echo(str(done), err=True)
+    round_weights(loaded, weights)
     return loaded
+
+
+def round_weights(model: HybridLanguageModel, weights: str | None) -> None:
+    """What `--weights` asks for, if it was given; says on stderr what that did.
+
+    Raises:
+        InputError: as `quantize_weights`.
+    """
+    if weights is None:
+        return
+    from fusiontree.deploy.quantized import quantize_weights
+
+    typer.echo(str(quantize_weights(model, weights)), err=True)
 
 
 #: Of `generate` and `chat`, where neither `--temperature` nor `--greedy` is given.

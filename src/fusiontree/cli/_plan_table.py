@@ -19,6 +19,8 @@ def draw(made: PrunePlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fusiontree.eval.gate_guide import gate_guide
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=132)
@@ -43,6 +45,8 @@ def draw(made: PrunePlan) -> None:
     print("after its step, with all before it; saves: share of the parent's cost")
     if has_heads:
         print("heads: offered, with figures of those that would go first, and those that went (−)")
+    if guide := gate_guide(made):
+        print(guide)
 
 
 def _branch_cells(made: PrunePlan, index: int, layer: LayerDecision, branch: Branch) -> list[str]:

@@ -52,6 +52,7 @@ def bench(
     rounds: int = typer.Option(3, "--rounds", min=1, help="Measured rounds, after one that only warms up."),
     dtype: Dtype = typer.Option(Dtype.bfloat16, "--dtype", help="Of the weights, and of training's autocast."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
+    weights: str = typer.Option(None, "--weights", help="int8 or int4: round the blocks' linear layers (torchao)."),
     out: Path = typer.Option(None, "--out", help="Where to write the report; default: bench.json here or in MODEL."),
 ) -> None:
     """Measure speed and memory: reading a prompt, first token, decoding, training, state and weights.
@@ -89,6 +90,7 @@ def bench(
             "train_length": train_length,
             "rounds": rounds,
             "dtype": dtype.value,
+            "weights": weights,
         }
     )
     destination = out or (Path(names[0]) if names else Path())
@@ -180,6 +182,7 @@ def _print_report(report: BenchReport) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
+    weights = s["dtype"] if s["weights"] is None else f"{s['weights']}, computing in {s['dtype']}"
     context = f"{s['context']:,} tokens" + (f" x {s['batch']}" if s["batch"] > 1 else "")
     rounds = "1 round" if s["rounds"] == 1 else f"medians of {s['rounds']} rounds"
     beside = f"; in brackets: times {first.name}" if len(report.models) > 1 else ""
@@ -189,7 +192,7 @@ def _print_report(report: BenchReport) -> None:
         table.add_column(model.name, justify="right")
     rows = [
         ("parameters", "parameters", "{:,.0f}", 1.0),
-        (f"weights, {s['dtype']}, MB", "parameter_bytes", "{:,.1f}", 1e-6),
+        (f"weights, {weights}, MB", "parameter_bytes", "{:,.1f}", 1e-6),
         (f"state per sequence of {s['context'] + s['new_tokens']:,} tokens, kB", "state_bytes", "{:,.0f}", 1e-3),
         (f"reading {context}, tokens/s", "prefill_tokens_per_second", "{:,.0f}", 1.0),
         (f"first token after {context}, ms", "first_token_seconds", "{:,.0f}", 1e3),

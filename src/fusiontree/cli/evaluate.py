@@ -74,6 +74,7 @@ def evaluate(
     mixed_precision: str = typer.Option("no", "--mixed-precision", help="bf16 = under autocast, as in training."),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="float32, bfloat16 or float16; default: as saved."),
+    weights: str = typer.Option(None, "--weights", help="int8 or int4: round the blocks' linear layers (torchao)."),
 ) -> None:
     """Perplexity of a model on held-out text: each token once, predicted from all of its document before it.
 
@@ -87,6 +88,8 @@ def evaluate(
     """
     if mixed_precision not in ("bf16", "no"):
         raise InputError(f"--mixed-precision must be bf16 or no, got {mixed_precision!r}")
+    if weights is not None and mixed_precision == "bf16":
+        raise InputError("--weights does not go with --mixed-precision bf16: rounded weights compute in --dtype alone")
     wanted = _named(tasks)
     files = [*(data or []), *(more or [])]
     text_tasks = [task for task in _TEXT_TASKS if task in wanted]
@@ -116,7 +119,7 @@ def evaluate(
         raise InputError(f"--out {folder} is a file; name a folder")
     from fusiontree.artifacts import EvalReport, directory_for_results
     from fusiontree.cli._evaluation_tables import print_report
-    from fusiontree.cli._options import dtype_named
+    from fusiontree.cli._options import dtype_named, round_weights
     from fusiontree.data.tokenizer import tokenizer_fingerprint
     from fusiontree.deploy.loading import load, loaded_step
     from fusiontree.deploy.reference import model_fingerprint
@@ -128,10 +131,13 @@ def evaluate(
     texts = Texts(files, text_key=text_key, where="--data") if files else None
     programs = Texts(sources, text_key=text_key, where="--code") if "code" in wanted else None
     loaded = load(model, device=device, dtype=dtype_named(dtype))
+    fingerprint = model_fingerprint(loaded)  # of the weights as they were saved
+    round_weights(loaded, weights)
     settings = {
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "mixed_precision": mixed_precision,
         "device": str(loaded.device),
+        "weights": weights,
     }
     with directory_for_results(folder, "--out"), _progress_bars() as shown_as:
         job = _Job(
@@ -139,7 +145,7 @@ def evaluate(
             name=str(model),
             common={
                 **settings,
-                "weights": model_fingerprint(loaded),
+                "model": fingerprint,
                 "tokenizer": tokenizer_fingerprint(loaded.tokenizer) if loaded.tokenizer is not None else None,
             },
             piece=piece,

@@ -19,6 +19,9 @@ def export(
     ),
     device: str = typer.Option(None, "--device", help="cpu or cuda; default: cuda where there is a device."),
     dtype: str = typer.Option(None, "--dtype", help="Of what is written: float32, bfloat16, float16."),
+    weights: str = typer.Option(
+        None, "--weights", help="int8 or int4: also measure the export so rounded; whole weights are written."
+    ),
 ) -> None:
     """Apply a prune plan: write the smaller model, its tokenizer, manifest, plan and a model card.
 
@@ -46,6 +49,7 @@ def export(
             merge=merge,
             dtype=wanted,
             context=context or None,
+            weights=weights,
             parent=str(find_model(model)),
             progress=progress,
         )
@@ -54,6 +58,8 @@ def export(
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in ("both", "mamba", "attention", "constant"))
     if heads := sum(layer.num_heads_removed for layer in loaded_plan.layers):
         counted += f"; {heads} single heads cut"
+    if gates := sum(layer.gate is not None for layer in loaded_plan.layers):
+        counted += f"; {gates} gates frozen"
     if merged := sum(cut.config.merges(layer) != "none" for layer in range(cut.config.num_layers)):
         counted += f"; maps merged in {merged}"
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")

@@ -31,8 +31,14 @@ def plan(
     empty_layers: bool = typer.Option(
         False, "--empty-layers", help="Let a layer lose both branches; beyond decode=1.5x that tends to cost less."
     ),
-    heads: bool = typer.Option(False, "--heads", help="Also cut single heads; by ablation or recall."),
-    freeze_gates: float = typer.Option(None, "--freeze-gates", min=0, help="First freeze gates, for so many nats."),
+    heads: bool = typer.Option(
+        None,
+        "--heads/--no-heads",
+        help="Also cut single heads; default: by ablation and recall, which measure that.",
+    ),
+    freeze_gates: float = typer.Option(
+        None, "--freeze-gates", min=0, help="First freeze gates, for so many nats; 0 = none; default: 0.002."
+    ),
     tokens: int = typer.Option(16384, "--tokens", min=1, help="Calibration tokens."),
     length: int = typer.Option(512, "--length", min=2, help="Tokens of a row of calibration text."),
     context: int = typer.Option(4096, "--context", min=1, help="Tokens at which speed and memory are counted."),
@@ -62,14 +68,15 @@ def plan(
     from fusiontree.deploy.budget import parse_targets
     from fusiontree.deploy.calibration import calibration_text
     from fusiontree.deploy.loading import find_model, load
-    from fusiontree.deploy.prune_plan import PlanSettings, make_plan, plan_by_thresholds
+    from fusiontree.deploy.plan_settings import FREEZE_GATES, PlanSettings
+    from fusiontree.deploy.prune_plan import make_plan, plan_by_thresholds
     from fusiontree.eval.texts import Texts
 
     targets = parse_targets(target or [])
     by_thresholds = criterion == "gate" and not targets
     settings = None
     if by_thresholds:
-        meant = {"--heads": heads, "--empty-layers": empty_layers, "--freeze-gates": freeze_gates is not None}
+        meant = {"--heads": heads, "--empty-layers": empty_layers, "--freeze-gates": freeze_gates}
         for option in (name for name, is_asked in meant.items() if is_asked):
             raise InputError(f"{option} goes with a --target: thresholds take one branch of a layer and nothing else")
     if not by_thresholds:
@@ -80,7 +87,7 @@ def plan(
             targets=targets,
             empty_layers=empty_layers,
             heads=heads,
-            freeze_gates=freeze_gates,
+            freeze_gates=FREEZE_GATES if freeze_gates is None else freeze_gates,
             context=context,
             rounds=rounds,
             seed=seed,

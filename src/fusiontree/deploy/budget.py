@@ -90,8 +90,8 @@ class CostModel:
         context: int,
         rounds: int,
         progress: Callable[[str], None],
-        heads: bool = False,
-        gates: bool = False,
+        heads: bool = True,
+        gates: bool = True,
     ) -> CostModel:
         """Times the parent beside models that lack one branch, or both, in every layer.
 

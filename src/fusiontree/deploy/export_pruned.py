@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from fusiontree.artifacts import LayerDecision, PrunePlan, RunManifest, atomic_directory
 from fusiontree.deploy.costs import Cost, measure_costs
 from fusiontree.deploy.folding import fold
+from fusiontree.deploy.quantized import Quantized, quantize_weights
 from fusiontree.deploy.reference import check_plan, reference_parent
 from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel
@@ -27,6 +29,16 @@ TOLERANCE = 1e-5
 _PROBE_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class _Rounded:
+    """The export as `--weights` rounds it when it is loaded: that is measured, and not written."""
+
+    kind: str
+    done: Quantized
+    difference: float
+    """Of its largest logit on the probe from the export's."""
+
+
 def export(
     model: HybridLanguageModel,
     plan: PrunePlan,
@@ -35,6 +47,7 @@ def export(
     merge: bool = False,
     dtype: torch.dtype | None = None,
     context: int | None = None,
+    weights: str | None = None,
     parent: str | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> HybridLanguageModel:
@@ -50,6 +63,8 @@ def export(
         merge: also multiply out linear maps that no one else reads between, see `fold`.
         dtype: of what is written; None: that of the parent.
         context: also time parent and export at this many tokens, for the card; None measures no time.
+        weights: also measure the export with its weights rounded to `int8` or `int4`, for the card; whole ones are
+            written in any case.
         parent: name of the parent for the manifest and the card; default: where it was loaded from.
         progress: called with what is done next.
 
@@ -57,8 +72,8 @@ def export(
         The exported model.
 
     Raises:
-        InputError: the directory exists or cannot be written, the plan does not fit the model, or what it says cannot
-            be folded without changing the model's predictions.
+        InputError: the directory exists or cannot be written, the plan does not fit the model, what it says cannot be
+            folded without changing the model's predictions, or as `quantize_weights`.
     """
     destination = Path(path)
     check_free(destination)
@@ -77,13 +92,19 @@ def export(
     if dtype not in (None, model.dtype):
         cut.to(dtype)
         difference, largest = compare(reference, cut)
-    costs = None
-    if context is not None:
-        costs = measure_costs({"parent": model, "export": cut}, context=context, progress=progress)
+    models, rounded = {"parent": model, "export": cut}, None
+    if weights is not None:
+        progress("rounding")
+        models[weights] = copy.deepcopy(cut)
+        done = quantize_weights(models[weights], weights)
+        rounded = _Rounded(weights, done, compare(cut, models[weights])[0])
+    costs = measure_costs(models, context=context, progress=progress) if context is not None else None
     settings: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude={"layers"})}
     if costs is not None:
         measured = {name: asdict(cost) for name, cost in costs.items()}
         settings["costs"] = {"context": context, "device": str(model.device), **measured}
+    if rounded is not None:
+        settings["rounded"] = asdict(rounded)
     manifest = RunManifest.collect(settings, parent_run=parent)
     progress("writing")
     try:
@@ -94,7 +115,7 @@ def export(
                 cut.tokenizer.save_pretrained(folder)
             manifest.save(folder / "manifest.json")
             plan.save(folder / PLAN)
-            card = _card(destination, model, cut, plan, parent, context, costs, difference, largest)
+            card = _card(destination, model, cut, plan, parent, context, costs, difference, largest, rounded)
             (folder / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise InputError(f"the export {destination} could not be written: {first_line(error)}") from error
@@ -131,6 +152,7 @@ def _card(
     costs: dict[str, Cost] | None,
     difference: float,
     largest: float,
+    rounded: _Rounded | None,
 ) -> str:
     """The model card: what was cut, and what that measured."""
     layers = "".join(
@@ -146,10 +168,15 @@ def _card(
         f"stand {stand_in}, folded into the weights.\n",
         f"{_merged(cut)}| layer | keeps | gate | because |\n|---|---|---|---|\n{layers}",
         "## Measured\n",
-        _figures(model, cut, context, costs),
+        _figures(model, cut, context, costs, rounded),
         f"On {_PROBE_TOKENS} random tokens its logits differ from those of the parent with the same constants by at "
         f"most {difference:.2g}, the largest logit being {largest:.3g}.\n",
     ]
+    if rounded is not None:
+        parts.append(
+            f"With its weights in {rounded.kind}, as `--weights {rounded.kind}` rounds them when this folder is loaded "
+            f"({rounded.done}), its logits move by at most {rounded.difference:.2g} on the same tokens.\n"
+        )
     if plan.expected:
         expected = ", ".join(f"{name} {value:.4g}" for name, value in plan.expected.items())
         parts.append(f"The plan expected, on its own measurements: {expected}.\n")
@@ -168,19 +195,34 @@ def _kept(decision: LayerDecision) -> str:
 
 
 def _figures(
-    model: HybridLanguageModel, cut: HybridLanguageModel, context: int | None, costs: dict[str, Cost] | None
+    model: HybridLanguageModel,
+    cut: HybridLanguageModel,
+    context: int | None,
+    costs: dict[str, Cost] | None,
+    rounded: _Rounded | None,
 ) -> str:
     counts = [sum(parameter.numel() for parameter in one.parameters()) for one in (model, cut)]
-    rows = [("parameters", counts[0], counts[1], "{:,.0f}")]
+    names = ["parent", "export"]
+    rows: list[tuple[str, str, list[float]]] = [("parameters", "{:,.0f}", [float(count) for count in counts])]
+    where = ""
     if costs is not None:
-        before, after = costs["parent"], costs["export"]
+        if rounded is not None:
+            names.append(rounded.kind)
+            rows[0][2].append(counts[1])
+        found = [costs[name] for name in names]
         rows += [
-            ("weights, MB", before.weight_bytes / 1e6, after.weight_bytes / 1e6, "{:,.2f}"),
-            (f"state of {context:,} tokens, kB", before.state_bytes / 1e3, after.state_bytes / 1e3, "{:,.1f}"),
-            (f"reading {context:,} tokens, ms", 1e3 * before.prefill_seconds, 1e3 * after.prefill_seconds, "{:,.1f}"),
-            ("one token after them, ms", 1e3 * before.decode_seconds, 1e3 * after.decode_seconds, "{:,.2f}"),
+            ("weights, MB", "{:,.2f}", [cost.weight_bytes / 1e6 for cost in found]),
+            (f"state of {context:,} tokens, kB", "{:,.1f}", [cost.state_bytes / 1e3 for cost in found]),
+            (f"reading {context:,} tokens, ms", "{:,.1f}", [1e3 * cost.prefill_seconds for cost in found]),
+            ("one token after them, ms", "{:,.2f}", [1e3 * cost.decode_seconds for cost in found]),
         ]
-    lines = [f"| {name} | {form.format(a)} | {form.format(b)} | {b / a:.2f} |" for name, a, b, form in rows]
-    where = "" if costs is None else f"\n\n{cut.device}, {str(cut.dtype).removeprefix('torch.')}, medians in one run"
-    where += "" if costs is None else f", {torch.get_num_threads()} thread(s), torch {torch.__version__}."
-    return "| | parent | export | ratio |\n|---|---|---|---|\n" + "\n".join(lines) + where + "\n"
+        where = (
+            f"\n\n{cut.device}, {str(cut.dtype).removeprefix('torch.')}, medians in one run, "
+            f"{torch.get_num_threads()} thread(s), torch {torch.__version__}."
+        )
+    heads = ["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]
+    lines = [heads, ["---"] * len(heads)]
+    for name, form, (first, *others) in rows:
+        cells = [cell for value in others for cell in (form.format(value), f"{value / first:.2f}")]
+        lines.append([name, form.format(first), *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + where + "\n"

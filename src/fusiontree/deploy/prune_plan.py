@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fusiontree.artifacts import Branch, CutStep, GateStatistics, LayerDecision, PrunePlan
@@ -17,54 +16,14 @@ from fusiontree.deploy import criteria
 from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, ImpossibleBudgetError, blank, shortfall
 from fusiontree.deploy.calibration import Calibration, CalibrationText, Joint
 from fusiontree.deploy.costs import DEFAULT_CONTEXT, describe_machine, measure_costs
-from fusiontree.deploy.criteria import CRITERIA, Place, Scores
+from fusiontree.deploy.criteria import Place, Scores
 from fusiontree.deploy.cuts import BRANCHES_OF, Removal
+from fusiontree.deploy.plan_settings import PlanSettings
 from fusiontree.deploy.reference import model_fingerprint
-from fusiontree.errors import InputError, nearest
+from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.train.monitor_gate import GateMonitor
 from fusiontree.train.settings import GateMonitorSettings
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings:
-    """How to plan.
-
-    Attributes:
-        criterion: of `CRITERIA`.
-        targets: as `parse_targets` gives them; at least one.
-        empty_layers: whether a layer may lose both branches.
-        heads: whether single heads may go too; for criteria that measure removals (`MEASURED`).
-        freeze_gates: first freeze gates to their means while the loss rises by no more than this, in nats; None: none.
-        context: tokens at which time and state are counted.
-        rounds: of timing.
-        seed: of the random criterion, and of the rows that train the scalars.
-        is_verified: whether the cut model itself, measured, has to reach the targets; else the costs that its branches
-            add up to decide, the same for every plan with the same costs.
-    """
-
-    criterion: str = "ablation"
-    targets: dict[str, float] = field(default_factory=dict)
-    empty_layers: bool = False
-    heads: bool = False
-    freeze_gates: float | None = None
-    context: int = DEFAULT_CONTEXT
-    rounds: int = 3
-    seed: int = 0
-    is_verified: bool = True
-
-    def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            close = nearest(self.criterion, CRITERIA)
-            hint = f"did you mean {close}?" if close else f"there are {', '.join(CRITERIA)}"
-            raise InputError(f"there is no criterion {self.criterion!r}; {hint}")
-        if self.heads and self.criterion not in criteria.MEASURED:
-            raise InputError(
-                f"the criterion {self.criterion} ranks whole branches: to cut single heads, whose removal has to be "
-                f"measured, take {' or '.join(criteria.MEASURED)}"
-            )
-        if not self.targets:
-            raise InputError("name a target, such as decode=1.4x, memory=0.75x or max_loss_increase=0.05")
 
 
 def make_plan(
@@ -95,8 +54,8 @@ def make_plan(
             context=settings.context,
             rounds=settings.rounds,
             progress=lambda what: progress(f"costs: {what}"),
-            heads=settings.heads,
-            gates=settings.freeze_gates is not None,
+            heads=settings.takes_heads,
+            gates=settings.freeze_gates > 0,
         )
     return _Planner(calibration, costs, settings, source, progress).plan()
 
@@ -198,7 +157,7 @@ class _Planner:
         self.wanted = [name for name in settings.targets if name != LOSS]
         self.steps: list[CutStep] = []
         self.evidence = criteria.gate_evidence(calibration)
-        self.heads = criteria.head_order(calibration) if settings.heads else {}
+        self.heads = criteria.head_order(calibration) if settings.takes_heads else {}
         self.scores = self._score()
         self.first_scores = dict(self.scores)
         self.cheapest = math.inf
@@ -215,7 +174,12 @@ class _Planner:
             targets=self.settings.targets,
             expected=expected | _losses(self.calibration, joint),
             steps=self.steps,
-            measured=_measured_how(self.calibration, self.costs) | {"seed": self.settings.seed},
+            measured=_measured_how(self.calibration, self.costs)
+            | {
+                "seed": self.settings.seed,
+                "heads": self.settings.takes_heads,
+                "freeze_gates": self.settings.freeze_gates,
+            },
         )
 
     def _score(self) -> Scores:
@@ -323,7 +287,7 @@ class _Planner:
 
     def _freeze_gates(self, joint: Joint) -> Joint:
         """Freezes gates, first those that cost least, while all of them together cost no more than is allowed."""
-        if self.settings.freeze_gates is None:
+        if not self.settings.freeze_gates:
             return joint
         start = joint.loss
         gated = [
@@ -387,7 +351,7 @@ class _Planner:
                 f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase{more}"
             )
         where = "without any branch" if self.settings.empty_layers else "with one branch left in every layer"
-        where += ", and one step of its heads" if self.settings.heads else ""
+        where += ", and one step of its heads" if self.heads else ""
         return f"{asked} cannot be met: {where} it is {nearest_values}; ask for less{more}"
 
 

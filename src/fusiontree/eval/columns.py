@@ -91,7 +91,7 @@ def read_columns(paths: Sequence[Path]) -> list[Column]:
     Raises:
         InputError: a path that is neither a run nor a model, or a file in it that is broken.
     """
-    names = [_name(path.resolve()) for path in paths]
+    names = [column_name(path.resolve()) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     for index, path in enumerate(paths):
@@ -100,7 +100,7 @@ def read_columns(paths: Sequence[Path]) -> list[Column]:
     return [_read_column(path, name) for path, name in zip(paths, names, strict=True)]
 
 
-def _name(path: Path) -> str:
+def column_name(path: Path) -> str:
     """A checkpoint is named with its run: `RUN/step_…`."""
     return f"{path.parents[1].name}/{path.name}" if checkpoint_step(path) is not None else path.name
 

@@ -21,8 +21,9 @@ from fusiontree.artifacts import BenchReport, ModelFigures, ShapeFigures, git_re
 from fusiontree.config import Settings
 from fusiontree.deploy.costs import describe_machine
 from fusiontree.deploy.loading import loaded_step
-from fusiontree.deploy.quantized import weight_bytes
+from fusiontree.deploy.quantized import quantize_weights, weight_bytes
 from fusiontree.eval.peers import count_parameters
+from fusiontree.models import HybridLanguageModel
 
 
 class BenchSettings(Settings):
@@ -38,6 +39,9 @@ class BenchSettings(Settings):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of the weights that generate; training keeps float32 ones and computes in this type"
     )
+    weights: str | None = Field(
+        None, description="round those of FusionTree models that generate to int8 or int4; None = leave them"
+    )
     seed: int = Field(0, ge=0, description="of the random token ids")
 
 
@@ -51,6 +55,9 @@ def measure(
     Args:
         models: by name, on the device to measure on. They are trained on random tokens: hand over what may be spoilt.
         progress: called with what is measured next.
+
+    Raises:
+        InputError: weights are to be rounded, as `quantize_weights`.
     """
     subjects = [_Subject(name, model, settings) for name, model in models.items()]
     for turn in range(settings.rounds + 1):
@@ -106,6 +113,8 @@ class _Subject:
         self.learner = copy.deepcopy(model).float().train() if self.rows is not None else None
         self.optimizer = torch.optim.AdamW(self.learner.parameters()) if self.learner is not None else None
         self.model = model.to(dtype).eval()
+        if settings.weights is not None and isinstance(self.model, HybridLanguageModel):
+            quantize_weights(self.model, settings.weights)
         self.train_seconds: list[float] = []
         self.peak_bytes = 0
 

@@ -9,23 +9,24 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from fusiontree.artifacts import EvalReport, MQARReport, PasskeyReport, RunManifest, RunResume
+from fusiontree.artifacts import RunManifest, RunResume
 from fusiontree.atomic import atomic_write
+from fusiontree.eval.bench_section import bench_section
 from fusiontree.eval.columns import Column, differences, read_columns
-from fusiontree.eval.cut_section import bench_section, cut_from, cut_section
+from fusiontree.eval.cut_section import cut_section
+from fusiontree.eval.evaluation_section import evaluation_section
 from fusiontree.eval.page import page, section
+from fusiontree.eval.plan_section import plan_section
 from fusiontree.eval.run_figures import (
     LAYER_COLOURS,
     STYLE,
-    evaluation_figure,
     gate_figures,
-    grid_figures,
     learning_figures,
     other_figures,
     overview_of_gates,
     speed_figures,
 )
-from fusiontree.eval.tables import Cell, Getter, note, number, outdated, table
+from fusiontree.eval.tables import Cell, Getter, note, table
 from fusiontree.train.loggers import format_duration
 
 #: Settings that say on what `eval_loss` was measured: where they differ, it does not compare.
@@ -49,7 +50,17 @@ def write_run_report(paths: Sequence[Path], out: Path) -> None:
     parts = [_header(columns), _glance(columns)]
     parts += [
         part(columns)
-        for part in (_differences, _learning, _gates, _speed, cut_section, bench_section, _evaluation, _plan, _origin)
+        for part in (
+            _differences,
+            _learning,
+            _gates,
+            _speed,
+            cut_section,
+            bench_section,
+            evaluation_section,
+            plan_section,
+            _origin,
+        )
     ]
     parts.append(_settings(columns))
     title = columns[0].name if len(columns) == 1 else f"{len(columns)} runs side by side"
@@ -156,125 +167,6 @@ def _speed(columns: Sequence[Column]) -> str:
         "most that one process has held so far."
     )
     return section("How fast, in how much memory", speed_figures(columns) + note(text))
-
-
-def _evaluation(columns: Sequence[Column]) -> str:
-    found = [column for column in columns if column.evaluation is not None]
-    if not found:
-        return ""
-
-    def of(get: Callable[[EvalReport], Cell]) -> Getter:
-        return lambda column: None if column.evaluation is None else get(column.evaluation)
-
-    rows: list[tuple[str, Getter]] = [
-        ("loss, nats per token", of(lambda e: number(e.loss, ".4f"))),
-        ("perplexity per token", of(lambda e: number(e.perplexity, ",.3f"))),
-        ("bits per byte", of(lambda e: number(e.settings.get("bits_per_byte"), ".4f"))),
-        ("tokens", of(lambda e: f"{e.tokens:,}" if e.tokens else None)),
-        ("documents", of(lambda e: number(e.settings.get("documents"), ",.0f"))),
-        ("files", of(lambda e: ", ".join(e.data) or None)),
-        ("model", of(lambda e: e.model)),
-        ("measured", of(lambda e: str(e.settings.get("measured", "")) or None)),
-    ]
-    tasks = [c.evaluation.tasks for c in found if c.evaluation is not None and c.evaluation.tasks is not None]
-    kinds = dict.fromkeys(result.task for report in tasks for result in report.results)
-    rows += [(f"{task}: answers found", of(partial(_task, task))) for task in kinds]
-    rows += [
-        ("Python: next lines right", of(lambda e: number(e.code.next_line_right, ".1%") if e.code else None)),
-        (
-            "Python: likeness of next lines",
-            of(lambda e: number(e.code.next_line_similarity, ".3f") if e.code else None),
-        ),
-        ("Python: loss of functions' ends", of(lambda e: number(e.code.loss, ".4f") if e.code else None)),
-        ("passkeys found", of(lambda e: _by_length(e.passkeys))),
-        ("answers found in associative recall (MQAR)", of(lambda e: _by_length(e.mqar))),
-    ]
-    scored = [c.evaluation.harness for c in found if c.evaluation is not None]
-    metrics = dict.fromkeys(
-        (result.task, metric)
-        for harness in scored
-        for results in harness.values()
-        for result in results
-        for metric in result.metrics
-    )
-    rows += [(f"{task}: {metric}", of(partial(_harness, task, metric))) for task, metric in metrics]
-    text = (
-        "The last fusiontree eval of each: every token of whole held-out documents once, predicted from all of its "
-        "document before it. Losses compare where files and tokens are the same, bits per byte also between "
-        "tokenizers; rows that stand in the way are marked. The depth of a passkey is 0 at the row's start and 100 % "
-        "right before the question; it is found where each of its digits is the likeliest next token, and so is an "
-        "answer of associative recall."
-    )
-    return section(
-        "Last evaluation",
-        table(columns, rows, ("tokens", "documents", "files", "measured"))
-        + outdated(columns, lambda column: column.evaluation.step if column.evaluation else None)
-        + evaluation_figure(columns)
-        + grid_figures(columns)
-        + note(text),
-    )
-
-
-def _task(task: str, evaluation: EvalReport) -> Cell:
-    found = [result for result in evaluation.tasks.results if result.task == task] if evaluation.tasks else []
-    return f"{number(found[0].right, '.1%')} of {found[0].answers:,}" if found else None
-
-
-def _by_length(grid: PasskeyReport | MQARReport | None) -> Cell:
-    if grid is None:
-        return None
-    by_length = zip(grid.lengths, *grid.right, strict=True)
-    return ", ".join(f"{number(sum(shares) / len(shares), '.0%')} in {length:,}" for length, *shares in by_length)
-
-
-def _harness(task: str, metric: str, evaluation: EvalReport) -> Cell:
-    for result in (result for results in evaluation.harness.values() for result in results):
-        if result.task == task and metric in result.metrics:
-            value, error = number(result.metrics[metric], ",.4f"), number(result.errors.get(metric), ".4f")
-            return value if error is None else f"{value} ± {error}"
-    return None
-
-
-def _plan(columns: Sequence[Column]) -> str:
-    parts: list[str] = []
-    exports: list[bool] = []
-    for column in columns:
-        plan = column.plan
-        if plan is None:
-            continue
-        cells = "".join(
-            f'<li class="{layer.keep}" title="{escape(layer.reason)}">{index}</li>'
-            for index, layer in enumerate(plan.layers)
-        )
-        kept = {kind: plan.layer_branches.count(kind) for kind in ("both", "mamba", "attention", "constant")}
-        counts = ", ".join(f"{count} {kind}" for kind, count in kept.items() if count)
-        if heads := sum(layer.num_heads_removed for layer in plan.layers):
-            counts += f"; {heads} single heads cut"
-        reasons = "".join(
-            f"<tr><td>{index}</td><td>{escape(layer.keep)}</td><td>{escape(layer.reason)}</td><td>"
-            f"{', '.join(f'{escape(name)} {value:.4g}' for name, value in layer.evidence.items())}</td></tr>"
-            for index, layer in enumerate(plan.layers)
-        )
-        thresholds = ", ".join(f"{escape(name)} {value:g}" for name, value in plan.thresholds.items())
-        is_done = cut_from(column) is not None
-        exports.append(is_done)
-        parts.append(
-            f"<h3>{escape(column.name)}</h3><p>{'Was' if is_done else 'Would be'} pruned by {escape(plan.criterion)}"
-            f"{f' ({thresholds})' if thresholds else ''}{'' if plan.step is None else f', at step {plan.step:,}'}: "
-            f"{counts}.</p>"
-            f'<ol class="branches">{cells}</ol><details><summary>Why, layer by layer</summary><div class="wide">'
-            f"<table><tr><th>layer</th><th>keeps</th><th>reason</th><th>evidence</th></tr>{reasons}</table></div></details>"
-        )
-    if not parts:
-        return ""
-    text = (
-        "From prune_plan.json: a layer keeps both branches, Mamba alone (red), attention alone (blue) or neither "
-        "(dashed): one constant vector. The plan of a run is what it would be pruned by, that of an export what it was."
-    )
-    title = "What was and what would be pruned"
-    if len(set(exports)) == 1:
-        title = "What was pruned" if exports[0] else "What would be pruned"
-    return section(title, "".join(parts) + note(text))
 
 
 def _origin(columns: Sequence[Column]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -90,24 +89,14 @@ class TrainingEngine:
             for directory in (self.run_directory, self.run_directory / "checkpoints"):
                 check_writable(directory, "output_dir")
         self.accelerator = open_accelerator(settings)
-        self.processes = Processes(self.accelerator)
+        self.processes = Processes(self.accelerator, settings.system.timeout)
         try:
-            with self._told_of_others():
+            with self.processes.naming_the_lost():
                 self._open(resume)
         except BaseException:
+            self.processes.close()
             close_accelerator()
             raise
-
-    @contextmanager
-    def _told_of_others(self) -> Iterator[None]:
-        """What waiting for a process that is gone, or holds all up, looks like becomes a sentence."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = self.processes.lost(error)
-            if lost is None:
-                raise
-            raise lost from error
 
     def _open(self, resume: str | None) -> None:
         settings = self.settings
@@ -219,7 +208,7 @@ class TrainingEngine:
                 a process of the run that was lost.
         """
         try:
-            with self._told_of_others(), StopRequest() as stop:
+            with self.processes.naming_the_lost(), StopRequest() as stop:
                 for _ in self.steps(stop):
                     pass
                 if self.step > 0:
@@ -276,6 +265,7 @@ class TrainingEngine:
 
     def close(self) -> None:
         """Close logs and display; the group of processes stays."""
+        self.processes.close()
         self.view.close()
         self.files.close()
         close_accelerator()
@@ -288,7 +278,7 @@ class TrainingEngine:
         """
         t, step = self.settings.training, self.step + 1
         started = time.perf_counter()
-        self.processes.post(step)
+        self.processes.enter("reading data", step)
         stage = self.lengths.at(step)
         self.train_loader.set_shape(stage.batch_size, stage.length)
         micro_batches, totals = fetch(batches, t.gradient_accumulation_steps, self.processes)
@@ -296,10 +286,12 @@ class TrainingEngine:
         with_details = self.monitor.due(step)
         sums = self.gradients(step, micro_batches, totals, with_details=with_details)
         learning_rate = learning_rate_at(step, t)
+        self.processes.enter("optimizer", step)
         grad_norm = self.parallel.update(learning_rate)
         asked = torch.tensor([float(bool(stop))], device=sums.device)
         *values, stopping = self.processes.sum(torch.cat((sums, asked))).tolist()
         values.append(grad_norm)
+        self.processes.enter("writing logs", step)
         self.step = step
         seconds = time.perf_counter() - started
         if all(map(math.isfinite, values)):

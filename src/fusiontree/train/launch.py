@@ -29,6 +29,8 @@ from fusiontree.train.optim import check_optimizer
 from fusiontree.train.settings import RunSettings
 
 _TRUE = ("1", "true", "yes", "on")
+#: NCCL ends the process at a timeout, without a word: later than `train/watch.py` names who is waited for.
+_NCCL_GRACE_S = 60
 _USE_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
@@ -212,7 +214,7 @@ def open_accelerator(settings: RunSettings) -> Accelerator:
                 InitProcessGroupKwargs(
                     # Left to itself, accelerate takes a run of DeepSpeed on CPUs for a single process.
                     backend="gloo" if system.uses_deepspeed and not on_cuda else None,
-                    timeout=timedelta(seconds=system.timeout),
+                    timeout=timedelta(seconds=system.timeout + (_NCCL_GRACE_S if on_cuda else 0)),
                 )
             ],
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import atexit
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from fusiontree.errors import ElsewhereError, InputError, first_line
+from fusiontree.train.watch import Watch
 
 _T = TypeVar("_T")
 
@@ -22,23 +25,31 @@ _TIME_WORDS = ("timeout", "Timeout", "timed out", "Timed out", "timing out")
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
-def _store() -> Any:
-    """The key-value store by which the processes found each other."""
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
 class Processes:
     """The processes of a run; alone, one asks and answers for itself.
 
-    Every method but `on_main`'s work is called by all of them, in the same order.
+    Every method is called by all of them, in the same order, but those that say `this process` and `on_main`'s work.
+
+    Args:
+        accelerator: of the run.
+        timeout: seconds that they wait for one another.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, timeout: float):
         self.device = accelerator.device
         self.index = accelerator.process_index
         self.count = accelerator.num_processes
         self.is_main = accelerator.is_main_process
         self._accelerator = accelerator
+        self._watch = Watch(self.index, self.count, timeout)
+
+    def enter(self, phase: str, step: int) -> None:
+        """Note what this process is about to do, for the others to name if they wait for it in vain."""
+        self._watch.enter(phase, step)
+
+    def close(self) -> None:
+        """Nobody waits for this process from here on."""
+        self._watch.close()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of all processes' `tensor`, on the device."""
@@ -56,10 +67,16 @@ class Processes:
         values = [value] if self.count == 1 else gather_object([value])
         return next((one for one in values if one is not None), None)
 
-    def post(self, step: int) -> None:
-        """Tell the others that this process begins `step`, which they read when they wait for it in vain."""
-        if self.count > 1:
-            _store().set(f"fusiontree/{self.index}", str(step))
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """What waiting for a process that is gone, or holds all up, looks like becomes a sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            lost = self.lost(error)
+            if lost is None:
+                raise
+            raise lost from error
 
     def lost(self, error: RuntimeError) -> InputError | None:
         """What an error of waiting for other processes means, or None if it is no such error."""
@@ -72,23 +89,12 @@ class Processes:
             if not any(mark in text for mark in _GONE):
                 return None
             return ElsewhereError(f"another process of the run has ended: {first_line(error)}")
-        steps = self._steps()
-        behind = [str(index) for index, step in enumerate(steps) if step < max(steps)]
-        who = f"process {' and '.join(behind)}" if behind else "a process"
-        where = f" (at step {min(steps)}, others at {max(steps)})" if behind else ""
-        return InputError(
-            f"process {self.index} waited longer than system.timeout for {who} of {self.count}{where}: "
-            "look at what holds it up, then go on with --resume auto"
-        )
-
-    def _steps(self) -> list[int]:
-        """The step that each process has begun, 0 before the first; none where the store is gone with its process."""
-        keys = [f"fusiontree/{index}" for index in range(self.count)]
-        try:
-            # `get` would wait for what has not been set.
-            return [int(_store().get(key)) if _store().check([key]) else 0 for key in keys]
-        except RuntimeError:
-            return []
+        self._watch.close()
+        behind, falls_to_this = self._watch.waits_for()
+        # Once the sentence is told: it ends those that hang, which can be what a launcher goes by.
+        atexit.register(self._watch.give_up)
+        kind = InputError if falls_to_this else ElsewhereError
+        return kind(self._watch.sentence(behind))
 
     def require_equal(self, facts: Mapping[str, Any], advice: str) -> None:
         """Compare what must be the same in all processes.

@@ -47,6 +47,7 @@ class RunEvaluation:
         Returns:
             The row for metrics.jsonl; None when `stop` gave up.
         """
+        self._processes.enter("evaluating", step)
         result = self.measure(model, lambda: self._processes.any(stop()))
         if result is None:
             return None

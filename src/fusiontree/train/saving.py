@@ -77,6 +77,7 @@ class RunSaver:
         # An evaluation that a stop had cut short is made up for after its step was saved, and may be the best.
         if self.has(state.step) and state.best == self._best:
             return
+        self._processes.enter("saving", state.step)
         self.newest = save_checkpoint(self._run, self._parallel, self._processes, self._tokenizer, state)
         self._best = state.best
         if self._processes.is_main:

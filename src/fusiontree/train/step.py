@@ -76,6 +76,7 @@ class StepGradients:
         self._loss.coefficients = coefficients_at(step, self._settings.training.max_steps, self._settings.loss)
         sums = torch.zeros(len(TERMS) + 2, device=device)
         for index, micro_batch in enumerate(micro_batches):
+            self._processes.enter("forward", step)
             batch = micro_batch.to(device, non_blocking=True)
             self._parallel.module.set_dropout_key(self._settings.seed, step, index)
             with self._parallel.accumulate(is_last=index == len(micro_batches) - 1):
@@ -88,6 +89,7 @@ class StepGradients:
                         output_hidden_states=self._loss.needs_hidden_states,
                     )
                     share = self._loss(output, batch, totals, self._parallel.module.lm_head.weight)
+                self._processes.enter("backward", step)
                 self._parallel.backward(share.total)
             self._parallel.average_running_means()
             sums += torch.cat((share.terms, share.gates))
