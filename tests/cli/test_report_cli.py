@@ -405,7 +405,7 @@ def test_a_pipe_is_written_to(command: str, runs: list[Path], tmp_path: Path) ->
     given = ["--jsonl", source, "-n", "2", "--device", "cpu", "--out", pipe]
     assert main([command, str(runs[0]), *map(str, given if command == "generate" else ["-o", pipe])]) == 0
     reader.join(timeout=30)
-    assert found[0].startswith("<!doctype html>" if command == "report" else '{"prompt": "a", "text": ')
+    assert found[0].startswith("<!DOCTYPE html>" if command == "report" else '{"prompt": "a", "text": ')
     assert pipe.is_fifo()
 
 
