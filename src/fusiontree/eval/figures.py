@@ -25,6 +25,9 @@ def plot_perplexity_by_position(report: EvalReport, path: Path) -> Path:
     drawn = [value for value in values if math.isfinite(value)]
     # Each range ends at twice its start: drawn equally wide, all but the first lie as on a logarithmic axis.
     axes.set_yscale("log")
+    if drawn and min(drawn) == max(drawn) == report.perplexity:
+        # Nothing for the axis to span. Before anything is drawn: limits found from one value come with a warning.
+        axes.set_ylim(report.perplexity / 2, report.perplexity * 2)
     axes.stairs(values, baseline=None, linewidth=2, color="tab:blue")
     for index, value in enumerate(values):
         if math.isnan(value):
@@ -37,8 +40,6 @@ def plot_perplexity_by_position(report: EvalReport, path: Path) -> Path:
         axes.legend()
     axes.set_xticks(range(len(ranges) + 1), [str(ranges[0].start), *(str(bucket.end) for bucket in ranges)])
     axes.margins(y=0.12)
-    if drawn and min(drawn) == max(drawn) == report.perplexity:  # nothing for the axis to span
-        axes.set_ylim(report.perplexity / 2, report.perplexity * 2)
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         which(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.set(xlabel="place of the predicted token in its document", ylabel="perplexity per token")
