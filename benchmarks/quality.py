@@ -141,11 +141,24 @@ def write_report(path: Path) -> str:
     return text
 
 
+def held_out(path: Path, every: int, cache: Path) -> tuple[Path, Path]:
+    """The texts of `path` in two files, for training and, every so many, for validation."""
+    files = cache / f"{path.stem}_train.jsonl", cache / f"{path.stem}_valid_{every}.jsonl"
+    cache.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    files[0].write_text("".join(line for i, line in enumerate(lines) if i % every), encoding="utf-8")
+    files[1].write_text("".join(lines[::every]), encoding="utf-8")
+    return files
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     data = records.REPOSITORY.parent / "shared" / "data" / "wikitext2"
     parser.add_argument("--train", type=Path, default=data / "train.jsonl", help="JSONL with a `text` per line")
     parser.add_argument("--valid", type=Path, default=data / "valid.jsonl")
+    parser.add_argument(
+        "--hold-out", type=int, metavar="N", help="every N-th text of --train is for validation, in place of --valid"
+    )
     parser.add_argument("--corpus", default="wikitext2", help="names the results files")
     parser.add_argument("--results", type=Path, default=records.RESULTS, help="directory of the records")
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / ".cache", help="tokens, unfinished runs")
@@ -190,6 +203,8 @@ def main(argv: list[str]) -> None:
     if options.discard_old_revisions:
         records.keep_records(results, lambda r: r["run"]["model"] != OURS or r["revision"] == revision)
     size = SIZES[options.size]
+    if options.hold_out:
+        options.train, options.valid = held_out(options.train, options.hold_out, options.cache)
     train_stream, valid_stream, data = load_streams(
         options.train, options.valid, vocab_size=size.vocab_size, cache=options.cache
     )
@@ -245,7 +260,10 @@ def main(argv: list[str]) -> None:
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
             f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
             + (f" --variants '{variant}'" if variant else "")
-            + (f" --optimizer {options.optimizer}" if options.optimizer != "adamw" else ""),
+            + (f" --optimizer {options.optimizer}" if options.optimizer != "adamw" else "")
+            + (f" --seed {options.seed}" if options.seed else "")
+            + (f" --corpus {options.corpus}" if options.corpus != "wikitext2" else "")
+            + (f" --hold-out {options.hold_out}" if options.hold_out else ""),
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

@@ -30,12 +30,15 @@ def write(sections: dict[str, Any], path: Path) -> str:
     return str(path)
 
 
-def started_by_hand(*commands: list[str]) -> list[subprocess.Popen[str]]:
-    """A process for each command, without a launcher that would end the others."""
+def free_port() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
+        return str(free.getsockname()[1])
+
+
+def started_by_hand(*commands: list[str]) -> list[subprocess.Popen[str]]:
+    """A process for each command, without a launcher that would end the others."""
+    port, processes = free_port(), []
     for rank, command in enumerate(commands):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         place |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(commands)))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -252,70 +250,6 @@ def test_a_launchers_sigterm_after_ctrl_c_leaves_time_to_save(run_settings, tmp_
     process.send_signal(signal.SIGTERM)
     _, shown = process.communicate(timeout=120)
     assert process.returncode == 130, shown
-    saved = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step_"))
-    assert saved == rows(tmp_path / "run", "metrics.jsonl")[-1]["step"] >= 3
-
-
-def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_settings, tmp_path: Path) -> None:
-    """Stand-ins for SLURM's commands: srun starts a process per task and passes the signal on, as the real one does."""
-    sections = run_settings(
-        output_dir=str(tmp_path / "run"),
-        training={"max_steps": 2000, "eval_interval": 0, "save_interval": 0},
-        system={"device": "cpu", "num_threads": 1, "zero_stage": 2},
-    )
-    config = write(sections, tmp_path / "run.yaml")
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "scontrol").write_text(
-        '#!/bin/sh\ncase "$1" in show) echo localhost;; requeue) echo "requeued $2";; esac\n'
-    )
-    (tools / "srun").write_text(
-        textwrap.dedent(
-            f"""\
-            #!{sys.executable}
-            import os, signal, subprocess, sys
-            command = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
-            tasks = [
-                subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
-                for i in range(2)
-            ]
-            signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
-            sys.exit(max(task.wait() for task in tasks))
-            """
-        )
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    job = subprocess.Popen(
-        ["bash", str(ROOT / "scripts" / "train.slurm"), config],
-        env=ENVIRONMENT
-        | {
-            "PATH": f"{tools}:{Path(warm.python()).parent}:{os.environ['PATH']}",
-            "SLURM_JOB_NODELIST": "localhost",
-            "SLURM_NTASKS": "2",
-            "SLURM_JOB_NUM_NODES": "1",
-            "SLURM_JOB_ID": "77",
-            "MASTER_PORT": str(port),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    deadline = time.monotonic() + 300
-    while len(rows(tmp_path / "run", "metrics.jsonl")) < 3 and job.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (srun,) = [child for child in psutil.Process(job.pid).children() if "srun" in " ".join(child.cmdline())]
-    srun.send_signal(signal.SIGUSR1)
-    try:
-        shown, _ = job.communicate(timeout=120)
-    finally:
-        for process in [*psutil.Process(job.pid).children(recursive=True), job] if job.poll() is None else []:
-            process.kill()
-    assert job.returncode == 138, shown
-    assert "requeued 77" in shown
     saved = int((tmp_path / "run" / "latest").resolve().name.removeprefix("step_"))
     assert saved == rows(tmp_path / "run", "metrics.jsonl")[-1]["step"] >= 3
 

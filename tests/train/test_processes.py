@@ -29,7 +29,7 @@ GLOO = RuntimeError(
 def first_of_three(monkeypatch) -> Iterator[Processes]:
     store = torch.distributed.HashStore()
     store.set_timeout(timedelta(milliseconds=50))
-    monkeypatch.setattr(watch, "_store", lambda: store)
+    monkeypatch.setattr(watch, "default_store", lambda: store)
     accelerator: Any = SimpleNamespace(
         device=torch.device("cpu"), process_index=0, num_processes=3, is_main_process=True
     )
@@ -42,7 +42,7 @@ def told(monkeypatch, index: int, *places: Place | None) -> InputError | None:
     """What process `index` makes of a timeout, where the processes have told these places; the last is the others'."""
     store = torch.distributed.HashStore()
     store.set_timeout(timedelta(milliseconds=50))
-    monkeypatch.setattr(watch, "_store", lambda: store)
+    monkeypatch.setattr(watch, "default_store", lambda: store)
     for number, place in enumerate(places):
         if place is not None:
             store.set(f"fusiontree/{number}", json.dumps(astuple(place)))

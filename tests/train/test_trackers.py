@@ -15,11 +15,21 @@ from typing import Any
 import pytest
 import yaml
 from stopped_runs import rows, stop
-from tracked_rows import Rows, by_tag, in_csv, in_metrics, in_tensorboard, in_wandb
+from tracked_rows import (
+    Rows,
+    by_tag,
+    in_csv,
+    in_metrics,
+    in_tensorboard,
+    in_wandb,
+    pictures_in_tensorboard,
+    pictures_in_wandb,
+)
 from wandb_server import wandb_server
 
 import fusiontree
 import warm
+from fusiontree.cli import main
 from fusiontree.errors import InputError
 from fusiontree.train import trackers
 from fusiontree.train.engine import TrainingEngine
@@ -66,6 +76,20 @@ def test_after_a_resume_they_show_the_rows_of_a_run_that_never_stopped(run_setti
     (run / "latest").unlink()
     fusiontree.train(tracked, resume="auto")
     assert_shown(run)
+
+
+def test_they_get_the_pictures_of_a_run_when_it_ends(run_settings, tmp_path: Path) -> None:
+    """Its gate maps among them; once more when it goes on, in place of the earlier ones."""
+    run, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(run_settings(logging=ALL, output_dir=str(run))))
+    for last in (6, 8):
+        arguments = ["--config", str(config), "--resume", "auto", f"training.max_steps={last}"]
+        assert main(["train", *arguments]) == 0
+        drawn = {path.stem: path.read_bytes() for path in (run / "plots").iterdir()}
+        assert drawn.keys() == {"learning_curve", "gates_by_step", "gates_by_channel"}
+        assert pictures_in_tensorboard(run) == {name: [(last, picture)] for name, picture in drawn.items()}
+        assert pictures_in_wandb(run, 3) == {name: (f"step {last}", picture) for name, picture in drawn.items()}
+        assert_shown(run)
 
 
 def test_a_run_that_goes_back_while_it_trains(tmp_path: Path) -> None:

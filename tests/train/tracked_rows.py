@@ -33,6 +33,35 @@ def in_tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def pictures_in_tensorboard(run: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """Per tag its steps and PNG files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    return {
+        tag: [(event.step, event.encoded_image_string) for event in events.Images(tag)]
+        for tag in events.Tags()["images"]
+    }
+
+
+def pictures_in_wandb(run: Path, expected: int) -> dict[str, tuple[str, bytes]]:
+    """Captions and PNG files of the summary of the only offline run that is there."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = (run / "wandb").glob("offline-run-*/*.wandb")
+    deadline, found = time.monotonic() + 60, {}
+    while len(found) < expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+        for content in _records(file.read_bytes()):
+            for item in Record.FromString(content).summary.update:
+                value = json.loads(item.value_json)
+                if isinstance(value, dict) and value.get("_type") == "image-file":
+                    picture = (file.parent / "files" / value["path"]).read_bytes()
+                    found[item.key or item.nested_key[0]] = value["caption"], picture
+    return found
+
+
 def by_tag(rows: Rows) -> dict[str, list[tuple[int, float]]]:
     found = defaultdict(list)
     for row in rows:

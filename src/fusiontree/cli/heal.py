@@ -25,11 +25,12 @@ def heal(
     from fusiontree.deploy.heal import heal as run_healing
     from fusiontree.plots import plot_run
     from fusiontree.train.launch import is_first_process
-    from fusiontree.train.stop import EXIT_CODES
+    from fusiontree.train.stop import EXIT_CODES, leave_together
 
     settings = heal_settings(export, parent=parent, config=config, overrides=overrides or [])
     healed = run_healing(settings, resume=resume)
     if healed.stopped_by is not None:
+        leave_together(healed.stopped_by)
         raise typer.Exit(EXIT_CODES[healed.stopped_by])
     if not is_first_process():
         return

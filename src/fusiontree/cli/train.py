@@ -45,14 +45,12 @@ def train(
         return
 
     from fusiontree.plots import plot_run
-    from fusiontree.train import train as run_training
-    from fusiontree.train.launch import is_first_process
-    from fusiontree.train.stop import EXIT_CODES
+    from fusiontree.train.engine import TrainingEngine
+    from fusiontree.train.stop import EXIT_CODES, leave_together
 
-    result = run_training(settings, resume=resume)
-    if result.step > 0 and is_first_process():
-        plot_run(result.run)
+    result = TrainingEngine(settings, resume=resume).run(draw=plot_run)
     if result.stopped_by is not None:
+        leave_together(result.stopped_by)
         raise typer.Exit(EXIT_CODES[result.stopped_by])
 
 

@@ -116,6 +116,8 @@ def _start_worker(_: int) -> None:
     # Ctrl-C reaches the terminal's whole process group, and `timeout` and its like send SIGTERM to all of theirs: the
     # process that trains decides what either means and ends its workers, which it does with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # which a batch system may send to every process of a job
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if sys.platform == "linux":
         # If the trainer is killed, a worker that waits for room in its pipe would never hear of it.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

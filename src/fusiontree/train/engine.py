@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -141,13 +141,9 @@ class TrainingEngine:
         )
         if state is not None:
             self.processes.on_all(lambda: self._restore(state))
+        config, fingerprint = self.parallel.module.config, self.train_loader.fingerprint
         self.evaluation.step = self.processes.on_main(
-            lambda: self.files.open(
-                self.parallel.module.config,
-                step=self.step,
-                checkpoint=checkpoint,
-                fingerprint=self.train_loader.fingerprint,
-            )
+            lambda: self.files.open(config, step=self.step, checkpoint=checkpoint, fingerprint=fingerprint)
         )
 
     def _load(self, checkpoint: Path | None) -> tuple[TrainingState | None, HybridLanguageModel, Teacher | None]:
@@ -200,8 +196,12 @@ class TrainingEngine:
         self.step = state.step
         self.parallel.restore_moments(load_moments(self.saver.newest))
 
-    def run(self) -> TrainResult:
+    def run(self, draw: Callable[[Path], Sequence[Path]] | None = None) -> TrainResult:
         """Train until `max_steps`, or until SIGINT, SIGTERM or SIGUSR1 asks to stop; either way the last step is saved.
+
+        Args:
+            draw: makes pictures of the run from its directory when it has ended, in the main process alone; the
+                trackers are handed the PNG files that it returns.
 
         Raises:
             InputError: losses or gradients that stay without a finite value, a full disk, data that changed underneath,
@@ -214,14 +214,17 @@ class TrainingEngine:
                 if self.step > 0:
                     self.saver.save(self.view.warn)
                 signal = self.processes.first(stop.signal)
+                loaders = {"data": self.train_loader, "evaluation data": self.evaluation.loader}
                 announce_end(
                     self.view,
                     self.run_directory,
                     self.step,
                     checkpoint=self.saver.newest,
                     signal=signal,
-                    loaders={"data": self.train_loader, "evaluation data": self.evaluation.loader},
+                    loaders=loaders,
                 )
+                if draw is not None and self.step > 0 and self.processes.is_main:
+                    self.files.metrics.show(draw(self.run_directory), self.step)
                 return TrainResult(self.run_directory, self.step, self.saver.newest, self.evaluation.result, signal)
         finally:
             self.close()

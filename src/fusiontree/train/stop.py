@@ -6,10 +6,18 @@ import os
 import signal
 import threading
 from contextlib import suppress
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+
 from fusiontree.train.launch import is_first_process
+from fusiontree.train.watch import default_store
+
+_LEFT = "fusiontree/left"
+#: How long the others wait for the first process, which draws and closes the trackers.
+_PATIENCE = timedelta(minutes=10)
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 # A batch system sends it some time before the job's end (`sbatch --signal=USR1@120`); Windows has none.
@@ -58,3 +66,20 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def leave_together(stopped_by: signal.Signals) -> None:
+    """The last thing that a process does which was stopped by a signal, before it leaves with that signal's exit code.
+
+    A launcher, or `srun --kill-on-bad-exit`, ends all processes as soon as one has ended with another code than 0. So
+    none leaves before the first one is done, and none hears the signal by which the others are ended then, which would
+    change its code and with it srun's.
+    """
+    for number in EXIT_CODES.keys() - {stopped_by}:
+        signal.signal(number, signal.SIG_IGN)
+    if torch.distributed.is_initialized():
+        with suppress(RuntimeError):  # the store has gone with the first process
+            if is_first_process():
+                default_store().set(_LEFT, "1")
+            else:
+                default_store().wait([_LEFT], _PATIENCE)

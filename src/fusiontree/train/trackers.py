@@ -15,6 +15,7 @@ import json
 import os
 import secrets
 import shutil
+import struct
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from fusiontree.train.settings import LoggingSettings
 Row = Mapping[str, Any]
 
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
+
+_RGBA = 4  # TensorBoard's number for it
 
 #: Seconds that the end of a run waits for what W&B has yet to upload.
 WANDB_PATIENCE = 120.0
@@ -58,6 +61,8 @@ def _is_installed(package: str) -> bool:
 
 class Tracker(Protocol):
     def log(self, row: Row) -> None: ...
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -90,6 +95,9 @@ class CsvTracker:
             return
         with self._path.open(encoding="utf-8", newline="") as file:
             self._rewrite([*csv.DictReader(file), row])
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        """A table has no place for them."""
 
     def close(self) -> None:
         if self._file is not None:
@@ -136,6 +144,14 @@ class TensorBoardTracker:
 
     def log(self, row: Row) -> None:
         self._add(row, time.time())
+        self._file.flush()
+
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        for name, path in pictures.items():
+            content = path.read_bytes()
+            width, height = struct.unpack(">II", content[16:24])  # where every PNG has them
+            image = {"width": width, "height": height, "colorspace": _RGBA, "encoded_image_string": content}
+            self._write(wall_time=time.time(), step=step, summary={"value": [{"tag": name, "image": image}]})
         self._file.flush()
 
     def close(self) -> None:
@@ -197,6 +213,12 @@ class WandbTracker:
             self._run.log({key: value for key, value in row.items() if value is not None}, step=self._next)
         self._next += 1
 
+    def show(self, pictures: Mapping[str, Path], step: int) -> None:
+        # Not in the history, whose rows are counted. A resume shows newer ones in their place.
+        wandb = importlib.import_module("wandb")
+        for name, path in pictures.items():
+            self._run.summary[name] = wandb.Image(str(path), caption=f"step {step}")
+
     def close(self) -> None:
         # Called while an exception passes, it tells W&B that the run has failed.
         self._run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
@@ -254,11 +276,18 @@ class MetricsLog(JsonlLog):
     def write(self, row: Row | str) -> None:
         super().write(row)
         if not isinstance(row, str):
-            for name, tracker in list(self._trackers.items()):
-                try:
-                    tracker.log(finite(row))
-                except Exception as error:
-                    self._leave(name, error)
+            self._each(lambda tracker: tracker.log(finite(row)))
+
+    def show(self, pictures: Sequence[Path], step: int) -> None:
+        """Hand PNG files to the trackers, under their names, as those of the run at `step`."""
+        self._each(lambda tracker: tracker.show({path.stem: path for path in pictures}, step))
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                do(tracker)
+            except Exception as error:
+                self._leave(name, error)
 
     def close(self) -> None:
         super().close()

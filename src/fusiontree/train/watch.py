@@ -27,7 +27,7 @@ _STORE_PATIENCE_S = 10.0
 _OVER = "fusiontree/over"
 
 
-def _store() -> Any:
+def default_store() -> Any:
     """The key-value store by which the processes found each other."""
     return torch.distributed.distributed_c10d._get_default_store()
 
@@ -76,7 +76,7 @@ class Watch:
         self._closed = threading.Event()
         if count > 1:
             # A connection of its own: the main thread's is locked for as long as it waits.
-            self._store = _store().clone()
+            self._store = default_store().clone()
             threading.Thread(target=self._run, name="fusiontree-watch", daemon=True).start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
