@@ -22,7 +22,6 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 
 from fusiontree.deploy.engine import ComputeThread
 from fusiontree.deploy.openai_bodies import ApiError, ChatBody, CompletionBody, parse_body
@@ -124,8 +123,6 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
         return await asyncio.wait_for(_read_body(request, settings), seconds)
     except asyncio.TimeoutError as error:
         raise ApiError(408, f"the body did not arrive within {seconds:g} seconds") from error
-    except ClientDisconnect as error:
-        raise ApiError(499, "the client has gone") from error
 
 
 async def _read_body(request: Request, settings: ServerSettings) -> bytes:
@@ -135,10 +132,15 @@ async def _read_body(request: Request, settings: ServerSettings) -> bytes:
     if declared.isdigit() and int(declared) > most:
         raise too_large
     content = bytearray()
-    async for piece in request.stream():
-        content += piece
+    is_whole = False
+    while not is_whole:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "the client has gone")
+        content += message.get("body", b"")
         if len(content) > most:
             raise too_large
+        is_whole = not message.get("more_body", False)
     return bytes(content)
 
 
