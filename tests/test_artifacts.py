@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,30 @@ def test_atomic_write_keeps_links_and_the_users_file_mode(tmp_path: Path) -> Non
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == "größer\n".encode()
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o644
+
+
+def read_through_pipe(pipe: Path) -> tuple[threading.Thread, list[bytes]]:
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    return reader, found
+
+
+def test_what_is_no_regular_file_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        reader, found = read_through_pipe(tmp_path / "pipe")
+        atomic_write(path, "größer\n")
+        reader.join(timeout=30)
+        assert found == ["größer\n".encode()]
+    assert (tmp_path / "pipe").is_fifo() and sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_file_that_cannot_be_made_is_named_itself() -> None:
+    with pytest.raises(OSError) as caught:
+        atomic_write("/proc/page.html", "")
+    assert caught.value.filename == "/proc/page.html"
 
 
 def test_atomic_directory_appears_and_replaces_as_a_whole(tmp_path: Path) -> None:

@@ -28,14 +28,17 @@ TINY = {
 }
 
 
-def save_tiny_model(folder: Path, tokenizer: Path | None, **fields: Any) -> Path:
-    """A random model in `folder`, with weights large enough that every token depends on what came before."""
+def save_tiny_model(folder: Path, tokenizer: Path | None, *, broken: bool = False, **fields: Any) -> Path:
+    """A random model in `folder`, with weights large enough that every token depends on what came before; `broken`: one
+    that gives NaN to a token."""
     torch.manual_seed(0)
     model = HybridLanguageModel(HybridLanguageModelConfig(**(TINY | fields)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and not name.endswith("A_log"):
                 parameter.normal_(std=1.5 * parameter.shape[1] ** -0.5)
+    if broken:
+        torch.nn.init.constant_(model.lm_head.weight[0], torch.nan)
     model.save_pretrained(folder)
     if tokenizer is not None:
         load_tokenizer(tokenizer).save_pretrained(folder)

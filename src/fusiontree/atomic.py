@@ -18,29 +18,43 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Replaces the file at `path` by `content` (text as UTF-8) in one step.
 
-    Missing parent directories are made. A symbolic link stays one: the file that it points to is replaced.
+    Missing parent directories are made. A symbolic link stays one: the file that it points to is replaced. What is
+    there and is no regular file, such as a pipe or a device, is written to instead.
 
     Raises:
-        OSError: the content could not be written (disk full, no permission); the old file is untouched.
+        OSError: the content could not be written (disk full, no permission); its `filename` is `path`, and the old file
+            is untouched.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if os.path.exists(path) and not os.path.isfile(path):
+        with _naming(path), open(path, "wb") as file:
+            file.write(data)
+        return
     destination = Path(os.path.realpath(path))
     destination.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = _sibling(destination)
-    try:
-        # Not tempfile.mkstemp: its files are private to the user, whatever the umask says.
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, destination)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            # A failed write does not know its file: say which one.
-            raise OSError(error.errno, error.strerror, str(destination)) from error
-        raise
+    with _naming(path):
+        try:
+            # Not tempfile.mkstemp: its files are private to the user, whatever the umask says.
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, destination)
+        except BaseException:
+            with suppress(OSError):  # it may never have been made
+                temporary.unlink()
+            raise
     _sync_directory(destination.parent)
+
+
+@contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An `OSError` of the block names `path`: one of a write names no file, and others the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InputError(f"config file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise InputError(f"config file {path}{_place(error)} is not valid YAML: {_problem(error)}") from error
+        raise InputError(f"config file {path}{yaml_fault(error)}") from error
     except OmegaConfBaseException as error:
         raise InputError(f"config file {path}: {first_line(error)}") from error
     if not isinstance(content, dict) or any(not isinstance(key, str) for key in content):
@@ -228,6 +228,7 @@ def _problem(error: yaml.YAMLError) -> str:
     return str(getattr(error, "problem", None) or first_line(error))
 
 
-def _place(error: yaml.YAMLError) -> str:
+def yaml_fault(error: yaml.YAMLError) -> str:
+    """The rest of a sentence that begins with the name of a file: where that is no YAML, and why."""
     mark = getattr(error, "problem_mark", None)
-    return f", line {mark.line + 1}" if mark else ""
+    return f"{f', line {mark.line + 1}' if mark else ''} is not valid YAML: {_problem(error)}"

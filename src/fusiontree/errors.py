@@ -16,6 +16,16 @@ class InputError(ValueError):
     """
 
 
+class NonFiniteError(InputError):
+    """A model whose logits are NaN or infinite: nothing can be said of its texts, and no token chosen."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are not finite (NaN or infinity): its weights are damaged, or too large for this data "
+            "type; try float32, or an earlier checkpoint"
+        )
+
+
 class ElsewhereError(InputError):
     """An `InputError` of another process of the same run, which tells it itself: this one only ends with it."""
 

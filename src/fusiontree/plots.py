@@ -93,7 +93,8 @@ def _plot_found(
     image = axes.imshow(right_DS, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     for (row, column), share in np.ndenumerate(right_DS):
         colour = "white" if share > 0.5 else "black"
-        axes.text(column, row, f"{share:.0%}", ha="center", va="center", color=colour)
+        text = f"{share:.0%}" if np.isfinite(share) else "not a number"
+        axes.text(column, row, text, ha="center", va="center", color=colour)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="tokens of the text", ylabel=label, title=title)

@@ -144,9 +144,24 @@ def test_what_cannot_be_saved_is_said_and_the_conversation_goes_on(folder: Path,
     assert code == 0 and "there is no state of this conversation to save" in said
 
 
+def test_bytes_that_are_no_text_end_the_conversation(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\nh\xe9llo\n"), errors="surrogateescape"))
+    capsys.readouterr()
+    assert main(["chat", str(folder), "--greedy", "-n", "10", "--device", "cpu"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == answers(folder, "hello")
+    assert shown.err == "error: line 2 of standard input is not UTF-8 text (byte 1)\n"
+
+
 def test_without_a_template_there_is_no_conversation(corpus: Path, tmp_path: Path, talk) -> None:
     code, _, said = talk("hello", model=save_tiny_model(tmp_path, corpus / "tokenizer"))
-    assert (code, said) == (2, "error: the model's tokenizer has no chat template, so it cannot hold a conversation\n")
+    assert (code, said) == (
+        2,
+        "error: the model's tokenizer has no chat template, so it cannot hold a conversation: give it one, or use "
+        "`fusiontree generate`\n",
+    )
 
 
 @pytest.mark.slow

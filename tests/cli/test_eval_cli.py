@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lm_eval.tasks import TaskManager
@@ -135,6 +136,10 @@ def test_it_goes_on_where_it_was_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr("fusiontree.eval.eval_llm.evaluate_documents", interrupted)
         assert main(["eval", str(folder), *options]) == 130
+    assert capsys.readouterr().err.splitlines() == [
+        "the same command goes on after the last part that was measured",
+        "interrupted",
+    ]
     partial = EvalReport.load(path)
     assert partial.parts.keys() == {"passkeys", "code"} and partial.loss is None
     assert partial.passkeys is not None and partial.passkeys.lengths == [64, 96]
@@ -168,6 +173,48 @@ def test_it_goes_on_where_it_was_interrupted(
     assert (folder / "passkeys.png").exists() and not (folder / "perplexity_by_position.png").exists()
 
 
+def test_a_model_that_computes_no_numbers_is_not_scored(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, program = save_tiny_model(tmp_path / "broken", corpus / "tokenizer", broken=True), tmp_path / "song.py"
+    program.write_text("def sing():\n    a = 1\n    return a\n")
+    row = {"question": "the quick", "choices": [" fox", " dog"], "answer": 0}
+    (tmp_path / "tasks").mkdir()
+    save_harness_task(tmp_path / "tasks", [row])
+    lengths = ["--lengths", "64"]
+    for options in (
+        ["--data", str(corpus / "eval.jsonl")],
+        ["--data", str(corpus / "eval.jsonl"), "--tasks", "needle"],
+        ["--tasks", "passkey", *lengths],
+        ["--tasks", "mqar", "--pairs", "4", *lengths],
+        ["--tasks", "code", "--code", str(program)],
+        ["--tasks", "lm_eval:birds", "--task-folder", str(tmp_path / "tasks")],
+    ):
+        capsys.readouterr()
+        assert main(["eval", str(folder), "--device", "cpu", "--out", str(tmp_path / "out"), *options]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert line.startswith("error: the model's logits are not finite (NaN or infinity): ")
+        assert not (tmp_path / "out").exists()
+
+
+def save_harness_task(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """A task named birds, whose data lie beside the folder."""
+    data = folder.parent / "birds.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "birds",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "birds.yaml").write_text(json.dumps(task))  # which is YAML too
+
+
 def test_associative_recall_needs_no_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "--device",
@@ -197,20 +244,8 @@ def test_associative_recall_needs_no_text(folder: Path, capsys: pytest.CaptureFi
 
 def test_tasks_of_the_harness(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"question": "the quick brown", "choices": [" fox", " dog", " bird"], "answer": i % 3} for i in range(6)]
-    (tmp_path / "birds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "birds",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "birds.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "metric_list": [{"metric": "acc"}],
-    }
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "birds.yaml").write_text(json.dumps(task))  # which is YAML too
+    save_harness_task(tmp_path / "tasks", rows)
     options = ["--device", "cpu", "--tasks", "lm_eval:birds", "--task-folder", str(tmp_path / "tasks")]
     assert main(["eval", str(folder), *options]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -246,6 +281,10 @@ def test_what_is_kept_outlives_a_part_that_fails(
     capsys.readouterr()
     assert main([*options, "--tasks", "needle,lm_eval:typo", "--task-folder", str(tasks)]) == 2
     assert "there is no task 'typo' in " in capsys.readouterr().err
+    (tasks / "typo.yaml").write_text("task: typo\ndataset_path: [json\n")
+    assert main([*options, "--tasks", "needle,lm_eval:typo", "--task-folder", str(tasks)]) == 2
+    assert f"the task file {tasks / 'typo.yaml'}, line 3 is not valid YAML: " in capsys.readouterr().err
+    (tasks / "typo.yaml").unlink()
     assert EvalReport.load(path) == before  # said before needle was measured
     assert main([*options, "--tasks", "needle,lm_eval:lost", "--task-folder", str(tasks)]) == 2
     assert "the task 'lost' cannot be loaded: " in capsys.readouterr().err
@@ -264,6 +303,7 @@ def test_what_is_kept_outlives_a_part_that_fails(
         (["MODEL", "--data", "DATA", "--out", "EMPTY"], "--out "),
         (["MODEL", "--data", "DATA", "--out", "EMPTY/sub"], "--out: the directory "),
         (["MODEL"], "there is nothing to evaluate: give --data FILES, or --tasks passkey, mqar, code or lm_eval:NAME"),
+        (["MODEL", "--tasks", "mqar", "--by-position"], "--by-position tabulates the perplexity of texts: give --data"),
         (["MODEL", "--tasks", "needle"], "--tasks needle is written into texts: give --data FILES"),
         (["MODEL", "--tasks", "code"], "--tasks code completes Python functions: give --code FILES"),
         (["MODEL", "--data", "DATA", "--code", "DATA"], "--code is for --tasks code"),

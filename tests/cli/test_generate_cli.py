@@ -86,7 +86,8 @@ def test_text_comes_as_it_is_made(folder: Path) -> None:
         (["MODEL", "-p", "a\udcff"], b"", "prompt 1 is not valid Unicode text at character 2"),
         (["MODEL", "-p", "a", "--dtype", "int3"], b"", "--dtype must be one of float32, bfloat16, float16, got 'int3'"),
         (["MODEL", "-p", "a", "--device", "abacus"], b"", "device 'abacus' cannot be used here"),
-        (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be at least 0"),
+        (["MODEL", "-p", "a", "--temperature", "-1"], b"", "temperature must be a finite number of at least 0"),
+        (["MODEL", "-p", "a", "-t", "inf"], b"", "temperature must be a finite number of at least 0"),
         (["MODEL", "-p", "a", "--greedy", "-t", "0.5"], b"", "--greedy draws nothing, so --temperature has no effect"),
         (["MODEL", "-p", "a", "--rows", "4"], b"", "--rows is for --jsonl: a single text is one row"),
         (["MODEL", "-p", "a", "-n", "0"], b"", "max_new_tokens must be at least 1, got 0"),
@@ -169,8 +170,35 @@ def test_a_stop_ends_a_text_and_penalties_change_it(folder: Path, capsys: pytest
     shown = capsys.readouterr()
     assert shown.out == whole[: whole.index(whole[8:11])] + "\n"
     assert shown.err.startswith("1 text, 1 at once: ")
+    assert main([*options, "--stop", whole[0], "--stats"]) == 0  # with the first token
+    shown = capsys.readouterr().err
+    assert shown.startswith("1 text, 1 at once: ") and " 0 bytes of state" not in shown
     assert main([*options, "--repetition-penalty", "1.9"]) == 0
     assert capsys.readouterr().out != whole + "\n"
+
+
+@pytest.mark.parametrize("more", [["--greedy"], ["-t", "1.5", "--top-k", "3", "--min-p", "0.1"]], ids=str)
+def test_a_model_that_computes_no_numbers_is_told(
+    corpus: Path, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_model(tmp_path / "broken", corpus / "tokenizer", broken=True)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    many = ["--jsonl", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    capsys.readouterr()
+    for source in (["-p", PROMPT], many):
+        assert main(["generate", str(folder), "--device", "cpu", *source, *more]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.count("\n") == 1
+        assert shown.err.startswith("error: the model's logits are not finite (NaN or infinity): ")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_seed_may_be_any_that_the_server_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (-1, 2**63 - 1):  # equal modulo 2**63
+        assert main(["generate", str(folder), "-p", PROMPT, "--seed", str(seed), "--device", "cpu", "-n", "8"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def texts_of(folder: Path, **options: Any) -> str:
@@ -256,7 +284,11 @@ def test_lines_that_cannot_be_continued(
     shown = capsys.readouterr()
     assert shown.out == "" and sentence in shown.err and shown.err.count("\n") == 1
     source.write_text('{"prompt": "a"}')
-    for out, problem in ((tmp_path, "is a folder: name a file"), (source / "x", "a file is in the way")):
+    for out, problem in (
+        (tmp_path, "is a folder: name a file"),
+        (source / "x", "a file is in the way"),
+        (Path("/proc/x.jsonl"), "--out /proc/x.jsonl: nothing can be written to /proc"),
+    ):
         assert main(["generate", str(folder), "--jsonl", str(source), "--out", str(out), "--device", "cpu"]) == 2
         assert problem in capsys.readouterr().err
     for more, problem in ((["-p", "a"], "--jsonl holds the prompts"), (["--out", "x"], "--out is for --jsonl")):

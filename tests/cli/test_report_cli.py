@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from fusiontree.artifacts import (
 )
 from fusiontree.cli import main
 from fusiontree.eval.columns import differences, read_columns
+from fusiontree.eval.figures import plot_perplexity_by_position
+from fusiontree.plots import plot_passkeys
 
 VOID = {"meta", "input", "img", "br", "wbr"}
 
@@ -262,6 +267,51 @@ def test_models_are_columns_too(runs: list[Path], tmp_path: Path) -> None:
     assert page.rows["model.num_layers"] == ["2", "2"]
 
 
+def test_figures_of_older_weights_are_told(run_settings, runs: list[Path], tmp_path: Path, corpus: Path) -> None:
+    """An evaluation and a bench of step 3 of a run that has gone on to step 6."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[1], run, symlinks=True)
+    (run / "eval_report.json").unlink(missing_ok=True)
+    checkpoint, page = run / "checkpoints" / "step_00000003", tmp_path / "page.html"
+    assert main(["eval", str(checkpoint), "--data", str(corpus / "eval.jsonl"), "--out", str(run)]) == 0
+    bench = ["--context", "8", "--new-tokens", "2", "--rounds", "1", "--train-batch", "0", "--dtype", "float32"]
+    assert main(["bench", str(checkpoint), *bench, "--device", "cpu", "--out", str(run)]) == 0
+    assert report(run, "-o", page) == 0
+    assert Page(page).text.count("run: of step 3, the run is at step 4.") == 2
+    for kind, name in ((EvalReport, "eval_report.json"), (BenchReport, "bench.json")):
+        found = kind.load(run / name)
+        assert found.step == 3
+        found.model_copy(update={"step": 4}).save(run / name)
+    assert report(run, "-o", page) == 0
+    assert "the run is at step" not in Page(page).text
+
+
+def test_figures_that_are_no_numbers_are_told(runs: list[Path], tmp_path: Path) -> None:
+    run, nan = tmp_path / "run", math.nan
+    shutil.copytree(runs[0], run, symlinks=True)
+    evaluation = EvalReport.load(run / "eval_report.json")
+    positions = [PositionLoss(start=0, end=64, tokens=1, loss=nan), PositionLoss(start=64, end=128, tokens=1, loss=2)]
+    changes: dict[str, Any] = {"loss": nan, "perplexity": math.inf, "by_position": positions}
+    assert evaluation.passkeys is not None
+    changes["passkeys"] = evaluation.passkeys.model_copy(update={"right": [[nan, 0.25], [1, 0.75]]})
+    changes["harness"] = {"birds": [HarnessResult(task="birds", metrics={"acc": nan}, errors={"acc": nan})]}
+    broken = evaluation.model_copy(update=changes)
+    broken.save(run / "eval_report.json")
+    assert report(run, "-o", tmp_path / "page.html") == 0
+    page = Page(tmp_path / "page.html")
+    assert page.rows["loss, nats per token"] == ["not a number"] and page.rows["perplexity per token"] == ["infinite"]
+    assert page.rows["birds: acc"] == ["not a number ± not a number"]
+    assert page.rows["passkeys found"] == ["not a number in 256, 50% in 1,024"]
+    assert page.rows["0%"] == ["not a number", "25%"] and "/nan)" not in page.source
+    assert "nan" not in page.text.lower().split()
+    for drawn in (positions[:1], positions):
+        shown = broken.model_copy(update={"by_position": drawn})
+        picture = plot_perplexity_by_position(shown, tmp_path / "picture.png")
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert broken.passkeys is not None
+    assert plot_passkeys(broken.passkeys, tmp_path / "passkeys.png").stat().st_size > 5000
+
+
 def test_what_a_run_does_not_have_is_left_out(runs: list[Path], tmp_path: Path) -> None:
     """An older run without operations and memory, one that has only begun, and both beside a whole one."""
     older, begun = tmp_path / "older", tmp_path / "begun"
@@ -338,6 +388,25 @@ def test_other_mistakes(runs: list[Path], tmp_path: Path, capsys: pytest.Capture
     assert report(runs[0], "-o", tmp_path) == 2
     assert f"--out {tmp_path} is a directory; name a file" in capsys.readouterr().err
     assert report() == 2
+    capsys.readouterr()
+    assert report(runs[0], "-o", "/proc/page.html") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: /proc/page.html: no such file or folder")
+
+
+@pytest.mark.parametrize("command", ["report", "generate"])
+def test_a_pipe_is_written_to(command: str, runs: list[Path], tmp_path: Path) -> None:
+    pipe, source = tmp_path / "pipe", tmp_path / "prompts.jsonl"
+    os.mkfifo(pipe)
+    source.write_text('{"prompt": "a"}\n')
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text(encoding="utf-8")), daemon=True)
+    reader.start()
+    given = ["--jsonl", source, "-n", "2", "--device", "cpu", "--out", pipe]
+    assert main([command, str(runs[0]), *map(str, given if command == "generate" else ["-o", pipe])]) == 0
+    reader.join(timeout=30)
+    assert found[0].startswith("<!DOCTYPE html>" if command == "report" else '{"prompt": "a", "text": ')
+    assert pipe.is_fifo()
 
 
 @pytest.fixture(scope="module")

@@ -88,6 +88,18 @@ def test_a_row_chooses_the_same_beside_others() -> None:
         assert alone == [together[number]]
 
 
+def test_a_row_without_numbers_has_no_choice_and_leaves_the_others_theirs() -> None:
+    logits = torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(2))
+    logits[1, 3], logits[2, 5] = torch.nan, torch.inf
+    logits[3, :5] = -torch.inf  # tokens that cannot come
+    for options in (SamplingOptions(logprobs=1), SamplingOptions(temperature=1.0, top_p=0.9, seed=1)):
+        together = choose_tokens(logits, [TokenSampler(options, [1], VOCABULARY, "cpu") for _ in range(4)])
+        assert together[1:3] == [None, None]
+        for row in (0, 3):
+            alone = choose_tokens(logits[row : row + 1], [TokenSampler(options, [1], VOCABULARY, "cpu")])
+            assert alone == [together[row]] and alone != [None]
+
+
 def test_ids_past_the_vocabulary_are_never_chosen() -> None:
     logits = torch.zeros(2, 20)
     logits[:, 15:] = 100

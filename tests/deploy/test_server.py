@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -266,7 +267,8 @@ def test_figures_of_what_runs(client: openai.OpenAI, server: ServerProcess, mode
         ({"temperature": 2.5}, openai.BadRequestError, "`temperature`: input should be less than or equal to 2"),
         ({"temperature": "hot"}, openai.BadRequestError, "`temperature`: input should be a valid number"),
         ({"max_tokens": 10**20}, openai.BadRequestError, f"{10**20} new tokens are asked for, 4096 are allowed here"),
-        ({"stop": ["x"] * 17}, openai.BadRequestError, "`stop`: list should have at most 16 items"),
+        ({"stop": ["x"] * 17}, openai.BadRequestError, "`stop` must be a text, or a list of at most 16 texts"),
+        ({"stop": 3}, openai.BadRequestError, "`stop` must be a text, or a list of at most 16 texts"),
         ({"n": 17}, openai.BadRequestError, "17 texts (prompts times `n`) are asked for, 16 are allowed"),
         ({"stop": ""}, openai.BadRequestError, "a stop string is empty"),
         ({"logit_bias": {"x": 1}}, openai.BadRequestError, "logit_bias: keys are token ids, got 'x'"),
@@ -284,6 +286,8 @@ def test_what_cannot_be_answered_is_a_sentence(
     assert sentence in str(raised.value)
     # What asks for nothing special is no reason to refuse.
     client.completions.create(model="tiny", prompt="a", max_tokens=1, user="me", echo=False, best_of=1, suffix=None)
+    messages: Any = [{"role": "user", "content": "a"}]
+    client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, parallel_tool_calls=True)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +421,7 @@ def test_a_full_queue_says_when_to_come_back(client: openai.OpenAI, server: Serv
     assert client.completions.create(model="tiny", prompt="a", max_tokens=1).choices
 
 
-# Prompts of more than a hundred tokens make a step fail, as where memory ends.
+# Prompts of more than a hundred tokens make a step fail, as where memory ends; those above fifty compute no numbers.
 FAILING_STEP = """
 import torch
 
@@ -425,8 +429,25 @@ def fail(module, given):
     if isinstance(module, torch.nn.Embedding) and given[0].shape[-1] > 100:
         raise RuntimeError("there is no memory left")
 
+def spoil(module, given, found):
+    if isinstance(module, torch.nn.Embedding) and 50 < given[0].shape[-1] <= 100:
+        return found * float("nan")
+
 torch.nn.modules.module.register_module_forward_pre_hook(fail)
+torch.nn.modules.module.register_module_forward_hook(spoil)
 """
+
+
+def leave_while_sending(server: ServerProcess) -> None:
+    """Begins a body, goes away, and waits for the record of it."""
+    address = httpx.URL(server.url)
+    fields = ["Host: x", f"Authorization: Bearer {server.key}", "Content-Length: 99"]
+    head = "\r\n".join(["POST /v1/completions HTTP/1.1", *fields, "", "{"])
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(head.encode())
+        time.sleep(0.2)  # until it is read: a connection that is closed before is no request at all
+    while server.wait_for("refused")["status"] != 499:
+        pass
 
 
 def test_the_log_holds_figures_of_each_request_and_no_prompts(folder: Path) -> None:
@@ -440,6 +461,10 @@ def test_the_log_holds_figures_of_each_request_and_no_prompts(folder: Path) -> N
     events = list(client.completions.create(**given, stream=True))
     with pytest.raises(openai.InternalServerError, match="the model failed on this request"):
         client.completions.create(**(given | {"prompt": secret + "\n" * 120}))
+    with pytest.raises(openai.InternalServerError, match="the model's logits are not finite"):
+        client.completions.create(**(given | {"prompt": secret + "\n" * 60}))
+    with pytest.raises(openai.APIError, match="the model's logits are not finite"):
+        list(client.completions.create(**(given | {"prompt": secret + "\n" * 60}), stream=True))
     for fields, error in (
         ({"model": secret}, openai.NotFoundError),
         ({"extra_body": {secret: secret}}, openai.BadRequestError),
@@ -451,6 +476,7 @@ def test_the_log_holds_figures_of_each_request_and_no_prompts(folder: Path) -> N
     with pytest.raises(openai.AuthenticationError):
         server.client(secret).completions.create(**given)
     assert get(server, f"/{secret}").status_code == 404
+    leave_while_sending(server)
     stream = client.completions.create(**(given | {"max_tokens": 4000}), stream=True)
     next(iter(stream))
     with pytest.raises(openai.RateLimitError):
@@ -464,12 +490,19 @@ def test_the_log_holds_figures_of_each_request_and_no_prompts(folder: Path) -> N
         *[(200, False)] * 3,
         (200, True),
         (500, False),
+        (500, False),
+        (500, True),
         (499, True),
     ]
     assert (ran[0]["completion_tokens"], ran[0]["finish"]) == (3, ["length"])
     refused = [(record["path"], record["status"]) for record in log if record["event"] == "refused"]
     path = "/v1/completions"
-    assert refused == [*((path, status) for status in (404, 400, 400, 413, 401)), ("other", 404), (path, 429)]
+    assert refused == [
+        *((path, status) for status in (404, 400, 400, 413, 401)),
+        ("other", 404),
+        (path, 499),
+        (path, 429),
+    ]
     (failed,) = [record for record in log if "exception" in record]
     assert failed["event"].startswith("a step failed") and "there is no memory left" in failed["exception"]
     assert secret not in "".join(server.lines)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field
 
 from fusiontree.artifacts.base import Artifact, Record, library_versions
+
+
+def perplexity_of(loss: float) -> float:
+    """exp(loss) of a mean loss in nats per token; infinite where that overflows."""
+    return math.inf if loss >= 700 else math.exp(loss)
 
 
 class PositionLoss(Record):
@@ -17,6 +23,10 @@ class PositionLoss(Record):
     tokens: int
     loss: float
     """Mean, in nats per token."""
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity_of(self.loss)
 
 
 class AnswerStatistics(Record):
@@ -139,10 +149,13 @@ class EvalReport(Artifact):
     """How good a model is: how well it predicts a text, and whatever else was asked for."""
 
     KIND = "eval_report"
-    VERSION = 4  # 1 knows no `tasks`; 2 has a text in any case, no `passkeys`, `code` and `harness`; 3 no `mqar`
+    # 1 knows no `tasks`; 2 has a text in any case, no `passkeys`, `code` and `harness`; 3 no `mqar`; 4 no `step`
+    VERSION = 5
 
     model: str
     """Path or name of the model."""
+    step: int | None = None
+    """Optimizer steps of the run's checkpoint that was evaluated; None where it was none, or is not known."""
     data: list[str] = []
     """Files evaluated."""
     tokens: int = 0

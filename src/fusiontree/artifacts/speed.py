@@ -54,10 +54,12 @@ class BenchReport(Artifact):
     """Speed and memory of models, measured side by side."""
 
     KIND: ClassVar[str] = "bench_report"
-    VERSION: ClassVar[int] = 2  # 1 knows one length and batch alone
+    VERSION: ClassVar[int] = 3  # 1 knows one length and batch alone; 2 no `step`
 
     settings: dict[str, Any]
     machine: dict[str, Any]
     models: list[ModelFigures]
+    step: int | None = None
+    """Optimizer steps of the run's checkpoint that the first model is; None where it is none, or is not known."""
     git_revision: str | None = None
     versions: dict[str, str] = Field(default_factory=lambda: library_versions())

@@ -37,6 +37,8 @@ _MENDABLE = {
     errno.EFBIG: "the file would be larger than this system allows; choose another place",
     errno.EACCES: "permission denied; change who may use it or choose another path",
     errno.EPERM: "permission denied; change who may use it or choose another path",
+    errno.ENOENT: "no such file or folder, and none can be made there; choose another path",
+    errno.ENXIO: "nothing can be written to it; choose another path",
     errno.EISDIR: "is a folder, where a file is needed",
     errno.ENOTDIR: "a file is in the way; choose another path",
     errno.EEXIST: "a file is in the way; choose another path",
@@ -101,6 +103,13 @@ class _CommandGroup(TyperGroup):
                 + (f"did you mean {close!r}?" if close else f"there are {', '.join(COMMANDS)}")
             )
         return name, COMMANDS[name].load(name), args[1:]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            # typer would make an exit code of it, which cannot be told from that of a command that has said all.
+            raise typer.Abort from error
 
 
 app = typer.Typer(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.console import Console
 from rich.table import Table
 
@@ -65,8 +63,8 @@ def _positions_table(report: EvalReport) -> Table:
     for column in table.columns:
         column.justify = "right"
     for bucket in report.by_position:
-        perplexity = f"{math.exp(min(bucket.loss, 700)):.3f}"
-        table.add_row(f"{bucket.start:,} – {bucket.end - 1:,}", f"{bucket.tokens:,}", f"{bucket.loss:.4f}", perplexity)
+        place = f"{bucket.start:,} – {bucket.end - 1:,}"
+        table.add_row(place, f"{bucket.tokens:,}", f"{bucket.loss:.4f}", f"{bucket.perplexity:.3f}")
     return table
 
 

@@ -98,6 +98,18 @@ def working(command: str) -> Iterator[Callable[[str], None]]:
         yield lambda what: status.update(f"{command}: {what}")
 
 
+def decoded(content: bytes, name: str) -> str:
+    """Text from a file or from standard input.
+
+    Raises:
+        InputError: it is not UTF-8; `name` says where it came from.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from error
+
+
 _UNITS = {"": 1, "b": 1, "k": 2**10, "kib": 2**10, "m": 2**20, "mib": 2**20, "g": 2**30, "gib": 2**30}
 
 

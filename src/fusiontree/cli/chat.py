@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fusiontree.cli._options import decoded
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
@@ -134,15 +135,10 @@ def _lines() -> Iterator[str]:
         import readline  # noqa: F401  # lets input() edit lines and recall them
 
         typer.echo(_HELP, err=True)
-    while True:
-        try:
-            yield input("> ") if is_terminal else _piped()
-        except EOFError:
-            return
-
-
-def _piped() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\r\n")
+        while True:
+            try:
+                yield input("> ")
+            except EOFError:
+                return
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        yield decoded(line, f"line {number} of standard input").rstrip("\r\n")

@@ -100,6 +100,8 @@ def evaluate(
         raise InputError(
             "there is nothing to evaluate: give --data FILES, or --tasks passkey, mqar, code or lm_eval:NAME"
         )
+    if by_position and not files:
+        raise InputError("--by-position tabulates the perplexity of texts: give --data FILES, or leave it out")
     grid = (_numbers(lengths, "--lengths", int, 1), _numbers(depths, "--depths", float, 0, 1))
     numbers = _numbers(pairs, "--pairs", int, 1)
     sources = list(code or []) or [path for path in files if path.endswith(".py")]
@@ -119,7 +121,7 @@ def evaluate(
     from fusiontree.cli._evaluation_tables import print_report
     from fusiontree.cli._options import dtype_named, round_weights
     from fusiontree.data.tokenizer import tokenizer_fingerprint
-    from fusiontree.deploy.loading import load
+    from fusiontree.deploy.loading import load, loaded_step
     from fusiontree.deploy.reference import model_fingerprint
     from fusiontree.eval.figures import plot_perplexity_by_position
     from fusiontree.eval.parts import run_parts
@@ -164,15 +166,19 @@ def evaluate(
             if text_tasks:
                 parts.insert(0, job.text_tasks(texts, text_tasks, seed, text_settings))
             parts.append(job.perplexity(texts, text_settings))
-        report = run_parts(
-            EvalReport(model=str(model), settings=settings),
-            parts,
-            folder / REPORT,
-            again=again,
-            on_kept=lambda part: typer.echo(
-                f"{part}: kept from {folder / REPORT} (--again measures it anew)", err=True
-            ),
-        )
+        try:
+            report = run_parts(
+                EvalReport(model=str(model), step=loaded_step(loaded), settings=settings),
+                parts,
+                folder / REPORT,
+                again=again,
+                on_kept=lambda part: typer.echo(
+                    f"{part}: kept from {folder / REPORT} (--again measures it anew)", err=True
+                ),
+            )
+        except KeyboardInterrupt:
+            typer.echo("the same command goes on after the last part that was measured", err=True)
+            raise
     print_report(report, by_position=by_position)
     print(folder / REPORT)
     for picture in (PICTURE, PASSKEYS_MAP, MQAR_MAP):  # those there are of an earlier report

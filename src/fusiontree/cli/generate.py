@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fusiontree.cli._options import was_given
+from fusiontree.cli._options import decoded, was_given
 from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def generate(
         lines, text = [], _read_prompt(prompt, file)
     else:
         lines, text = list(_read_lines(jsonl)), ""
+    from fusiontree.artifacts import check_writable
     from fusiontree.cli._options import load_for_use, temperature_of
     from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions, SchedulerSettings
 
@@ -86,6 +87,8 @@ def generate(
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise InputError(f"--out {out} is a folder: name a file")
+        if out.is_file() or not out.exists():  # a pipe or a device is written to as it is
+            check_writable(out.parent, f"--out {out}")
     loaded = load_for_use(model, device=device, dtype=dtype, weights=weights, compile=compile)
     runtime = InferenceRuntime(loaded, settings=settings, compile=compile)
     if compile and loaded.device.type == "cpu":
@@ -203,7 +206,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of a JSONL file with their line numbers; empty lines are none, and there has to be one."""
     name = _name_of(path)
     content = _read_bytes(None if str(path) == "-" else path, "JSONL file")
-    lines = [(number, line) for number, line in enumerate(_decoded(content, name).splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(decoded(content, name).splitlines(), 1) if line.strip()]
     if not lines:
         raise InputError(f"{name} holds no prompt")
     for number, line in lines:
@@ -239,7 +242,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if file is None and sys.stdin.isatty():
         raise InputError("there is no prompt: give --prompt TEXT or --file FILE, or pipe text in")
-    text = _decoded(_read_bytes(file, "prompt file"), str(file or "standard input"))
+    text = decoded(_read_bytes(file, "prompt file"), str(file or "standard input"))
     return text.removesuffix("\n").removesuffix("\r")
 
 
@@ -250,10 +253,3 @@ def _read_bytes(file: Path | None, kind: str) -> bytes:
         raise InputError(f"{kind} {file} does not exist") from error
     except (IsADirectoryError, PermissionError) as error:
         raise InputError(f"{kind} {file} cannot be read: {error.strerror}") from error
-
-
-def _decoded(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from error

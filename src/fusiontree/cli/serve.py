@@ -102,7 +102,10 @@ def serve(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)  # without an end of the interpreter, which would break the thread off inside of torch
-    run(runtime, settings, thread)
+    try:
+        run(runtime, settings, thread)
+    except KeyboardInterrupt as error:  # after it has stopped in order, of which the log tells in its own form
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def _say_program(number: int, count: int, rows: int) -> None:

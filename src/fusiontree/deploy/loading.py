@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fusiontree.artifacts import checkpoint_step
 from fusiontree.data import load_tokenizer, vocab_size_of
 from fusiontree.data.tokenizer import holds_tokenizer
 from fusiontree.errors import InputError, first_line
@@ -66,6 +67,11 @@ def load(
     model.to(device).eval()
     model.tokenizer = _read_tokenizer(folder, config)
     return model
+
+
+def loaded_step(model: PreTrainedModel) -> int | None:
+    """The optimizer steps of the checkpoint that a model was loaded from; None where it was from no checkpoint."""
+    return checkpoint_step(Path(model.name_or_path).resolve()) if model.name_or_path else None
 
 
 def find_model(path: str | os.PathLike[str]) -> Path:

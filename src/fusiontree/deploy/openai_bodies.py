@@ -19,12 +19,14 @@ _TYPES = ("str", "int", "float", "bool", "none")
 _UNSUPPORTED = frozenset(
     {
         *("audio", "best_of", "echo", "function_call", "functions", "logit_processors", "modalities"),
-        *("parallel_tool_calls", "prediction", "reasoning_effort", "response_format", "suffix", "tool_choice"),
+        *("prediction", "reasoning_effort", "response_format", "suffix", "tool_choice"),
         *("tools", "verbosity", "web_search_options"),
     }
 )
-# These say something about a request, and change nothing in its answer.
-_NOTES = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"})
+# These say something about a request, and change nothing in its answer (of tools, of which there are none).
+_NOTES = frozenset(
+    {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+)
 _NEUTRAL: tuple[Any, ...] = (None, False, [], {}, "none", "auto", {"type": "text"}, ["text"])
 
 
@@ -284,6 +286,8 @@ def _worded(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     if name == "prompt":
         wanted = "a text, a list of texts, a list of token ids, or a list of such lists, none of them empty"
         return ApiError(400, f"`prompt` must be {wanted}", param=name)
+    if name == "stop":
+        return ApiError(400, "`stop` must be a text, or a list of at most 16 texts", param=name)
     # A member of a union is named in the path as a type, which is no help to anybody.
     places = [str(part) for part in error["loc"] if str(part).isidentifier() or isinstance(part, int)]
     places = [part for part in places if part not in _TYPES]

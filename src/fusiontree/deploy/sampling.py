@@ -35,7 +35,7 @@ class SamplingOptions:
             they are positive, or multiplied (Keskar et al. 2019, "CTRL").
         presence_penalty: taken off the logits of tokens that were chosen before.
         frequency_penalty: taken off the logits of tokens for each time that they were chosen before.
-        seed: makes the draws repeatable; None takes one from torch's random state.
+        seed: makes the draws repeatable, modulo 2**63; None takes one from torch's random state.
         logit_bias: added to the logits of these token ids.
         logprobs: report the log probability of each token, and so many of the likeliest ones; None = none. They are the
             model's own, before anything above changes them.
@@ -66,7 +66,7 @@ class SamplingOptions:
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         require(
             math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature must be at least 0 (0 takes the likeliest token), got {self.temperature}",
+            f"temperature must be a finite number of at least 0 (0 takes the likeliest token), got {self.temperature}",
         )
         require(self.top_k is None or self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must lie above 0 and at most at 1, got {self.top_p}")
@@ -78,7 +78,10 @@ class SamplingOptions:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             require(math.isfinite(value), f"{name} must be a finite number, got {value}")
-        require(self.seed is None or 0 <= self.seed < 2**63, f"seed must lie between 0 and 2**63, got {self.seed}")
+        require(
+            self.seed is None or -(2**63) <= self.seed < 2**63,
+            f"seed must lie between -2**63 and 2**63, got {self.seed}",
+        )
         for token, bias in self.logit_bias.items():
             require(token >= 0, f"logit_bias: token ids are 0 or more, got {token}")
             require(math.isfinite(bias), f"logit_bias: the bias of token {token} must be a finite number, got {bias}")
@@ -125,7 +128,7 @@ class TokenSampler:
         self._generator = None
         if options.temperature > 0:
             seed = options.seed if options.seed is not None else int(torch.randint(2**63 - 1, ()))
-            self._generator = torch.Generator(device).manual_seed(seed)
+            self._generator = torch.Generator(device).manual_seed(seed % 2**63)
 
     @property
     def changes_logits(self) -> bool:
@@ -164,8 +167,8 @@ class TokenSampler:
 
 
 @torch.no_grad()
-def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[Choice]:
-    """The next token of each row, noted by its sampler."""
+def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> list[Choice | None]:
+    """The next token of each row, noted by its sampler; None where the row's logits are NaN or the largest infinite."""
     scores = logits_BV[:, : samplers[0].vocabulary].float()
     own = scores
     if any(sampler.changes_logits for sampler in samplers):
@@ -174,18 +177,24 @@ def choose_tokens(logits_BV: torch.Tensor, samplers: Sequence[TokenSampler]) -> 
             if sampler.changes_logits:
                 sampler.change(row)
     tokens_B = scores.argmax(-1)
+    # A NaN counts as the largest, so the likeliest token's score alone tells.
+    is_finite_B = scores.gather(1, tokens_B[:, None])[:, 0].isfinite()
     drawn = [number for number, sampler in enumerate(samplers) if sampler.options.temperature > 0]
     if drawn:
         part = _restricted(scores[drawn], [samplers[number].options for number in drawn])
         for row, number in zip(part, drawn, strict=True):
             samplers[number].add_noise(row)
         tokens_B[drawn] = part.argmax(-1)
-    tokens = tokens_B.tolist()
-    choices = [Choice(token) for token in tokens]
-    for number, sampler in enumerate(samplers):
-        sampler.note(tokens[number])
-        if sampler.options.logprobs is not None:
-            choices[number] = _with_logprobs(own[number], tokens[number], sampler.options.logprobs)
+    choices: list[Choice | None] = []
+    # One transfer from a GPU for both.
+    for row, (token, is_finite) in enumerate(torch.stack((tokens_B, is_finite_B.long()), dim=1).tolist()):
+        if not is_finite:
+            choices.append(None)
+            continue
+        sampler = samplers[row]
+        sampler.note(token)
+        count = sampler.options.logprobs
+        choices.append(Choice(token) if count is None else _with_logprobs(own[row], token, count))
     return choices
 
 

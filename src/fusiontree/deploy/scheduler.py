@@ -21,7 +21,7 @@ from fusiontree.deploy.sampling import Choice, TokenSampler, choose_tokens
 from fusiontree.deploy.sequences import Delta, Sequence
 from fusiontree.deploy.slots import LEAST_ROOM, Slots, length_class, program_padding, program_rows, state_bytes
 from fusiontree.deploy.text import StopText, TextDecoder
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, NonFiniteError
 from fusiontree.models import HybridCache, HybridLanguageModel
 
 
@@ -168,12 +168,12 @@ class Scheduler:
         self._end_early()
         self._admit()
         for sequence in self._prompts.read():
+            self._note_peaks()  # it may end with its first token
             self._begin(sequence)
         self.counts.prompt_tokens = self._prompts.tokens
         for slots in list(self._classes.values()):
             self._move_outgrown(slots)
-        self.counts.peak_rows = max(self.counts.peak_rows, self.running)
-        self.counts.peak_bytes = max(self.counts.peak_bytes, self.state_bytes)
+        self._note_peaks()
         for slots in list(self._classes.values()):
             if slots.lengths:
                 self._decode(slots)
@@ -205,6 +205,10 @@ class Scheduler:
         self._classes.clear()
         for sequence in ended:
             self._finish(sequence, "error", Delta(error=error))
+
+    def _note_peaks(self) -> None:
+        self.counts.peak_rows = max(self.counts.peak_rows, self.running)
+        self.counts.peak_bytes = max(self.counts.peak_bytes, self.state_bytes)
 
     def _bytes_for(self, tokens: int) -> int:
         bound = length_class(tokens)
@@ -296,6 +300,9 @@ class Scheduler:
             if not ended[row]:
                 continue
             sequence = slots.owners[row]
+            if choices[row] is None:
+                slots.remove(row)
+                continue
             read = len(sequence.prompt) + len(sequence.generated) - 1
             # Not on the grid of pieces, where all snapshots are exact.
             if sequence.keep_state and self.settings.prefix_bytes and read % self.settings.prefill_piece:
@@ -303,8 +310,11 @@ class Scheduler:
                 self.prefixes.add(tokens, slots.take(row), after=snapshots[row])
             slots.remove(row)
 
-    def _take(self, sequence: Sequence, choice: Choice) -> bool:
-        """Hand on the token that was chosen; whether the sequence ends with it."""
+    def _take(self, sequence: Sequence, choice: Choice | None) -> bool:
+        """Hand on the token that was chosen; whether the sequence ends with it, or with an error as there is none."""
+        if choice is None:
+            self._finish(sequence, "error", Delta(error=NonFiniteError()))
+            return True
         sequence.generated.append(choice.token)
         self.counts.generated_tokens += 1
         if choice.token in sequence.ends:

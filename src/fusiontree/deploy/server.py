@@ -47,6 +47,9 @@ _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+# In which a body must have arrived: until then it holds a connection and memory for nothing.
+_BODY_S = 60.0
+
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/openapi.json")
 
 
@@ -115,10 +118,11 @@ def build_app(runtime: InferenceRuntime, settings: ServerSettings, thread: Compu
 
 
 async def _body(request: Request, settings: ServerSettings) -> bytes:
+    seconds = min(_BODY_S, settings.request_seconds)
     try:
-        return await asyncio.wait_for(_read_body(request, settings), settings.request_seconds)
+        return await asyncio.wait_for(_read_body(request, settings), seconds)
     except asyncio.TimeoutError as error:
-        raise ApiError(408, f"the body did not arrive within {settings.request_seconds:g} seconds") from error
+        raise ApiError(408, f"the body did not arrive within {seconds:g} seconds") from error
 
 
 async def _read_body(request: Request, settings: ServerSettings) -> bytes:
@@ -128,10 +132,15 @@ async def _read_body(request: Request, settings: ServerSettings) -> bytes:
     if declared.isdigit() and int(declared) > most:
         raise too_large
     content = bytearray()
-    async for piece in request.stream():
-        content += piece
+    is_whole = False
+    while not is_whole:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "the client has gone")
+        content += message.get("body", b"")
         if len(content) > most:
             raise too_large
+        is_whole = not message.get("more_body", False)
     return bytes(content)
 
 

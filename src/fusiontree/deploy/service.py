@@ -27,7 +27,7 @@ from fusiontree.deploy.sampling import SamplingOptions
 from fusiontree.deploy.sequences import Delta, Sequence
 from fusiontree.deploy.server_metrics import Metrics
 from fusiontree.deploy.text import render_chat
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, NonFiniteError
 
 logger = logging.getLogger("fusiontree.server")
 
@@ -308,6 +308,8 @@ class Service:
                 going -= 1
             if isinstance(delta.error, Draining):
                 raise stopping()
+            if isinstance(delta.error, NonFiniteError):
+                raise ApiError(500, str(delta.error), code="not_finite")
             if delta.error is not None:
                 raise ApiError(500, "the model failed on this request; the server's log says why")
             if delta.finish_reason == "timeout" and job.sequences[index].first_token is None:

@@ -111,7 +111,10 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
         InputError: there is no template, or it refuses the messages.
     """
     if tokenizer.chat_template is None:
-        raise InputError("the model's tokenizer has no chat template, so it cannot hold a conversation")
+        raise InputError(
+            "the model's tokenizer has no chat template, so it cannot hold a conversation: give it one, or use "
+            "`fusiontree generate`"
+        )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answers)
     except (TemplateError, KeyError, TypeError, ValueError) as error:

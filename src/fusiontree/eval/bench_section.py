@@ -8,13 +8,14 @@ from dataclasses import replace
 from fusiontree.artifacts import ModelFigures, ShapeFigures
 from fusiontree.eval.columns import Column
 from fusiontree.eval.page import section
-from fusiontree.eval.tables import Cell, Getter, note, number, table
+from fusiontree.eval.tables import Cell, Getter, note, number, outdated, table
 
 
 def bench_section(columns: Sequence[Column]) -> str:
     """What `fusiontree bench` has measured, models beside it in columns at the end; empty where it measured none."""
     if not any(column.bench for column in columns):
         return ""
+    older = outdated(columns, lambda column: column.bench.step if column.bench else None)
     columns = [*columns, *(peer for column in columns for peer in _peers(column))]
 
     def of(name: str, form: str, scale: float = 1, shape: tuple[int, int] | None = None) -> Getter:
@@ -66,7 +67,7 @@ def bench_section(columns: Sequence[Column]) -> str:
         "stand in the way are marked."
     )
     marked = ("context", "sequences at a time", "dtype", "weights rounded to", "machine")
-    return section("Generating: speed and memory", table(columns, rows, marked) + note(text))
+    return section("Generating: speed and memory", table(columns, rows, marked) + older + note(text))
 
 
 def _peers(column: Column) -> list[Column]:

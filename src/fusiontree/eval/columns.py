@@ -48,6 +48,8 @@ class Column:
     settings: Mapping[str, Any]
     """Dotted key -> value; the model's fields stand under `model.`."""
     parameters: int | None = None
+    step: int | None = None
+    """Of the run's newest checkpoint, or of the one that the model is."""
     manifest: RunManifest | None = None
     metrics: Sequence[Mapping[str, Any]] = ()
     gates: Sequence[GateStatistics] = ()
@@ -115,6 +117,7 @@ def _read_column(path: Path, name: str) -> Column:
             path=path,
             settings=dict(_flat({"model": _model_fields(path)})),
             parameters=_parameters(path),
+            step=checkpoint_step(path.resolve()),
             manifest=_if_there(RunManifest, path / "manifest.json"),
             plan=_if_there(PrunePlan, path / "prune_plan.json"),
             evaluation=_if_there(EvalReport, path / "eval_report.json"),
@@ -140,6 +143,7 @@ def _read_run(path: Path, name: str) -> Column:
         path=path,
         settings=dict(_flat(settings)),
         parameters=_parameters(newest) if has_model else None,
+        step=checkpoint_step(newest.resolve()),
         manifest=RunManifest.load(path / "manifest.json"),
         metrics=read_metrics(path),
         gates=read_gates(path) if _has_content(path / "gates.jsonl") else (),

@@ -83,11 +83,11 @@ def _quality(columns: Sequence[Column]) -> list[tuple[str, Getter]]:
     def loss(found: EvalReport) -> Cell:
         if found.loss is None or base is None or base is found or not base.loss or _text(found) != _text(base):
             return number(found.loss, ".4f")
-        return f"{found.loss:.4f} ({found.loss / base.loss - 1:+.1%})"
+        change = found.loss / base.loss - 1
+        return f"{found.loss:.4f} ({change:+.1%})" if math.isfinite(change) else number(found.loss, ".4f")
 
     def perplexity(start: int, found: EvalReport) -> Cell:
-        loss = next((place.loss for place in found.by_position if place.start == start), None)
-        return None if loss is None else number(math.exp(min(loss, 700)), ",.3f")
+        return number(next((place.perplexity for place in found.by_position if place.start == start), None), ",.3f")
 
     reports = [column.evaluation for column in columns if column.evaluation is not None]
     places = sorted({(place.start, place.end) for report in reports for place in report.by_position})

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fusiontree.artifacts import EvalReport
+from fusiontree.deploy.loading import loaded_step
 from fusiontree.errors import InputError
 from fusiontree.eval.texts import Texts
 from fusiontree.models import HybridLanguageModel
@@ -63,6 +64,7 @@ def evaluate_perplexity(
     seconds = time.perf_counter() - started
     return EvalReport(
         model=name,
+        step=loaded_step(model),
         data=texts.paths,
         tokens=result.tokens,
         loss=result.loss,

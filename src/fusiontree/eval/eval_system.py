@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from fusiontree.artifacts import BenchReport, ModelFigures, ShapeFigures, git_revision
 from fusiontree.config import Settings
 from fusiontree.deploy.costs import describe_machine
+from fusiontree.deploy.loading import loaded_step
 from fusiontree.deploy.quantized import quantize_weights, weight_bytes
 from fusiontree.eval.peers import count_parameters
 from fusiontree.models import HybridLanguageModel
@@ -67,6 +68,7 @@ def measure(
         settings=settings.model_dump(mode="json"),
         machine=describe_machine(subjects[0].device),
         models=[subject.figures() for subject in subjects],
+        step=loaded_step(next(iter(models.values()))),
         git_revision=git_revision(),
     )
 

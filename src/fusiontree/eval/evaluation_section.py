@@ -9,7 +9,7 @@ from fusiontree.artifacts import EvalReport, MQARReport, PasskeyReport
 from fusiontree.eval.columns import Column
 from fusiontree.eval.page import section
 from fusiontree.eval.run_figures import evaluation_figure, grid_figures
-from fusiontree.eval.tables import Cell, Getter, note, number, table
+from fusiontree.eval.tables import Cell, Getter, note, number, outdated, table
 
 
 def evaluation_section(columns: Sequence[Column]) -> str:
@@ -63,6 +63,7 @@ def evaluation_section(columns: Sequence[Column]) -> str:
     return section(
         "Last evaluation",
         table(columns, rows, ("tokens", "documents", "files", "weights in", "measured"))
+        + outdated(columns, lambda column: column.evaluation.step if column.evaluation else None)
         + evaluation_figure(columns)
         + grid_figures(columns)
         + note(text),
@@ -71,21 +72,21 @@ def evaluation_section(columns: Sequence[Column]) -> str:
 
 def answers_found(task: str, evaluation: EvalReport) -> Cell:
     found = [result for result in evaluation.tasks.results if result.task == task] if evaluation.tasks else []
-    return f"{found[0].right:.1%} of {found[0].answers:,}" if found else None
+    return f"{number(found[0].right, '.1%')} of {found[0].answers:,}" if found else None
 
 
 def found_by_length(grid: PasskeyReport | MQARReport | None) -> Cell:
     if grid is None:
         return None
     by_length = zip(grid.lengths, *grid.right, strict=True)
-    return ", ".join(f"{sum(shares) / len(shares):.0%} in {length:,}" for length, *shares in by_length)
+    return ", ".join(f"{number(sum(shares) / len(shares), '.0%')} in {length:,}" for length, *shares in by_length)
 
 
 def _harness(task: str, metric: str, evaluation: EvalReport) -> Cell:
     for result in (result for results in evaluation.harness.values() for result in results):
         if result.task == task and metric in result.metrics:
-            error = result.errors.get(metric)
-            return f"{result.metrics[metric]:,.4f}" + ("" if error is None else f" ± {error:.4f}")
+            value, error = number(result.metrics[metric], ",.4f"), number(result.errors.get(metric), ".4f")
+            return value if error is None else f"{value} ± {error}"
     return None
 
 

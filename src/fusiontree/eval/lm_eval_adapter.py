@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -24,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from fusiontree.artifacts import HarnessResult
+from fusiontree.config import yaml_fault
 from fusiontree.data.tokenizer import DocumentEncoder, pad_id_of
 from fusiontree.deploy.runtime import InferenceRuntime, SamplingOptions
 from fusiontree.deploy.text import render_chat
@@ -291,7 +293,7 @@ def task_manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
     """The harness's index of tasks, of the folder alone where that has them all.
 
     Raises:
-        InputError: there is no such task.
+        InputError: there is no such task, and if a file of the folder is no YAML, which one.
     """
     # The harness's own are thousands of files.
     manager = TaskManager(include_path=folder, include_defaults=False)
@@ -299,10 +301,20 @@ def task_manager(tasks: Sequence[str], folder: Path | None) -> TaskManager:
         manager = TaskManager(include_path=folder)
     for task in tasks:
         if task not in manager.all_tasks:
+            if folder is not None:
+                _check_yaml(folder)  # the harness passes over a file that it cannot read
             close = nearest(task, manager.all_tasks)
             where = f"in {folder} or in lm-evaluation-harness" if folder else "in lm-evaluation-harness"
             raise InputError(f"there is no task {task!r} {where}" + (f"; did you mean {close!r}?" if close else ""))
     return manager
+
+
+def _check_yaml(folder: Path) -> None:
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            raise InputError(f"the task file {file}{yaml_fault(error)}") from error
 
 
 def _load(manager: Any, task: str) -> list[Any]:

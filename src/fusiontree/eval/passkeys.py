@@ -20,7 +20,7 @@ from fusiontree.eval.eval_llm import tokenizer_for
 from fusiontree.eval.needle import PasskeyTask, passkey_accuracy
 from fusiontree.eval.texts import Texts
 from fusiontree.models import HybridLanguageModel
-from fusiontree.train.evaluation import evaluation_mode, hidden_in_pieces
+from fusiontree.train.evaluation import check_finite, evaluation_mode, hidden_in_pieces
 
 MARKER = "\nThe pass key is: "
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -120,4 +120,4 @@ def _last_logits(model: HybridLanguageModel, ids_BT: torch.Tensor, count: int, p
             for part, hidden in hidden_in_pieces(model, [np.asarray(ids_BT[0])], piece)
         ]
         hidden = torch.cat(tails, dim=1)
-    return model.lm_head(hidden)
+    return check_finite(model.lm_head(hidden))

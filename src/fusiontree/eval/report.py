@@ -5,7 +5,6 @@ The page needs no network and no other file, follows the reader's light or dark 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -140,7 +139,7 @@ def _positions(report: RunReport) -> str:
     )
     rows = "".join(
         f"<tr><td>{bucket.start:,} – {bucket.end - 1:,}</td><td>{bucket.tokens:,}</td>"
-        f"<td>{math.exp(min(bucket.loss, 700)):,.1f}</td></tr>"
+        f"<td>{bucket.perplexity:,.1f}</td></tr>"
         for bucket in evaluation.by_position
     )
     table = f"<table class=numbers><tr><th>place in document</th><th>tokens</th><th>perplexity</th></tr>{rows}</table>"

@@ -11,6 +11,7 @@ import numpy as np
 from fusiontree.artifacts import GateStatistics
 from fusiontree.eval.columns import Axis, Column, Points
 from fusiontree.eval.svg import Line, heat_map, line_chart
+from fusiontree.eval.tables import number
 
 #: Records of a heat map; of more, evenly spaced ones are drawn.
 MOST_RECORDS = 120
@@ -130,7 +131,7 @@ def evaluation_figure(columns: Sequence[Column]) -> str:
 
     def points(column: Column) -> Points:
         ranges = column.evaluation.by_position if column.evaluation else []
-        return [(math.log2(bucket.end), math.exp(min(bucket.loss, 700.0))) for bucket in ranges]
+        return [(math.log2(bucket.end), bucket.perplexity) for bucket in ranges]
 
     chart = line_chart(
         _lines(columns, [points(column) for column in columns]),
@@ -164,10 +165,17 @@ def _heat_table(corner: str, rows: Sequence[str], lengths: Sequence[int], shares
     body = []
     for name, values in zip(rows, shares, strict=True):
         # Half of the colour at most, on which the page's ink can be read in light and dark.
-        cells = "".join(f'<td style="background:rgb(34 150 90/{value / 2:.3f})">{value:.0%}</td>' for value in values)
+        cells = "".join(
+            f'<td style="background:rgb(34 150 90/{_opacity(value):.3f})">{number(value, ".0%")}</td>'
+            for value in values
+        )
         body.append(f"<tr><th scope=row>{escape(name)}</th>{cells}</tr>")
     table = f'<table class="heat"><tr><th>{corner}</th>{head}</tr>{"".join(body)}</table>'
     return f'<div class="wide">{table}</div>'
+
+
+def _opacity(share: float) -> float:
+    return share / 2 if math.isfinite(share) else 0.0
 
 
 def _by_layer(records: Sequence[GateStatistics], name: str) -> np.ndarray:

@@ -48,14 +48,15 @@ def line_chart(
     """Curves over one pair of axes.
 
     Args:
-        lines: in the order in which they are drawn.
+        lines: in the order in which they are drawn; points that are not finite are left out.
         title: for those who hear the page.
         x_label: the axis, with its unit; the other one's belongs above the chart.
         x_ticks: places and names of the marks; None: round numbers.
         from_zero: whether the y axis begins at 0 rather than at the lowest point.
         least_span: of the y axis, so that noise around a constant does not fill it.
     """
-    drawn = [(line, thinned(line.points)) for line in lines if line.points]
+    finite = [(line, [point for point in line.points if all(map(math.isfinite, point))]) for line in lines]
+    drawn = [(line, thinned(points)) for line, points in finite if points]
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
     if not drawn:

@@ -39,7 +39,19 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
+def outdated(columns: Sequence[Column], step_of: Callable[[Column], int | None]) -> str:
+    """Notes on the columns whose figures are of another step than their newest checkpoint."""
+    return "".join(
+        note(f"{column.name}: of step {step:,}, the run is at step {column.step:,}.")
+        for column in columns
+        if (step := step_of(column)) is not None and column.step is not None and step != column.step
+    )
+
+
 def number(value: object, form: str) -> Cell:
-    """A finite number in a format; None for anything else."""
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
-    return format(value, form) if is_number else None
+    """A number in a format, in words where it is not finite; None for anything else."""
+    if not isinstance(value, (int, float)):
+        return None
+    if math.isfinite(value):
+        return format(value, form)
+    return "not a number" if math.isnan(value) else "infinite"

@@ -91,6 +91,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         "num_attention_heads": "num_heads",
         "num_key_value_heads": "num_kv_heads",
     }
+    # Libraries read it of a class that is not transformers' own (trl, when it loads a reference model). No field.
+    auto_map = dict[str, str]()
 
     vocab_size: int = 50257
     hidden_size: int = 1536

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fusiontree.errors import InputError, nearest
-from fusiontree.models.body import Body
+from fusiontree.models.body import Body, check_foreign
 from fusiontree.models.cache import HybridCache, cache_geometry
 from fusiontree.models.configuration import HybridLanguageModelConfig
 from fusiontree.models.decoding import DecodingProgram, StepInputs
@@ -179,6 +179,11 @@ class HybridLanguageModel(PreTrainedModel, HybridGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
     ) -> HybridOutput | tuple:
         """Read [B, T] tokens, on top of `past_key_values` if given.
 
@@ -194,13 +199,14 @@ class HybridLanguageModel(PreTrainedModel, HybridGenerationMixin):
                 or [B, n] for each; 0 keeps all.
             return_dict: False returns a tuple.
             output_attentions: for callers written for other models; True is an error, no such weights are ever held.
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, seq_idx: what collators of packed rows give beside
+                `position_ids`, which say the same and are read alone.
 
         Raises:
             InputError: sizes, cache or positions that do not fit.
             TypeError: an unknown keyword.
         """
-        if output_attentions:
-            raise InputError("`output_attentions` cannot be had: no attention weights are ever held")
+        check_foreign(position_ids, output_attentions, cu_seq_lens_q, cu_seq_lens_k, seq_idx)
         base = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from fusiontree.artifacts import PositionLoss
+from fusiontree.artifacts.evaluation import perplexity_of
 from fusiontree.data.batch import Batch
 from fusiontree.data.tokenizer import DocumentEncoder, token_bytes
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, NonFiniteError
 from fusiontree.models import HybridCache, HybridLanguageModel
 from fusiontree.models.layout import IGNORE_INDEX, count_labels
 from fusiontree.ops.cross_entropy import token_cross_entropy
@@ -44,7 +45,7 @@ class TokenLoss:
     @property
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def evaluate_documents(
         progress: called with the tokens predicted so far.
 
     Raises:
-        InputError: no token can be predicted, or `piece` is below 2.
+        InputError: no token can be predicted, `piece` is below 2, or the model's logits are not finite.
     """
     encode = DocumentEncoder(tokenizer, separator_id=None)
     sums = np.zeros(64)
@@ -225,7 +226,7 @@ def _row_losses(
     for part, hidden in hidden_in_pieces(model, row, piece):
         losses = token_cross_entropy(hidden, model.lm_head.weight, targets[None, part].to(hidden.device))
         counted = targets[part] != IGNORE_INDEX
-        yield (positions[part][counted] + 1).numpy(), losses[0].cpu().double()[counted].numpy()
+        yield (positions[part][counted] + 1).numpy(), check_finite(losses[0].cpu().double()[counted]).numpy()
 
 
 def hidden_in_pieces(
@@ -265,4 +266,15 @@ def logits_in_chunks(model: HybridLanguageModel, states: torch.Tensor) -> Iterat
     """
     for start in range(0, len(states), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        yield chunk, model.lm_head(states[chunk]).float()
+        yield chunk, check_finite(model.lm_head(states[chunk]).float())
+
+
+def check_finite(values: torch.Tensor) -> torch.Tensor:
+    """`values`: logits, or losses of them.
+
+    Raises:
+        NonFiniteError: they hold NaN or infinity.
+    """
+    if values.numel() and not math.isfinite(values.abs().amax()):
+        raise NonFiniteError
+    return values
