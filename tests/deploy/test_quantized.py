@@ -143,7 +143,9 @@ def test_rounded_models_are_evaluated_and_benched(
     out = ["--out", str(tmp_path / "bench.json"), "--device", "cpu", "--dtype", "float32"]
     assert main(["bench", str(wide_folder), *size, *out, "--weights", "int8", "--peers", "llama"]) == 0
     report = BenchReport.load(tmp_path / "bench.json")
-    assert report.settings["weights"] == "int8" and "weights, int8, computing in float32, MB" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert report.settings["weights"] == "int8" and "weights, int8, computing in float32, MB" in shown
+    assert "whose weights alone are rounded" in shown
     assert report.models[0].parameter_bytes == weight_bytes(model)
     assert report.models[1].parameter_bytes == 4 * report.models[1].parameters  # those beside it are left whole
     assert report.models[0].train_tokens_per_second is not None

@@ -49,12 +49,12 @@ def prepare(engine: TrainingEngine, phase: str) -> None:
 def hang(phase: str) -> None:
     run = TrainingEngine.run
 
-    def hanging_run(engine: TrainingEngine) -> Any:
+    def hanging_run(engine: TrainingEngine, **arguments: Any) -> Any:
         if phase.endswith("!"):
             torch.distributed.distributed_c10d._set_pg_timeout(timedelta(hours=1))
         if engine.processes.index == (0 if phase.startswith("stopped") else 1):
             prepare(engine, phase.rstrip("!"))
-        return run(engine)
+        return run(engine, **arguments)
 
     TrainingEngine.run = hanging_run  # type: ignore[method-assign]
 

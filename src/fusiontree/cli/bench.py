@@ -183,11 +183,11 @@ def _print_report(report: BenchReport) -> None:
     if not console.is_terminal:
         console = Console(width=120)
     weights = s["dtype"] if s["weights"] is None else f"{s['weights']}, computing in {s['dtype']}"
-    if s["weights"] is not None and len(report.models) > 1:
-        weights += f" (the others in {s['dtype']})"
     context = f"{s['context']:,} tokens" + (f" x {s['batch']}" if s["batch"] > 1 else "")
     rounds = "1 round" if s["rounds"] == 1 else f"medians of {s['rounds']} rounds"
     beside = f"; in brackets: times {first.name}" if len(report.models) > 1 else ""
+    if beside and s["weights"] is not None:
+        beside += ", whose weights alone are rounded"
     table = Table(title=f"{rounds}{beside}")
     table.add_column("")
     for model in report.models:
