@@ -20,23 +20,26 @@ from tiny_models import save_tiny_model
 PAIRS = [("who sings?", " seven silver birds"), ("where?", " about rivers and cities of glass"), ("how?", " lazy")]
 
 
+def settings(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+
+
 def trainer(
     model: HybridLanguageModel | PeftModel, folder: Path, peft_config: LoraConfig | None = None, **options: Any
 ) -> SFTTrainer:
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
-    config = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=3,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **options,
-    )
+    config = SFTConfig(**settings(folder), **options)
     data = Dataset.from_list(rows)
     return SFTTrainer(model, args=config, train_dataset=data, processing_class=model.tokenizer, peft_config=peft_config)
 
@@ -91,22 +94,9 @@ def test_adapters_are_trained(model: HybridLanguageModel, is_wrapped: bool, tmp_
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_preferences_are_trained_against_a_copy_of_the_model(corpus: Path, tmp_path: Path) -> None:
-    model = load(save_tiny_model(tmp_path / "model", corpus / "tokenizer"), device="cpu")
+def test_preferences_are_trained_against_a_copy_of_the_model(model: HybridLanguageModel, tmp_path: Path) -> None:
     rows = [{"prompt": prompt, "chosen": rest, "rejected": " cities"} for prompt, rest in PAIRS]
-    config = DPOConfig(
-        output_dir=str(tmp_path / "run"),
-        per_device_train_batch_size=3,
-        learning_rate=1e-2,
-        max_steps=15,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
+    config = DPOConfig(**settings(tmp_path / "run"), max_steps=15)
     fitted = DPOTrainer(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=model.tokenizer)
     fitted.train()
     losses = [row["loss"] for row in fitted.state.log_history if "loss" in row]

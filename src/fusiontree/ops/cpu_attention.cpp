@@ -44,8 +44,7 @@ void first_keys(int32_t* first, const int64_t* starts, const Sizes& s, int64_t b
 
 // Which of 16 queries from `query` on see `key`.
 inline __mmask16 sees(const int32_t* first, int64_t query, int64_t key) {
-    __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int32_t(query)),
-                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int32_t(query)), lanes());
     __m512i key_v = _mm512_set1_epi32(int32_t(key));
     return _mm512_cmple_epi32_mask(key_v, index) & _mm512_cmple_epi32_mask(_mm512_loadu_si512(first + query), key_v);
 }

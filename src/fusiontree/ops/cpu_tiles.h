@@ -113,6 +113,12 @@ inline __m512i in_pairs(__m512i halves) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 }
 
+// 0, 1, 2 … 15.
+inline __m512i lanes() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+// 0, n, 2 n … 15 n.
+inline __m512i multiples(int64_t n) { return _mm512_mullo_epi32(lanes(), _mm512_set1_epi32(int32_t(n))); }
+
 // Some tokens of one head of one row: [count, D], rows `stride` numbers apart. What lies behind `count` reads as zeros.
 struct Rows {
     const bf16* at;
@@ -124,9 +130,7 @@ struct Rows {
     __m512i two(int64_t row, int64_t d) const {
         int64_t there = count - row;
         __mmask16 mask = there >= TILE ? 0xffff : there <= 0 ? 0 : (1u << there) - 1;
-        __m512i index = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                           _mm512_set1_epi32(int32_t(stride)));
-        return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, index, at + row * stride + d, 2);
+        return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, multiples(stride), at + row * stride + d, 2);
     }
 
     __m512i part(int64_t row, int64_t d) const {
@@ -167,8 +171,7 @@ void copy_in_pairs(bf16* to, Rows x, int64_t n, int64_t D) {  // [n,D] in pairs
 
 // A column of D numbers, `stride` apart, times a factor.
 inline void put_column(bf16* to, const float* column, int64_t stride, float factor, int64_t D) {
-    __m512i index = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                       _mm512_set1_epi32(int32_t(stride)));
+    __m512i index = multiples(stride);
     for (int64_t d = 0; d < D; d += PAIR) {
         __m512 part[2];
         for (int64_t half = 0; half < 2; ++half)
