@@ -4,6 +4,8 @@ removal costs something, and a branch that says the same of every token costs no
 from __future__ import annotations
 
 import copy
+import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,9 +204,33 @@ def test_an_impossible_budget_is_told_with_the_nearest(parent, own_text, costs) 
     with pytest.raises(
         InputError, match=r"with one branch left in every layer it is parameters=0\.\d\dx; ask for less"
     ):
-        plan_for(parent, own_text, costs, criterion="gate", targets={"parameters": 0.2})
-    with pytest.raises(InputError, match="without any branch it is parameters=0"):
+        # The smallest there is, within a hundredth; gates take the other branch of some layers.
+        smallest = min(costs.reached(Cuts((kind,) * 3))["parameters"] for kind in ("mamba", "attention"))
+        plan_for(parent, own_text, costs, criterion="gate", targets={"parameters": smallest + 0.01})
+    with pytest.raises(InputError, match=r"without any branch it is parameters=0\.\d+x at best; ask for less$"):
         plan_for(parent, own_text, costs, criterion="gate", targets={"parameters": 0.01}, empty_layers=True)
+
+
+@pytest.mark.parametrize("target", ["decode=1000x", "memory=0.001x"])
+def test_what_is_out_of_reach_is_told_before_anything_is_measured(parent, own_text, costs, target) -> None:
+    settings, said = PlanSettings(targets=parse_targets([target]), context=64, rounds=1), []
+    name = target.split("=")[0]
+    with pytest.raises(InputError, match=rf"{target} cannot be met: .*one step of its heads it is {name}=\d.* at best"):
+        make_plan(parent, own_text, settings, source="parent", costs=costs, progress=said.append)
+    assert said == []
+
+
+def test_the_nearest_that_is_told_is_what_the_smallest_layers_come_to(parent, own_text, costs) -> None:
+    def least(share: float) -> str:
+        with pytest.raises(InputError) as error:
+            plan_for(parent, own_text, costs, targets={"parameters": share})
+        return re.search(r"parameters=(0\.\d+)x at best", str(error.value))[1]
+
+    nearest = float(least(0.01))
+    assert least(nearest - 0.01) == f"{nearest:.2f}"
+    kinds = itertools.product(("mamba", "attention"), repeat=3)
+    smallest = min(costs.reached(Cuts(found))["parameters"] for found in kinds)
+    assert abs(smallest - nearest) <= 0.005
 
 
 def test_nothing_can_go_for_nothing(parent, own_text, costs) -> None:

@@ -7,8 +7,10 @@ of all that was removed are recorded once more, in the state that the model is t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from fusiontree.artifacts import Branch, CutStep, GateStatistics, LayerDecision, PrunePlan
@@ -17,7 +19,7 @@ from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, Impossibl
 from fusiontree.deploy.calibration import Calibration, CalibrationText, Joint
 from fusiontree.deploy.costs import DEFAULT_CONTEXT, describe_machine, measure_costs
 from fusiontree.deploy.criteria import Place, Scores
-from fusiontree.deploy.cuts import BRANCHES_OF, Removal
+from fusiontree.deploy.cuts import BRANCHES_OF, Cuts, Removal
 from fusiontree.deploy.plan_settings import PlanSettings
 from fusiontree.deploy.reference import model_fingerprint
 from fusiontree.errors import InputError
@@ -158,6 +160,7 @@ class _Planner:
         self.steps: list[CutStep] = []
         self.evidence = criteria.gate_evidence(calibration)
         self.heads = criteria.head_order(calibration) if settings.takes_heads else {}
+        self._check_within_reach()
         self.scores = self._score()
         self.first_scores = dict(self.scores)
         self.cheapest = math.inf
@@ -240,7 +243,7 @@ class _Planner:
         measured anew is taken once it comes before the old value of the next (lazy greedy; Minoux 1978).
         """
         ranks_anew = self.settings.criterion in criteria.MEASURED
-        left = {place: removal for place in self.scores if (removal := self._removal(joint, place)) is not None}
+        left = {place: removal for place in self.scores if (removal := self._removal(joint.cuts, place)) is not None}
         rank = {
             place: self._price(joint, place, removal) if ranks_anew else self.scores[place]
             for place, removal in left.items()
@@ -262,16 +265,16 @@ class _Planner:
                 best = place, found
         return None if best is None else (left[best[0]], best[1])
 
-    def _removal(self, joint: Joint, place: Place) -> Removal | None:
+    def _removal(self, cuts: Cuts, place: Place) -> Removal | None:
         """What would go next of a part of a layer; None where nothing may."""
         layer, part = place
-        names = BRANCHES_OF[joint.kinds[layer]]
+        names = BRANCHES_OF[cuts.kinds[layer]]
         if part in BRANCHES_OF["both"]:
             return Removal(layer, part) if part in names and (len(names) > 1 or self.settings.empty_layers) else None
         branch = criteria.HEAD_PARTS[part]
         if branch not in names:
             return None
-        gone = joint.cuts.heads_of(layer, branch)
+        gone = cuts.heads_of(layer, branch)
         removal = next((found for found in self.heads[place] if not set(found.heads) & set(gone)), None)
         own = self.calibration.model.config.heads(layer)
         count = own.mamba if branch == "mamba" else own.queries
@@ -285,16 +288,16 @@ class _Planner:
     def _rise(self, joint: Joint) -> float:
         return joint.loss - self.calibration.parent.loss
 
+    def _gated(self) -> list[int]:
+        """The layers whose gate may be frozen."""
+        if not self.settings.freeze_gates:
+            return []
+        pairs = zip(self.calibration.blocks, self.calibration.parent.kinds, strict=True)
+        return [layer for layer, (block, kind) in enumerate(pairs) if block.gate is not None and kind != "constant"]
+
     def _freeze_gates(self, joint: Joint) -> Joint:
         """Freezes gates, first those that cost least, while all of them together cost no more than is allowed."""
-        if not self.settings.freeze_gates:
-            return joint
-        start = joint.loss
-        gated = [
-            layer
-            for layer, block in enumerate(self.calibration.blocks)
-            if block.gate is not None and joint.kinds[layer] != "constant"
-        ]
+        start, gated = joint.loss, self._gated()
         losses = {}
         for layer in gated:
             self.progress(f"measuring layer {layer} with its gate frozen")
@@ -332,11 +335,37 @@ class _Planner:
             reasons.append("gate frozen")
         return decision.model_copy(update={"reason": ", ".join(reasons), "evidence": evidence})
 
+    def _check_within_reach(self) -> None:
+        """Before anything is measured: whether the smallest model that may be left meets each target.
+
+        What branches and heads cost adds up, so the smallest model has the smallest layers.
+        """
+        start = replace(self.calibration.parent.cuts, frozen=frozenset(self._gated()))
+        for name in self.wanted:
+            sign, cuts = 1 if name in SMALLER else -1, start
+            for layer, kind in enumerate(start.kinds):
+                ways = [self._bare(cuts, layer, order) for order in itertools.permutations(BRANCHES_OF[kind])]
+                cuts = min(ways, key=lambda found: sign * self.costs.reached(found)[name])
+            best = self.costs.reached(cuts)
+            if shortfall({name: self.settings.targets[name]}, best):
+                raise ImpossibleBudgetError(
+                    f"{self._asked()} cannot be met: {self._where()} it is {name}={best[name]:.2f}x at best; ask for "
+                    f"less{self._more()}"
+                )
+
+    def _bare(self, cuts: Cuts, layer: int, order: Sequence[str]) -> Cuts:
+        """The cuts and all that may go of a layer: its branches in that order, then heads of what stays."""
+        for part in (*order, *criteria.HEAD_PARTS):
+            while (layer, part) in self.heads or part in BRANCHES_OF["both"]:
+                removal = self._removal(cuts, (layer, part))
+                if removal is None:
+                    break
+                cuts = cuts.without(removal)
+        return cuts
+
     def _impossible(self, joint: Joint) -> str:
         """Why the budget cannot be met, and what can."""
-        asked = ", ".join(
-            f"{name}={value:g}{'' if name == LOSS else 'x'}" for name, value in self.settings.targets.items()
-        )
+        asked, more = self._asked(), self._more()
         if not self.wanted:
             cheapest = f"the cheapest removal raises the loss by {self.cheapest:.4f}"
             return f"{asked} cannot be met: {cheapest}; allow at least that"
@@ -344,15 +373,25 @@ class _Planner:
         nearest_values = ", ".join(
             f"{name}={reached[name]:.2f}x" for name in (*FASTER, *SMALLER) if name in self.wanted
         )
-        more = "" if self.settings.empty_layers else ", or let layers lose both branches (--empty-layers)"
         if self.limit is not None and self.cheapest > self.limit:
             return (
                 f"{asked} cannot be met: the nearest within that rise of the loss is {nearest_values} (at "
                 f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase{more}"
             )
+        return f"{asked} cannot be met: {self._where()} it is {nearest_values}; ask for less{more}"
+
+    def _asked(self) -> str:
+        return ", ".join(
+            f"{name}={value:g}{'' if name == LOSS else 'x'}" for name, value in self.settings.targets.items()
+        )
+
+    def _more(self) -> str:
+        return "" if self.settings.empty_layers else ", or let layers lose both branches (--empty-layers)"
+
+    def _where(self) -> str:
+        """What is left at the end of all cuts that are allowed."""
         where = "without any branch" if self.settings.empty_layers else "with one branch left in every layer"
-        where += ", and one step of its heads" if self.heads else ""
-        return f"{asked} cannot be met: {where} it is {nearest_values}; ask for less{more}"
+        return where + (", and one step of its heads" if self.heads and not self.settings.empty_layers else "")
 
 
 def _words(removal: Removal) -> str:
