@@ -72,7 +72,7 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_queues_itself_again(run_set
                 for i in range(2)
             ]
             signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
-            while any(task.poll() is None for task in tasks):
+            while None in [task.poll() for task in tasks]:
                 time.sleep(0.01)
                 if any(task.returncode for task in tasks) and "--kill-on-bad-exit=1" in sys.argv:
                     [task.terminate() for task in tasks]
