@@ -64,6 +64,7 @@ RANDOM_SEEDS = (0, 1, 2)
 FREEZE_GATES = 0.002  # nats, all gates together: what the calibration text cannot tell from nothing
 BUDGET = {"decode": 1.37, "memory": 0.78}
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
+PLAIN = ("smaller", "within-budget")
 COMMIT = {"commit_from": 0.0, "commit_coeff": 0.3}  # of the steps that follow the parent's
 
 
@@ -393,12 +394,15 @@ class Study:
         self.record(run, lambda: self.quality(self._healed(rule.name)))
 
     def _rivals(self) -> dict[str, dict[str, Any]]:
-        """Sizes of plain models: of as many parameters as the cut, of as many bytes, and those asked for."""
+        """Sizes of plain models: as many parameters as the cut, the largest within its budget, and those asked for."""
         size = SIZES[self.options.size]
         export = self.exported(self.rule, self.plan(self.rule, BUDGET), self.rule.name)
-        return {
+        fitting = {
             "smaller": nearest_in_layers(size, count_parameters(self.load(export))),
             "within-budget": most_layers_within(size, BUDGET["memory"], self.options.context),
+        }
+        return {
+            **{name: fitting[name] for name in self.options.plain},
             **{f"{layers}-layers": size | {"num_layers": layers} for layers in self.options.plain_layers},
         }
 
@@ -513,6 +517,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--coarse", action="store_true", help="of whole branches alone there")
     parser.add_argument("--frontier", type=float, nargs="+", default=FRONTIER, help="its speeds of decoding")
     parser.add_argument("--heal-frontier", action="store_true", help="heal every cut of the frontier too")
+    parser.add_argument("--plain", nargs="*", choices=PLAIN, default=PLAIN, help="plain models beside the cut")
     parser.add_argument("--plain-layers", type=int, nargs="+", default=(), help="more plain models, of so many layers")
     parser.add_argument("--context", type=int, default=4096, help="tokens at which speed and memory count")
     parser.add_argument("--rounds", type=int, default=5, help="of timing in the end")
