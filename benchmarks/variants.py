@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fusiontree.models import HybridLanguageModel
@@ -37,26 +36,6 @@ class Zero(nn.Module):
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         return x.new_zeros(())
-
-
-class SequentialSwiGLU(nn.Module):
-    """y + W_3(silu(W_1 n) * W_2 n) with n = norm(y), then what ended the block.
-
-    4/3 H wide, and so as large as the small MLP.
-    """
-
-    def __init__(self, hidden_size: int, ending: nn.Module):
-        super().__init__()
-        width = 8 * round(hidden_size / 6)
-        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
-        self.in_proj = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.out_proj = nn.Linear(width, hidden_size, bias=False)
-        self.out_proj.writes_residual = True  # read by the initialisation
-        self.ending = ending
-
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        gate, up = self.in_proj(self.norm(y)).chunk(2, dim=-1)
-        return self.ending(y + self.out_proj(F.silu(gate) * up))
 
 
 class PerHeadGate(nn.Module):
@@ -88,12 +67,6 @@ def _normalised_branches(model: HybridLanguageModel) -> None:
     for block in model.layers:
         block.mamba = Normalised(block.mamba, model.config.hidden_size)
         block.attention = Normalised(block.attention, model.config.hidden_size)
-
-
-def _sequential_mlp(model: HybridLanguageModel) -> None:
-    for block in model.layers:
-        block.small_mlp = Zero()
-        block.ln_output = _initialised(model, SequentialSwiGLU(model.config.hidden_size, block.ln_output))
 
 
 def _gate_per_head(model: HybridLanguageModel) -> None:
@@ -133,8 +106,8 @@ VARIANTS = {
     "no ln_output": Variant((_without_output_norms,)),
     "branches normalised": Variant((_normalised_branches,)),
     "branches normalised, no ln_output": Variant((_normalised_branches, _without_output_norms)),
-    "sequential SwiGLU": Variant((_sequential_mlp,)),
-    "sequential SwiGLU, no ln_output": Variant((_without_output_norms, _sequential_mlp)),
+    "sequential SwiGLU": Variant(settings={"mlp": "residual"}),
+    "sequential SwiGLU, no ln_output": Variant((_without_output_norms,), {"mlp": "residual"}),
     "no alignment": Variant(settings={"use_alignment": False, "num_layers": 5, "num_kv_heads": 2}),
     "gate per head": Variant((_gate_per_head,)),
     "gate 0.5": Variant((_fixed_gate,)),

@@ -67,6 +67,14 @@ def _combinations() -> dict[str, dict]:
         "layer_gates": [True, False, False, False],
         "layer_merges": ["none", "z", "hz", "none"],
     }
+    found["residual-mlp"] = {"mlp": "residual", "layer_branches": ["both", "both", "mamba"]}
+    found["residual-mlp-cut"] = {
+        "mlp": "residual",
+        "num_layers": 5,
+        "layer_branches": ["both", "both", "constant", "mamba", "attention"],
+        "layer_gates": [True, False, True, False, False],
+        "layer_merges": ["none", "none", "none", "none", "hz"],
+    }
     found["window1-conv2"] = {"window_size": 1, "conv_kernel": 2}
     return found
 

@@ -91,6 +91,7 @@ def test_pyramidal_windows():
         ({"conv_kernel": 1}, "`conv_kernel` must be at least 2"),
         ({"tie_word_embeddings": "flase"}, "`tie_word_embeddings` must be true or false, got 'flase'"),
         ({"use_alignment": None}, "`use_alignment` must be true or false, got None"),
+        ({"mlp": "resdual"}, "`mlp` must be one of aligned, residual, got 'resdual'"),
         ({"use_cache": 0}, "`use_cache` must be true or false, got 0"),
         ({"return_logits_with_loss": "no"}, "`return_logits_with_loss` must be true or false"),
         ({"mamba_version": True}, "`mamba_version` must be one of 1, 2, got True"),

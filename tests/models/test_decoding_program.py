@@ -57,6 +57,7 @@ def assert_equal_states(one: HybridCache, other: HybridCache) -> None:
         {"layer_heads": [{"mamba": 1, "local": 0}, {"global": 0}]},
         {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False], "layer_merges": ["z", "hz"]},
         {"srte_encoding": "learned"},
+        {"mlp": "residual", "layer_gates": [True, False]},
     ],
     ids=str,
 )

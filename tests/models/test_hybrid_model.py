@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny_config, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
@@ -77,6 +78,43 @@ def test_autocast_computes_in_bfloat16_and_stays_close():
     assert (rest.float() - exact[:, 9:]).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("mlp", ["aligned", "residual"])
+@torch.no_grad()
+def test_a_block_computes_its_equation(mlp):
+    model = tiny_model(mlp=mlp, num_layers=1)
+    block, seen = model.layers[0], {}
+    for name, parameter in block.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_()
+    for name in ("mamba", "attention"):
+        getattr(block, name).register_forward_hook(lambda module, given, out, name=name: seen.update({name: out}))
+    block.register_forward_hook(lambda module, given, out: seen.update(x=given[0], out=out[0]))
+    model(token_ids(2, 9))
+    x, h_m, h_a = seen["x"], seen["mamba"], seen["attention"]
+    h = torch.cat((h_m, h_a), -1)
+    shortcut, inner = block.alignment.in_proj(h).chunk(2, -1)
+    z = shortcut + block.alignment.out_proj(F.silu(inner))
+    g = torch.sigmoid(block.gate.down(torch.tanh(block.gate.up(z))))
+    y = x + block.fusion_proj(g * h_m + (1 - g) * h_a)
+    if mlp == "aligned":
+        y = y + block.small_mlp.out_proj(F.silu(block.small_mlp.in_proj(z)))
+    else:
+        own = block.residual_mlp
+        gate, up = own.in_proj(own.norm(y)).chunk(2, -1)
+        y = y + own.out_proj(F.silu(gate) * up)
+    torch.testing.assert_close(seen["out"], block.ln_output(y), rtol=1e-5, atol=1e-5)
+
+
+def test_both_kinds_of_mlp_are_as_large_and_what_nobody_reads_is_not_there():
+    def count(**fields):
+        return sum(parameter.numel() for parameter in tiny_model(hidden_size=96, **fields).parameters())
+
+    assert count(mlp="residual") == pytest.approx(count(), rel=0.01)
+    gone = [False, False]
+    assert tiny_model(layer_gates=gone).layers[0].alignment is not None
+    assert tiny_model(layer_gates=gone, mlp="residual").layers[0].alignment is None
+
+
 def test_initialisation():
     model = tiny_model(hidden_size=64, mamba_expand=2, num_layers=4)
     for block in model.layers:
@@ -90,6 +128,9 @@ def test_initialisation():
         assert block.gate.up.weight.std().item() == pytest.approx(LINEAR_STD / 8, rel=0.2)
         ratio = block.fusion_proj.weight.std() / block.gate.up.weight.std()
         assert 0.8 < ratio * 8**0.5 < 1.2  # residual outputs shrink with sqrt(2 L)
+    residual = tiny_model(hidden_size=96, num_layers=4, mlp="residual").layers[0].residual_mlp
+    ratio = residual.out_proj.weight.std() / residual.in_proj.weight.std()
+    assert 0.8 < ratio * (128 / 96 * 8) ** 0.5 < 1.2
     assert all((block.ln_output.weight == 1).all() for block in model.layers[:-1])
     version1 = tiny_model(mamba_version=1).layers[0].mamba.A_log.exp()
     torch.testing.assert_close(version1[3], torch.arange(1.0, 9.0))

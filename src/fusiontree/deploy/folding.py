@@ -86,21 +86,22 @@ def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: Tensors) -> 
     constants = {name: value.to(block.ln_output.weight.device) for name, value in constants.items()}
     if not kept:
         constant_H = _constant_layer(block, decision, exact, constants)
-        return {name: value for name, value in layer.items() if name.startswith("ln_output.")} | {
-            "constant": constant_H
-        }
+        stays = ("ln_output.", "residual_mlp.")
+        return {name: value for name, value in layer.items() if name.startswith(stays)} | {"constant": constant_H}
     names = BRANCHES_OF[block.branch]
     hidden = len(exact["ln_output.weight"])
-    columns = dict(zip(names, exact["alignment.in_proj.weight"].split(hidden, dim=1), strict=True))
+    columns: Tensors = {}
+    if block.alignment is not None:
+        columns = dict(zip(names, exact["alignment.in_proj.weight"].split(hidden, dim=1), strict=True))
     if constants:
         (constant_H,) = constants.values()
         (removed,) = constants
         (left,) = kept
-        bias = columns[removed] @ constant_H
         if block.gate is not None:
             exact[f"{left}.out_proj.bias"] = exact[f"{left}.out_proj.bias"] - constant_H
-            bias = bias + columns[left] @ constant_H
-        exact["alignment.in_proj.bias"] = exact["alignment.in_proj.bias"] + bias
+        if columns:
+            read = columns[removed] if block.gate is None else columns[removed] + columns[left]
+            exact["alignment.in_proj.bias"] = exact["alignment.in_proj.bias"] + read @ constant_H
         exact["fusion_proj.bias"] = exact["fusion_proj.bias"] + exact["fusion_proj.weight"] @ constant_H
     if is_frozen:
         gate_H = torch.tensor(decision.gate, dtype=torch.float64, device=block.ln_output.weight.device)
@@ -112,8 +113,11 @@ def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: Tensors) -> 
                 exact[f"{name}.out_proj.weight"] = exact[f"{name}.out_proj.weight"] * weights[name][:, None]
                 exact[f"{name}.out_proj.bias"] = exact[f"{name}.out_proj.bias"] * weights[name]
                 columns[name] = columns[name] / weights[name]
-    exact["alignment.in_proj.weight"] = torch.cat([columns[name] for name in kept], dim=1)
+    if columns:
+        exact["alignment.in_proj.weight"] = torch.cat([columns[name] for name in kept], dim=1)
     gone = [f"{name}." for name in constants] + (["gate."] if is_frozen else [])
+    if is_frozen and block.small_mlp is None:
+        gone.append("alignment.")  # the gate was its only reader
     if constants and block.branch == "both":
         gone += ["mamba_mean", "attention_mean", "mean_updates"]
     return {name: value for name, value in exact.items() if not name.startswith(tuple(gone))}
@@ -122,22 +126,18 @@ def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: Tensors) -> 
 def _constant_layer(
     block: HybridBlock, decision: LayerDecision, exact: Tensors, constants: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    """[H]: what a layer adds whose branches are all constant, by the block's own maps in float64."""
-    # float64 copies of the maps behind the branches; the block itself stays as it is.
-    parts = {"alignment": block.alignment, "fusion_proj": block.fusion_proj, "small_mlp": block.small_mlp}
+    """[H]: what a layer adds whose branches are all constant, by the block's own maps with float64 tensors."""
 
     def run(part: str, x: torch.Tensor) -> torch.Tensor:
         own = {name.removeprefix(f"{part}."): value for name, value in exact.items() if name.startswith(f"{part}.")}
-        return torch.func.functional_call(parts[part], own, (x,))
+        return torch.func.functional_call(getattr(block, part), own, (x,))
 
-    z_H = run("alignment", torch.cat([constants[name] for name in BRANCHES_OF[block.branch]]))
-    weights = {"mamba": torch.ones_like(z_H), "attention": torch.ones_like(z_H)}
+    h = [constants[name] for name in BRANCHES_OF[block.branch]]
+    z_H = torch.zeros_like(h[0]) if block.alignment is None else run("alignment", torch.cat(h))
+    f_H = torch.stack(h).sum(0)
     if block.gate is not None:
-        if decision.gate is not None:
-            logits_H = ConstantGate(torch.tensor(decision.gate, dtype=torch.float64).to(z_H.device))(z_H)
-        else:
-            own = {name.removeprefix("gate."): value for name, value in exact.items() if name.startswith("gate.")}
-            logits_H = torch.func.functional_call(block.gate, own, (z_H,))
+        frozen = None if decision.gate is None else torch.tensor(decision.gate, dtype=torch.float64).to(z_H.device)
+        logits_H = run("gate", z_H) if frozen is None else ConstantGate(frozen)(z_H)
         weights = {"mamba": torch.sigmoid(logits_H), "attention": torch.sigmoid(-logits_H)}
-    f_H = torch.stack([weights[name] * constants[name] for name in BRANCHES_OF[block.branch]]).sum(0)
-    return run("fusion_proj", f_H) + run("small_mlp", z_H)
+        f_H = torch.stack([weights[name] * constants[name] for name in BRANCHES_OF[block.branch]]).sum(0)
+    return run("fusion_proj", f_H) + (0 if block.small_mlp is None else run("small_mlp", z_H))

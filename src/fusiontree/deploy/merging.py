@@ -1,7 +1,8 @@
 """Linear maps of a cut layer multiplied out, in float64, where no one else reads what lies between them.
 
 In a layer of one branch whose gate is gone, z is read by the small MLP alone, and the branch's output h by two linear
-maps: alignment and fusion projection. Multiplied out, z and h are never computed (`MergedMaps`).
+maps: alignment and fusion projection. Multiplied out, z and h are never computed (`MergedMaps`). Where the MLP reads
+the residual stream there is no z then, and the fusion projection alone reads h.
 
 Shapes: H hidden, d width of what the branch's output projection reads.
 """
@@ -23,6 +24,8 @@ def merge_of(config: HybridLanguageModelConfig, layer: int) -> str:
     branch = config.branch(layer)
     if branch not in ("mamba", "attention") or config.has_gate(layer):
         return "none"
+    if config.mlp == "residual":  # nothing but the fusion projection reads h
+        return "hz"
     hidden = config.hidden_size
     width, rows = config.branch_width(layer), (4 if config.use_alignment else 3) * hidden
     return "hz" if width * rows <= width * hidden + hidden * rows else "z"
@@ -36,27 +39,33 @@ def merge_maps(branch: str, merges: str, layer: Tensors) -> Tensors:
         merges: "z" or "hz".
         layer: by name as in the block; not changed.
     """
-    hidden = len(layer["ln_output.weight"])
-    first_WH, first_b = layer["small_mlp.in_proj.weight"], layer["small_mlp.in_proj.bias"]
-    shortcut, inner = (part.split([hidden, len(part) - hidden]) for part in _map(layer, "alignment.in_proj"))
-    (shortcut_HH, inner_HH), (shortcut_b, inner_b) = shortcut, inner
-    fusion, fusion_b = _map(layer, "fusion_proj")
-    bias = first_WH @ shortcut_b + first_b
     merged: Tensors = {}
-    if "alignment.out_proj.weight" in layer:
-        second, second_b = _map(layer, "alignment.out_proj")
-        merged["merged.align_proj.weight"] = first_WH @ second
-        bias = bias + first_WH @ second_b
-    weight = torch.cat((fusion, first_WH @ shortcut_HH, inner_HH))
-    bias = torch.cat((fusion_b, bias, inner_b))
+    first, (weight, bias) = "merged", _map(layer, "fusion_proj")
+    if "small_mlp.in_proj.weight" in layer:
+        first, (weight, bias) = "merged.in_proj", _with_small_mlp(layer, merged)
     gone = ["alignment.", "fusion_proj.", "small_mlp."]
     if merges == "hz":
         output, output_b = _map(layer, f"{branch}.out_proj")
         weight, bias = weight @ output, bias + weight @ output_b
         gone.append(f"{branch}.out_proj.")
-    merged |= {"merged.in_proj.weight": weight, "merged.in_proj.bias": bias}
-    merged |= {f"merged.out_proj.{name}": layer[f"small_mlp.out_proj.{name}"] for name in ("weight", "bias")}
+    merged |= {f"{first}.weight": weight, f"{first}.bias": bias}
     return {name: value for name, value in layer.items() if not name.startswith(tuple(gone))} | merged
+
+
+def _with_small_mlp(layer: Tensors, merged: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map that stands before each SiLU behind h; what stands behind these goes to `merged`."""
+    hidden = len(layer["ln_output.weight"])
+    first_WH, first_b = _map(layer, "small_mlp.in_proj")
+    shortcut, inner = (part.split([hidden, len(part) - hidden]) for part in _map(layer, "alignment.in_proj"))
+    (shortcut_HH, inner_HH), (shortcut_b, inner_b) = shortcut, inner
+    fusion, fusion_b = _map(layer, "fusion_proj")
+    bias = first_WH @ shortcut_b + first_b
+    if "alignment.out_proj.weight" in layer:
+        second, second_b = _map(layer, "alignment.out_proj")
+        merged["merged.align_proj.weight"] = first_WH @ second
+        bias = bias + first_WH @ second_b
+    merged |= {f"merged.out_proj.{name}": layer[f"small_mlp.out_proj.{name}"] for name in ("weight", "bias")}
+    return torch.cat((fusion, first_WH @ shortcut_HH, inner_HH)), torch.cat((fusion_b, bias, inner_b))
 
 
 def _map(layer: Tensors, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,6 +63,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         conv_kernel: taps K of the causal depthwise convolution.
         gate_rank: rank r of the gate.
         use_alignment: whether the alignment has a hidden layer beside its linear shortcut.
+        mlp: what a block's MLP reads: "aligned", the aligned features z, H -> 2H -> H, or "residual", the normalised
+            residual stream after the mix, a SwiGLU of as many parameters.
         srte_encoding: "sincos" (any length) or "learned" (up to max_position_embeddings).
         srte_rank: rank of the time encoding's projection.
         max_position_embeddings: positions of the learned time encoding; bounds nothing else.
@@ -109,6 +111,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     conv_kernel: int = 4
     gate_rank: int = 96
     use_alignment: bool = True
+    mlp: str = "aligned"
     srte_encoding: str = "sincos"
     srte_rank: int = 128
     max_position_embeddings: int = 8192
@@ -186,6 +189,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             require(is_size, f"`{name}` must be a whole number of at least 1, got {value!r}")
         for name, choices in (
             ("attention_type", ("local_global", "pyramidal")),
+            ("mlp", ("aligned", "residual")),
             ("srte_encoding", ("sincos", "learned")),
             ("mamba_version", (1, 2)),
         ):

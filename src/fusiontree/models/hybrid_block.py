@@ -82,6 +82,24 @@ class SmallMLP(nn.Module):
         return self.out_proj(F.silu(self.in_proj(z)))
 
 
+class ResidualMLP(nn.Module):
+    """W_3 (silu(W_1 n) * W_2 n) with n = norm(y): a SwiGLU (Shazeer 2020, arXiv 2002.05202) on the residual stream.
+
+    4/3 H wide, rounded to a multiple of 8: as many parameters as `SmallMLP` has.
+    """
+
+    def __init__(self, hidden_size: int, norm_eps: float):
+        super().__init__()
+        width = 8 * max(1, round(hidden_size / 6))
+        self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
+        self.in_proj = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.out_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        gate, up = self.in_proj(self.norm(y)).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * up)
+
+
 @dataclass
 class BlockGates:
     """What a block's gate did.
@@ -132,7 +150,8 @@ _Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 class HybridBlock(nn.Module):
     """See `forward` for the equation. With one branch (`layer_branches`) the absent one is the constant 0; without a
     gate (`layer_gates`) f is the sum of the branches. With no branch all that they led to is one constant vector. With
-    `layer_merges` consecutive linear maps behind the one branch are one.
+    `layer_merges` consecutive linear maps behind the one branch are one. What nobody reads is not there: z without a
+    gate where the MLP reads the residual stream.
     """
 
     mamba_mean: torch.Tensor
@@ -144,7 +163,8 @@ class HybridBlock(nn.Module):
         hidden, branch = config.hidden_size, config.branch(layer)
         self.branch = branch
         self.is_gated = branch == "both" and config.has_gate(layer)
-        self.mamba = self.attention = self.gate = self.merged = None
+        self.mamba = self.attention = self.alignment = self.gate = self.small_mlp = self.merged = None
+        is_aligned = config.mlp == "aligned"
         if branch == "constant":
             self.constant = nn.Parameter(torch.zeros(hidden))
         else:
@@ -154,17 +174,26 @@ class HybridBlock(nn.Module):
             self.mamba = MambaBlock(config, heads) if branch in ("both", "mamba") else None
             self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
             if (merges := config.merges(layer)) == "none":
-                self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
+                if is_aligned or config.has_gate(layer):
+                    self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
                 self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
-                self.fusion_proj = nn.Linear(hidden, hidden)
-                self.small_mlp = SmallMLP(hidden)
-                for linear in (self.fusion_proj, self.small_mlp.out_proj):
-                    linear.writes_residual = True  # type: ignore[assignment]  # read by the initialisation
+                self.fusion_proj = _writing_residual(nn.Linear(hidden, hidden))
+                if is_aligned:
+                    self.small_mlp = SmallMLP(hidden)
+                    _writing_residual(self.small_mlp.out_proj)
             else:
                 width = config.branch_width(layer) if merges == "hz" else hidden
-                self.merged = MergedMaps(width, hidden, config.use_alignment)
+                self.merged = (
+                    MergedMaps(width, hidden, config.use_alignment)
+                    if is_aligned
+                    else _writing_residual(nn.Linear(width, hidden))
+                )
                 if merges == "hz":
                     getattr(self, branch).out_proj = None
+        self.residual_mlp = None
+        if not is_aligned:
+            self.residual_mlp = ResidualMLP(hidden, config.norm_eps)
+            _writing_residual(self.residual_mlp.out_proj)
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         # Set by the model's `_set_gradient_checkpointing`; the first has the name by which transformers asks for it.
@@ -212,24 +241,30 @@ class HybridBlock(nn.Module):
     def _compute(self, x: torch.Tensor, time_encoding: torch.Tensor, given: _Pass) -> tuple[Any, ...]:
         """out, details, the branches' token means, then `BlockGates.gate`; changes nothing but a state."""
         if self.branch == "constant":
-            return self.ln_output(x + self.constant), None, (None, None), *_no_gate(x, given)
+            return self._end(x + self.constant), None, (None, None), *_no_gate(x, given)
         h_m, h_a = self._branches(x, time_encoding, given)
         token_means = self._token_means(h_m, h_a, given.layout)
         h, h_m, h_a = _side_by_side(*_fill_dropped(h_m, h_a, given))
         if self.merged is not None:
-            return self.ln_output(x + self.dropout(self.merged(h))), None, token_means, *_no_gate(x, given)
-        z = self.alignment(h)
+            return self._end(x + self.dropout(self.merged(h))), None, token_means, *_no_gate(x, given)
+        z = None if self.alignment is None else self.alignment(h)
         f, details, *gate = self._mix(z, h_m, h_a, given)
-        y = x + self.dropout(self.fusion_proj(f) + self.small_mlp(z))
-        return self.ln_output(y), details, token_means, *gate
+        update = self.fusion_proj(f)
+        if self.small_mlp is not None:
+            update = update + self.small_mlp(z)
+        return self._end(x + self.dropout(update)), details, token_means, *gate
+
+    def _end(self, y: torch.Tensor) -> torch.Tensor:
+        """ln_output(y), before it the MLP that reads y, where there is one; [B, T, H]."""
+        return self.ln_output(y if self.residual_mlp is None else y + self.dropout(self.residual_mlp(y)))
 
     def _mix(
-        self, z: torch.Tensor, h_m: torch.Tensor | None, h_a: torch.Tensor | None, given: _Pass
+        self, z: torch.Tensor | None, h_m: torch.Tensor | None, h_a: torch.Tensor | None, given: _Pass
     ) -> tuple[Any, ...]:
         """f [B, T, H], details, then `BlockGates.gate`."""
         if self.gate is None:
             f = h_a if h_m is None else h_m if h_a is None else h_m + h_a
-            return f, None, *_no_gate(z, given)
+            return f, None, *_no_gate(f, given)
         logits = self.gate(z)
         f, *gate = (mix_alone if given.defers_gates else gated_mix)(
             logits, torch.zeros_like(logits) if h_m is None else h_m, torch.zeros_like(logits) if h_a is None else h_a
@@ -286,6 +321,12 @@ class HybridBlock(nn.Module):
                 # A plain mean at first, so that it does not start out near zero.
                 weight = (1 / self.mean_updates[branch]).clamp(min=1 - _MEAN_MOMENTUM).to(running.dtype)
                 running.lerp_(found.to(running.dtype), weight)
+
+
+def _writing_residual(linear: nn.Linear) -> nn.Linear:
+    """The map, marked for the initialisation: what it gives is added to the residual stream."""
+    linear.writes_residual = True  # type: ignore[assignment]
+    return linear
 
 
 def _fill_dropped(h_m: torch.Tensor | None, h_a: torch.Tensor | None, given: _Pass) -> _Pair:

@@ -49,11 +49,11 @@ FORMAT_VERSION = 2
 SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "global_heads", "window_size"),
     *("attention_type", "mamba_version", "mamba_expand", "mamba_head_dim", "mamba_state_size", "conv_kernel"),
-    *("gate_rank", "use_alignment", "srte_encoding", "srte_rank", "rope_theta", "norm_eps", "layer_branches"),
-    *("layer_gates", "layer_heads", "layer_merges", "tie_word_embeddings"),
+    *("gate_rank", "use_alignment", "mlp", "srte_encoding", "srte_rank", "rope_theta", "norm_eps"),
+    *("layer_branches", "layer_gates", "layer_heads", "layer_merges", "tie_word_embeddings"),
 )
-#: Without a value they leave a model's fingerprint as it was before there were any.
-_LATER_FIELDS = {"layer_heads", "layer_merges"}
+#: With this value they leave a model's fingerprint as it was before there were such fields.
+_LATER_FIELDS = {"mlp": "aligned", "layer_heads": None, "layer_merges": None}
 
 
 @dataclass
@@ -140,7 +140,7 @@ def weights_fingerprint(config: HybridLanguageModelConfig, parameters: Iterable[
         parameters: (name, value) of each, in the order of the names.
     """
     fields = [(name, getattr(config, name)) for name in SHAPE_FIELDS]
-    known = [str(value) for name, value in fields if value is not None or name not in _LATER_FIELDS]
+    known = [str(value) for name, value in fields if name not in _LATER_FIELDS or value != _LATER_FIELDS[name]]
     digest = hashlib.sha256(json.dumps(known).encode())
     for name, parameter in parameters:
         digest.update(name.encode())

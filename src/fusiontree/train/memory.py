@@ -31,6 +31,7 @@ _COMPONENTS = {
     "gate": "gates",
     "fusion_proj": "fusion projections",
     "small_mlp": "small MLPs",
+    "residual_mlp": "residual MLPs",
     "merged": "merged maps",
     "constant": "constants",
     "ln_input": "norms",
