@@ -34,7 +34,7 @@ def _apart(**variables: str) -> list[int]:
     """Blocks outside the heap after six of 1 MiB, six of 5 MiB more, six of 10 MiB more, and when all have gone."""
     command = [sys.executable, "-c", _PROGRAM]
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    done = subprocess.run(command, env=plain | variables, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, env=plain | variables, capture_output=True, text=True, check=True, timeout=600)
     return [int(count) for count in done.stdout.split()]
 
 
