@@ -39,10 +39,10 @@ def merge_maps(branch: str, merges: str, layer: Tensors) -> Tensors:
         merges: "z" or "hz".
         layer: by name as in the block; not changed.
     """
-    merged: Tensors = {}
-    first, (weight, bias) = "merged", _map(layer, "fusion_proj")
     if "small_mlp.in_proj.weight" in layer:
-        first, (weight, bias) = "merged.in_proj", _with_small_mlp(layer, merged)
+        first, (weight, bias, merged) = "merged.in_proj", _with_small_mlp(layer)
+    else:
+        first, (weight, bias), merged = "merged", _map(layer, "fusion_proj"), {}
     gone = ["alignment.", "fusion_proj.", "small_mlp."]
     if merges == "hz":
         output, output_b = _map(layer, f"{branch}.out_proj")
@@ -52,20 +52,20 @@ def merge_maps(branch: str, merges: str, layer: Tensors) -> Tensors:
     return {name: value for name, value in layer.items() if not name.startswith(tuple(gone))} | merged
 
 
-def _with_small_mlp(layer: Tensors, merged: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """The map that stands before each SiLU behind h; what stands behind these goes to `merged`."""
+def _with_small_mlp(layer: Tensors) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
+    """Weight and bias of all that reads h up to each SiLU, and the tensors of the maps behind these."""
     hidden = len(layer["ln_output.weight"])
     first_WH, first_b = _map(layer, "small_mlp.in_proj")
     shortcut, inner = (part.split([hidden, len(part) - hidden]) for part in _map(layer, "alignment.in_proj"))
     (shortcut_HH, inner_HH), (shortcut_b, inner_b) = shortcut, inner
     fusion, fusion_b = _map(layer, "fusion_proj")
     bias = first_WH @ shortcut_b + first_b
+    behind = {f"merged.out_proj.{name}": layer[f"small_mlp.out_proj.{name}"] for name in ("weight", "bias")}
     if "alignment.out_proj.weight" in layer:
         second, second_b = _map(layer, "alignment.out_proj")
-        merged["merged.align_proj.weight"] = first_WH @ second
+        behind["merged.align_proj.weight"] = first_WH @ second
         bias = bias + first_WH @ second_b
-    merged |= {f"merged.out_proj.{name}": layer[f"small_mlp.out_proj.{name}"] for name in ("weight", "bias")}
-    return torch.cat((fusion, first_WH @ shortcut_HH, inner_HH)), torch.cat((fusion_b, bias, inner_b))
+    return torch.cat((fusion, first_WH @ shortcut_HH, inner_HH)), torch.cat((fusion_b, bias, inner_b)), behind
 
 
 def _map(layer: Tensors, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -292,8 +292,7 @@ class _Planner:
         """The layers whose gate may be frozen."""
         if not self.settings.freeze_gates:
             return []
-        pairs = zip(self.calibration.blocks, self.calibration.parent.kinds, strict=True)
-        return [layer for layer, (block, kind) in enumerate(pairs) if block.gate is not None and kind != "constant"]
+        return [layer for layer, block in enumerate(self.calibration.blocks) if block.gate is not None]
 
     def _freeze_gates(self, joint: Joint) -> Joint:
         """Freezes gates, first those that cost least, while all of them together cost no more than is allowed."""

@@ -76,7 +76,7 @@ class SmallMLP(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.in_proj = nn.Linear(hidden_size, 2 * hidden_size)
-        self.out_proj = nn.Linear(2 * hidden_size, hidden_size)
+        self.out_proj = _writing_residual(nn.Linear(2 * hidden_size, hidden_size))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.out_proj(F.silu(self.in_proj(z)))
@@ -93,7 +93,7 @@ class ResidualMLP(nn.Module):
         width = 8 * max(1, round(hidden_size / 6))
         self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.in_proj = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.out_proj = nn.Linear(width, hidden_size, bias=False)
+        self.out_proj = _writing_residual(nn.Linear(width, hidden_size, bias=False))
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         gate, up = self.in_proj(self.norm(y)).chunk(2, dim=-1)
@@ -178,9 +178,7 @@ class HybridBlock(nn.Module):
                     self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
                 self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
                 self.fusion_proj = _writing_residual(nn.Linear(hidden, hidden))
-                if is_aligned:
-                    self.small_mlp = SmallMLP(hidden)
-                    _writing_residual(self.small_mlp.out_proj)
+                self.small_mlp = SmallMLP(hidden) if is_aligned else None
             else:
                 width = config.branch_width(layer) if merges == "hz" else hidden
                 self.merged = (
@@ -190,10 +188,7 @@ class HybridBlock(nn.Module):
                 )
                 if merges == "hz":
                     getattr(self, branch).out_proj = None
-        self.residual_mlp = None
-        if not is_aligned:
-            self.residual_mlp = ResidualMLP(hidden, config.norm_eps)
-            _writing_residual(self.residual_mlp.out_proj)
+        self.residual_mlp = None if is_aligned else ResidualMLP(hidden, config.norm_eps)
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         # Set by the model's `_set_gradient_checkpointing`; the first has the name by which transformers asks for it.
