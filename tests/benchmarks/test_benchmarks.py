@@ -97,9 +97,9 @@ def test_variants_are_recorded_beside_the_default_and_keep_the_size(
         str(corpus),
     ]
     settings += ["--cache", str(tmp_path / "cache"), "--steps", "1", "--length", "16", "--learning-rates", "1e-3"]
-    quality.main([*settings, "--models", "fusiontree", "--variants", "default", "gate 0.5", "sequential SwiGLU"])
+    quality.main([*settings, "--models", "fusiontree", "--variants", "default", "gate 0.5", "MLP from z"])
     found = [json.loads(line) for line in (tmp_path / "quality_numbers.jsonl").read_text().splitlines()]
-    assert [record["run"].get("variant") for record in found] == [None, "gate 0.5", "sequential SwiGLU"]
+    assert [record["run"].get("variant") for record in found] == [None, "gate 0.5", "MLP from z"]
     assert len({record["val_loss"] for record in found}) == 3
     assert "| FusionTree: gate 0.5 | 0 | float32 |" in quality.write_report(tmp_path / "quality_numbers.jsonl")
 

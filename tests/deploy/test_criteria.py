@@ -47,7 +47,6 @@ def model() -> HybridLanguageModel:
             block.alignment.in_proj.bias[0] = 1e4
             block.gate.up.weight.zero_()[0, 0] = 1
             block.gate.down.weight.zero_()[:, 0] = logit
-            block.small_mlp.in_proj.weight[:, 0] = 0
     return made
 
 
@@ -158,7 +157,7 @@ def redundant_model() -> HybridLanguageModel:
             block.attention.out_proj.weight.copy_(weight)
             block.fusion_proj.weight.copy_(torch.eye(width))
             block.ln_output.weight.fill_(1)
-            for parameter in (*block.small_mlp.out_proj.parameters(), block.fusion_proj.bias):
+            for parameter in (*block.residual_mlp.out_proj.parameters(), block.fusion_proj.bias):
                 parameter.zero_()
         made.lm_head.weight.normal_(std=1.5 * (width // 2) ** -0.5)[:, width // 2 :] = 0
     return made

@@ -43,6 +43,7 @@ def _combinations() -> dict[str, dict]:
             "attention_type": attention,
             "num_kv_heads": kv_heads,
             "layer_branches": ["both", "mamba", "attention"] if pruned else None,
+            "mlp": "aligned" if pruned else "residual",
         }
     found["all-local"] = {"global_heads": 0}
     found["all-global"] = {"global_heads": 4}
@@ -67,13 +68,12 @@ def _combinations() -> dict[str, dict]:
         "layer_gates": [True, False, False, False],
         "layer_merges": ["none", "z", "hz", "none"],
     }
-    found["residual-mlp"] = {"mlp": "residual", "layer_branches": ["both", "both", "mamba"]}
-    found["residual-mlp-cut"] = {
-        "mlp": "residual",
+    found["aligned-mlp-cut"] = {
+        "mlp": "aligned",
         "num_layers": 5,
         "layer_branches": ["both", "both", "constant", "mamba", "attention"],
         "layer_gates": [True, False, True, False, False],
-        "layer_merges": ["none", "none", "none", "none", "hz"],
+        "layer_merges": ["none", "none", "none", "z", "hz"],
     }
     found["window1-conv2"] = {"window_size": 1, "conv_kernel": 2}
     return found

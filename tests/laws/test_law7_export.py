@@ -165,13 +165,16 @@ def test_a_narrow_model_keeps_its_dtypes(some_model, dtype):
     assert exported.layers[0].mamba.A_log.dtype == torch.float32
 
 
-def test_what_merging_leaves_out():
-    """h where the branch is narrow enough, else z, in every layer of one branch without gate; no weight is added."""
-    model = build()  # of expand 2: Mamba is twice as wide as attention
+@pytest.mark.parametrize("mlp", ["residual", "aligned"])
+def test_what_merging_leaves_out(mlp):
+    """h unless the MLP reads z too and the branch is wide, then z, in every layer of one branch without gate; no weight
+    is added."""
+    model = build(mlp=mlp)  # of expand 2: Mamba is twice as wide as attention
     cut = CUTS["merged maps"]
     plan = plan_for(model, cut)
     apart, merged = fold(model, plan), fold(model, plan, merge=True)
-    assert merged.config.layer_merges == ["hz", "none", "z"] and apart.config.layer_merges is None
+    assert merged.config.layer_merges == ["hz", "none", "z" if mlp == "aligned" else "hz"]
+    assert apart.config.layer_merges is None
     counts = [sum(p.numel() for p in one.layers.parameters()) for one in (apart, merged)]
     assert counts[1] < counts[0]
     ids, whole = tokens(1, 20), plan_for(merged, Cut(["both"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tiny import tiny_config
 from transformers import AutoConfig
@@ -32,6 +34,16 @@ def test_round_trip(tmp_path):
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, HybridLanguageModelConfig)
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+
+
+def test_a_model_saved_before_there_were_two_kinds_of_mlp_has_the_first(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved.pop("mlp") == "residual" == AutoConfig.from_pretrained(tmp_path).mlp
+    file.write_text(json.dumps(saved))
+    assert AutoConfig.from_pretrained(tmp_path).mlp == "aligned"
+    assert AutoConfig.from_pretrained(tmp_path, mlp="residual").mlp == "residual"
 
 
 def test_what_is_given_while_loading_is_validated_too(tmp_path):
@@ -91,7 +103,7 @@ def test_pyramidal_windows():
         ({"conv_kernel": 1}, "`conv_kernel` must be at least 2"),
         ({"tie_word_embeddings": "flase"}, "`tie_word_embeddings` must be true or false, got 'flase'"),
         ({"use_alignment": None}, "`use_alignment` must be true or false, got None"),
-        ({"mlp": "resdual"}, "`mlp` must be one of aligned, residual, got 'resdual'"),
+        ({"mlp": "resdual"}, "`mlp` must be one of residual, aligned, got 'resdual'"),
         ({"use_cache": 0}, "`use_cache` must be true or false, got 0"),
         ({"return_logits_with_loss": "no"}, "`return_logits_with_loss` must be true or false"),
         ({"mamba_version": True}, "`mamba_version` must be one of 1, 2, got True"),

@@ -57,7 +57,13 @@ def assert_equal_states(one: HybridCache, other: HybridCache) -> None:
         {"layer_heads": [{"mamba": 1, "local": 0}, {"global": 0}]},
         {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False], "layer_merges": ["z", "hz"]},
         {"srte_encoding": "learned"},
-        {"mlp": "residual", "layer_gates": [True, False]},
+        {"mlp": "aligned", "layer_gates": [True, False]},
+        {
+            "mlp": "aligned",
+            "layer_branches": ["mamba", "attention"],
+            "layer_gates": [False, False],
+            "layer_merges": ["z", "hz"],
+        },
     ],
     ids=str,
 )
@@ -141,7 +147,9 @@ def test_a_compiled_step_generates_the_same_tokens_until_weights_change(capfd):
     """The real compiler: once for each of two sets of weights, whatever room the state has, and it says nothing."""
     model = tiny_model(num_layers=1, layer_branches=["both"], window_size=100)
     ids, mask = token_ids(2, 9), torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
-    settings = GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=0)  # more than a state begins with
+    settings = GenerationConfig(
+        min_new_tokens=64, max_new_tokens=64, do_sample=False, pad_token_id=0
+    )  # more than a state begins with
 
     def scores() -> torch.Tensor:
         output = model.generate(

@@ -109,10 +109,10 @@ def test_both_kinds_of_mlp_are_as_large_and_what_nobody_reads_is_not_there():
     def count(**fields):
         return sum(parameter.numel() for parameter in tiny_model(hidden_size=96, **fields).parameters())
 
-    assert count(mlp="residual") == pytest.approx(count(), rel=0.01)
+    assert count(mlp="residual") == pytest.approx(count(mlp="aligned"), rel=0.01)
     gone = [False, False]
-    assert tiny_model(layer_gates=gone).layers[0].alignment is not None
-    assert tiny_model(layer_gates=gone, mlp="residual").layers[0].alignment is None
+    assert tiny_model(layer_gates=gone, mlp="aligned").layers[0].alignment is not None
+    assert tiny_model(layer_gates=gone).layers[0].alignment is None
 
 
 def test_initialisation():
@@ -128,7 +128,7 @@ def test_initialisation():
         assert block.gate.up.weight.std().item() == pytest.approx(LINEAR_STD / 8, rel=0.2)
         ratio = block.fusion_proj.weight.std() / block.gate.up.weight.std()
         assert 0.8 < ratio * 8**0.5 < 1.2  # residual outputs shrink with sqrt(2 L)
-    residual = tiny_model(hidden_size=96, num_layers=4, mlp="residual").layers[0].residual_mlp
+    residual = tiny_model(hidden_size=96, num_layers=4).layers[0].residual_mlp
     ratio = residual.out_proj.weight.std() / residual.in_proj.weight.std()
     assert 0.8 < ratio * (128 / 96 * 8) ** 0.5 < 1.2
     assert all((block.ln_output.weight == 1).all() for block in model.layers[:-1])

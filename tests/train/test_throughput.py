@@ -79,9 +79,9 @@ def linear_part(model: HybridLanguageModel, batch: Batch) -> float:
         {"num_kv_heads": 2, "global_heads": 2, "mamba_expand": 2},
         {"layer_branches": ["mamba", "attention"]},
         {"tie_word_embeddings": True, "use_alignment": False},
-        {"mlp": "residual"},
+        {"mlp": "aligned"},
     ],
-    ids=["default", "mamba1", "grouped", "pruned", "tied", "residual"],
+    ids=["default", "mamba1", "grouped", "pruned", "tied", "aligned"],
 )
 def test_linear_maps_are_counted_as_torch_counts_them(fields: dict[str, Any], documents: int) -> None:
     model, batch = model_of(**fields), batch_of(documents)

@@ -63,8 +63,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         conv_kernel: taps K of the causal depthwise convolution.
         gate_rank: rank r of the gate.
         use_alignment: whether the alignment has a hidden layer beside its linear shortcut.
-        mlp: what a block's MLP reads: "aligned", the aligned features z, H -> 2H -> H, or "residual", the normalised
-            residual stream after the mix, a SwiGLU of as many parameters.
+        mlp: what a block's MLP reads: "residual", the normalised residual stream after the mix, a SwiGLU of width
+            4/3 H, or "aligned", the aligned features z, H -> 2H -> H, with as many parameters.
         srte_encoding: "sincos" (any length) or "learned" (up to max_position_embeddings).
         srte_rank: rank of the time encoding's projection.
         max_position_embeddings: positions of the learned time encoding; bounds nothing else.
@@ -111,7 +111,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     conv_kernel: int = 4
     gate_rank: int = 96
     use_alignment: bool = True
-    mlp: str = "aligned"
+    mlp: str = "residual"
     srte_encoding: str = "sincos"
     srte_rank: int = 128
     max_position_embeddings: int = 8192
@@ -173,7 +173,9 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             for key in kwargs:
                 if not key.startswith("_") and key not in _TRANSFORMERS_KEYS | _LOADING_KEYS:
                     cls._refuse(key)
-        return super().from_dict({**config_dict, **given}, **kwargs)
+        # A configuration that was saved names every field, but for those that came after it.
+        earlier = {"mlp": "aligned"} if "transformers_version" in config_dict else {}
+        return super().from_dict({**earlier, **config_dict, **given}, **kwargs)
 
     def _validate(self) -> None:
         def require(condition: bool, message: str) -> None:
@@ -189,7 +191,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             require(is_size, f"`{name}` must be a whole number of at least 1, got {value!r}")
         for name, choices in (
             ("attention_type", ("local_global", "pyramidal")),
-            ("mlp", ("aligned", "residual")),
+            ("mlp", ("residual", "aligned")),
             ("srte_encoding", ("sincos", "learned")),
             ("mamba_version", (1, 2)),
         ):
