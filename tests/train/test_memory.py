@@ -97,6 +97,10 @@ def test_engines_hold_what_they_divide() -> None:
 def test_buckets_and_gathered_parameters_are_part_of_the_peak(tmp_path) -> None:
     assert memory(zero_stage=2).buffers == BUCKET
     assert memory(zero_stage=3).buffers == BUCKET + 2 * 4 * 900  # gathered in one piece, then copied
+    # gloo copies what it reduces and divides, and nothing else.
+    assert memory(zero_stage=3, device="cpu").buffers == memory(zero_stage=3).buffers + BUCKET
+    assert memory(fsdp=True, device="cpu").buffers == memory(fsdp=True).buffers + 4 * (400 + 200)
+    assert memory(zero_stage=2, device="cpu") == memory(zero_stage=2)
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 2, "overlap_comm": true, "reduce_bucket_size": 25}}')
     small = memory(deepspeed_config=str(file))

@@ -203,7 +203,7 @@ def _zero_memory(
         large = size.whole - size.small
         # A bucket is gathered in one piece and then copied, parameter by parameter.
         gathered = min(large, zero["stage3_max_live_parameters"]) + min(large, zero["stage3_prefetch_bucket_size"])
-        weights, buffers = share + 4 * size.small, bucket + 4 * gathered
+        weights, buffers = share + 4 * size.small, bucket + 4 * gathered + (bucket if _is_copied(settings) else 0)
         beside_step = bucket
     else:
         weights, buffers = whole, bucket * (2 if zero.get("overlap_comm") else 1)
@@ -225,6 +225,11 @@ def _zero_memory(
     )
 
 
+def _is_copied(settings: RunSettings) -> bool:
+    """Whether gradients that are reduced and divided lie in memory twice meanwhile: gloo, on CPU, reduces a copy."""
+    return settings.system.device == "cpu"
+
+
 def _fsdp_memory(
     settings: RunSettings, size: ModelSize, moments: int, activations: Activations, devices: int
 ) -> MemoryEstimate:
@@ -235,6 +240,8 @@ def _fsdp_memory(
     # What lies outside the blocks stays gathered; of the blocks one computes and one is on its way, and the gradients
     # of one are exchanged.
     buffers = 4 * (size.outside_blocks + 4 * size.largest_block)
+    if _is_copied(settings):
+        buffers += 4 * (size.outside_blocks + size.largest_block)
     return MemoryEstimate(
         parameters=share,
         gradients=gradients,
