@@ -110,7 +110,7 @@ VARIANTS = {
     "MLP from z, no ln_output": Variant((_without_output_norms,), {"mlp": "aligned"}),
     "no alignment": Variant(settings={"use_alignment": False, "num_layers": 5, "num_kv_heads": 2}),
     "gate per head": Variant((_gate_per_head,)),
-    "gate 0.5": Variant((_fixed_gate,)),
+    "gate 0.5": Variant((_fixed_gate,), {"mlp": "aligned"}),  # or nobody would read z, and its weights be idle
     "no SRTE": Variant((_no_time_encoding,)),
     "expand 1": Variant(settings={"mamba_expand": 1, "num_layers": 5, "num_kv_heads": 2}),
     "no global heads": Variant(settings={"global_heads": 0}),

@@ -163,8 +163,11 @@ def test_gates_are_frozen_on_request(
     assert fusiontree.load(out, device="cpu").config.layer_gates == [False] * 3
 
 
-def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fields = {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False]}
+@pytest.mark.parametrize(("mlp", "merges"), [("residual", ["hz", "hz"]), ("aligned", ["z", "hz"])])
+def test_maps_are_merged_on_request(
+    tmp_path: Path, mlp: str, merges: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False], "mlp": mlp}
     folder, file, out = save_tiny_model(tmp_path / "model", None, **fields), tmp_path / "plan.json", tmp_path / "merged"
     layers = [LayerDecision(keep=kind, reason="as it is") for kind in fields["layer_branches"]]
     PrunePlan(criterion="none", thresholds={}, source="test", layers=layers).save(file)
@@ -173,7 +176,7 @@ def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "maps merged in 2" in shown and "has no fingerprint" in shown
     assert "linear maps are merged in layers 0, 1" in (out / "README.md").read_text()
     before, after = (fusiontree.load(path, device="cpu") for path in (folder, out))
-    assert after.config.layer_merges == ["z", "hz"]
+    assert after.config.layer_merges == merges
     ids = torch.arange(40)[None]
     with torch.no_grad():
         want, got = before(ids).logits, after(ids).logits
@@ -186,8 +189,12 @@ def test_maps_are_merged_on_request(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_an_export_that_is_not_what_the_plan_says_is_not_written(
     tmp_path: Path, dtype: str, precision: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, file, out = save_tiny_model(tmp_path / "model", None), tmp_path / "plan.json", tmp_path / "cut"
-    # What is divided by such a gate grows past what float32 holds; with less precise products no equality is promised.
+    folder, file, out = (
+        save_tiny_model(tmp_path / "model", None, mlp="aligned"),
+        tmp_path / "plan.json",
+        tmp_path / "cut",
+    )
+    # What z is read through is divided by such a gate and grows past what float32 holds; with less precise products no equality is promised.
     layers = [LayerDecision(keep="both", reason="by hand", gate=[1e-42] * 32), LayerDecision(keep="both", reason="-")]
     PrunePlan(criterion="none", thresholds={}, source="test", layers=layers, measured={"dtype": dtype}).save(file)
     before = torch.get_float32_matmul_precision()

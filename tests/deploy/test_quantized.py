@@ -19,7 +19,7 @@ from fusiontree.eval.eval_llm import evaluate_perplexity
 from fusiontree.eval.texts import Texts
 from tiny_models import save_tiny_model
 
-WIDE = {"hidden_size": 64, "gate_rank": 16, "srte_rank": 8}  # most layers fit groups of 32
+WIDE = {"hidden_size": 96, "gate_rank": 32, "srte_rank": 8}  # most layers fit groups of 32
 
 
 @pytest.fixture(scope="module")

@@ -43,11 +43,20 @@ def _combinations() -> dict[str, dict]:
             "attention_type": attention,
             "num_kv_heads": kv_heads,
             "layer_branches": ["both", "mamba", "attention"] if pruned else None,
-            "mlp": "aligned" if pruned else "residual",
+            "mlp": "aligned" if (version == 2) == (srte == "learned") else "residual",
         }
     found["all-local"] = {"global_heads": 0}
     found["all-global"] = {"global_heads": 4}
     found["expand2-tied-linear-alignment"] = {"mamba_expand": 2, "tie_word_embeddings": True, "use_alignment": False}
+    found["linear-alignment-merged"] = {  # a wide and a narrow branch
+        "mlp": "aligned",
+        "mamba_expand": 2,
+        "tie_word_embeddings": True,
+        "use_alignment": False,
+        "layer_branches": ["mamba", "both", "attention"],
+        "layer_gates": [False, True, False],
+        "layer_merges": ["z", "none", "hz"],
+    }
     found["gates-folded-and-a-constant-layer"] = {
         "num_layers": 4,
         "layer_branches": ["both", "constant", "mamba", "attention"],

@@ -59,13 +59,13 @@ def plan_for(model: HybridLanguageModel, cut: Cut) -> PrunePlan:
     layers = []
     for index, block in enumerate(blocks_of(model)):
         wanted = cut.keep[index % len(cut.keep)]
-        can_go = block.merged is None and set(BRANCHES_OF[wanted]) <= set(BRANCHES_OF[block.branch])
+        can_go = block.merges == "none" and set(BRANCHES_OF[wanted]) <= set(BRANCHES_OF[block.branch])
         kept = wanted if can_go else block.branch
         decision = LayerDecision(keep=kept, reason="test")
         width = model.config.hidden_size
         if removed := removed_branches(block, decision):
             decision.constant = torch.randn(width * len(removed), generator=generator).tolist()
-        if cut.heads and block.merged is None:
+        if cut.heads and block.merges == "none":
             found = {name: heads_to_remove(block, name, index) for name in BRANCHES_OF[kept]}
             decision.heads = {name: removed for name, removed in found.items() if removed}
             wide = sum(len(removed) * getattr(block, name).head_dim for name, removed in decision.heads.items())
@@ -163,6 +163,16 @@ def test_a_narrow_model_keeps_its_dtypes(some_model, dtype):
     exported = fold(narrow, plan_for(narrow, CUTS["branches"]))
     assert exported.dtype == dtype
     assert exported.layers[0].mamba.A_log.dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_alignment", [True, False])
+def test_merging_maps_of_an_alignment(use_alignment):
+    """Of one with and without a hidden layer, of a wide and a narrow branch."""
+    model = build(mlp="aligned", use_alignment=use_alignment, mamba_expand=2)
+    plan = plan_for(model, CUTS["merged maps"])
+    merged = fold(model, plan, merge=True)
+    assert merged.config.layer_merges == ["hz", "none", "z"]
+    assert_law(merged(tokens(1, 20)).logits, fold(model, plan)(tokens(1, 20)).logits)
 
 
 @pytest.mark.parametrize("mlp", ["residual", "aligned"])

@@ -12,7 +12,14 @@ from fusiontree.ops import linear_cross_entropy
 
 POSITIONS = packed_positions([7, 16], [23], [1, 2, 20], [11, 12])
 SCOPES = ("mamba", "attention", "branches", "block")
-CUT = ["gates-folded-and-a-constant-layer", "heads-cut", "heads-cut-kv2-pruned", "maps-merged", "aligned-mlp-cut"]
+CUT = [
+    "gates-folded-and-a-constant-layer",
+    "heads-cut",
+    "heads-cut-kv2-pruned",
+    "maps-merged",
+    "aligned-mlp-cut",
+    "linear-alignment-merged",
+]
 MANY = ["all-global", "all-local", "expand2-tied-linear-alignment", *CUT, *FEW]
 
 

@@ -44,6 +44,8 @@ def test_a_model_saved_before_there_were_two_kinds_of_mlp_has_the_first(tmp_path
     file.write_text(json.dumps(saved))
     assert AutoConfig.from_pretrained(tmp_path).mlp == "aligned"
     assert AutoConfig.from_pretrained(tmp_path, mlp="residual").mlp == "residual"
+    for config in (HybridLanguageModelConfig.from_json_file(str(file)), HybridLanguageModelConfig(**saved)):
+        assert config.mlp == "aligned"
 
 
 def test_what_is_given_while_loading_is_validated_too(tmp_path):

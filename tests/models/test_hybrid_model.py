@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny import tiny_config, tiny_model, token_ids
 from transformers import AutoModelForCausalLM
 
+import fusiontree
 from fusiontree import HybridCache, HybridLanguageModel
 from fusiontree.errors import InputError
 from fusiontree.models.initialization import HEAD_GAIN, LINEAR_STD, TABLE_STD
@@ -430,3 +431,13 @@ def test_local_attention_sees_its_window_alone():
     assert difference[reach] > 0
     assert difference[reach + 1 :].max() == 0
     assert tiny_config().layer_window(1) == 5
+
+
+@torch.no_grad()
+def test_a_model_saved_before_there_was_a_choice_of_mlp_computes_what_it_did(tmp_path):
+    model, ids = tiny_model(mlp="aligned"), token_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "mlp"}))
+    for load in (HybridLanguageModel.from_pretrained, AutoModelForCausalLM.from_pretrained, fusiontree.load):
+        assert torch.equal(load(tmp_path).eval()(ids).logits, model(ids).logits)

@@ -244,7 +244,7 @@ def test_a_run_that_never_began_is_no_run(run_settings, tmp_path: Path) -> None:
 def test_a_models_fingerprint_stays_what_it_was() -> None:
     """Plans are bound to it: a field that comes in and has no value must not change it."""
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "global_heads": 2, "window_size": 4}
-    sizes |= {"mamba_head_dim": 8, "mamba_state_size": 4, "gate_rank": 4, "srte_rank": 4}
+    sizes |= {"mamba_head_dim": 8, "mamba_state_size": 4, "gate_rank": 4, "srte_rank": 4, "mlp": "aligned"}
     model = HybridLanguageModel(HybridLanguageModelConfig(**sizes))
     parameters = sorted(model.named_parameters())
     with torch.no_grad():

@@ -25,6 +25,7 @@ CASES = {
     "mamba1": {"mamba_version": 1},
     "learned-pyramidal-tied": {"srte_encoding": "learned", "attention_type": "pyramidal", "tie_word_embeddings": True},
     "pruned": {"layer_branches": ["mamba", "attention"]},
+    "aligned": {"mlp": "aligned"},
 }
 
 

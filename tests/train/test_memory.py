@@ -34,7 +34,9 @@ def test_components_add_up_to_the_model() -> None:
     assert result.memory.optimizer == 8 * result.parameters
 
 
-@pytest.mark.parametrize("fields", [{}, {"layer_branches": ["both", "mamba", "attention", "both", "mamba"]}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"layer_branches": ["both", "mamba", "attention", "both", "mamba"], "mlp": "aligned"}]
+)
 @pytest.mark.parametrize("checkpointing", [False, "mamba", "attention", True, "block"])
 def test_activations_are_those_of_a_real_step(fields: dict[str, object], checkpointing: bool | str) -> None:
     config = HybridLanguageModelConfig(**SIZES, **fields)

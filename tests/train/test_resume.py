@@ -162,6 +162,25 @@ def test_healing_a_cut_model_goes_on_exactly(run_settings, tmp_path: Path) -> No
     assert not torch.equal(found["layers.3.constant"], before["layers.3.constant"])
 
 
+@pytest.mark.parametrize("removed", [(), ("mlp",), ("mlp", "layer_heads", "layer_merges")])
+def test_a_run_from_before_there_was_a_choice_of_mlp_goes_on(run_settings, tmp_path: Path, removed: tuple) -> None:
+    run = tmp_path / "run"
+    sections = run_settings(model={"mlp": "aligned"}, training={"max_steps": 2}, output_dir=str(run))
+    fusiontree.train(sections)
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["mlp"] == "aligned"
+    resolved["model"] = {name: value for name, value in resolved["model"].items() if name not in removed}
+    resolved["training"]["max_steps"] = 3
+    assert fusiontree.train(resolved, resume="auto").step == 3
+    again = {**resolved, "output_dir": str(tmp_path / "again")}
+    fusiontree.train(again)
+    assert fusiontree.load(tmp_path / "again" / "latest", device="cpu").config.mlp == "aligned"
+    del sections["model"]["mlp"]
+    sections["training"]["max_steps"] = 4
+    with pytest.raises(InputError, match="trained with model.mlp aligned, .* asks for residual: set model.mlp=aligned"):
+        fusiontree.train(sections, resume="auto")
+
+
 def test_the_manifest_tells_of_every_resume(run_settings, tmp_path: Path, monkeypatch) -> None:
     """Another commit, other settings: what the run began with stays beside what it went on with."""
     sections = run_settings(training={"max_steps": 2, "save_interval": 2}, output_dir=str(tmp_path / "run"))

@@ -47,7 +47,7 @@ _START = 3.0  # sigmoid(3) = 0.95
 
 def branches(calibration: Calibration) -> list[Place]:
     """Every branch of every layer, but of those whose maps are merged."""
-    cuttable = [(layer, block) for layer, block in enumerate(calibration.blocks) if block.merged is None]
+    cuttable = [(layer, block) for layer, block in enumerate(calibration.blocks) if block.merges == "none"]
     return [(layer, name) for layer, block in cuttable for name in BRANCHES_OF[block.branch]]
 
 

@@ -18,13 +18,14 @@ from fusiontree.models import HybridLanguageModelConfig
 def merge_of(config: HybridLanguageModelConfig, layer: int) -> str:
     """What of a layer can be merged without adding parameters, as `layer_merges` has it.
 
-    z always: its maps have as many parameters apart as multiplied out, fewer without the alignment's hidden layer.
+    Where the MLP reads the residual stream, both: nobody but the fusion projection reads h. Where it reads z, z always:
+    its maps have as many parameters apart as multiplied out, fewer without the alignment's hidden layer.
     h only where the branch is narrow: d <= 4/3 H with that layer, 3/2 H without.
     """
     branch = config.branch(layer)
     if branch not in ("mamba", "attention") or config.has_gate(layer):
         return "none"
-    if config.mlp == "residual":  # nothing but the fusion projection reads h
+    if config.mlp == "residual":
         return "hz"
     hidden = config.hidden_size
     width, rows = config.branch_width(layer), (4 if config.use_alignment else 3) * hidden
@@ -42,7 +43,7 @@ def merge_maps(branch: str, merges: str, layer: Tensors) -> Tensors:
     if "small_mlp.in_proj.weight" in layer:
         first, (weight, bias, merged) = "merged.in_proj", _with_small_mlp(layer)
     else:
-        first, (weight, bias), merged = "merged", _map(layer, "fusion_proj"), {}
+        first, (weight, bias), merged = "fusion_proj", _map(layer, "fusion_proj"), {}
     gone = ["alignment.", "fusion_proj.", "small_mlp."]
     if merges == "hz":
         output, output_b = _map(layer, f"{branch}.out_proj")

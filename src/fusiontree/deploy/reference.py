@@ -95,7 +95,7 @@ def check_plan(model: HybridLanguageModel, plan: PrunePlan, where: str = "the pl
                 f"{where} keeps {decision.keep} in layer {index}, which has {block.branch} alone: that would leave it "
                 f"without a branch; keep {block.branch}, or constant where the layer is to be emptied"
             )
-        if block.merged is not None and (decision.keep != block.branch or decision.heads):
+        if block.merges != "none" and (decision.keep != block.branch or decision.heads):
             raise InputError(
                 f"{where} cuts layer {index}, whose linear maps are merged: cut the model from which it was exported"
             )

@@ -172,6 +172,7 @@ def _model_fields(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold a model's configuration")
+    content = {"mlp": "aligned", **content}  # of a model that was saved before there was a choice
     return {key: value for key, value in content.items() if key not in _BOOKKEEPING and key[0] != "_"}
 
 

@@ -64,7 +64,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
         gate_rank: rank r of the gate.
         use_alignment: whether the alignment has a hidden layer beside its linear shortcut.
         mlp: what a block's MLP reads: "residual", the normalised residual stream after the mix, a SwiGLU of width
-            4/3 H, or "aligned", the aligned features z, H -> 2H -> H, with as many parameters.
+            4/3 H, or "aligned", the aligned features z, H -> 2H -> H, with as many parameters; None means "residual",
+            of a model that was saved before there was a choice "aligned".
         srte_encoding: "sincos" (any length) or "learned" (up to max_position_embeddings).
         srte_rank: rank of the time encoding's projection.
         max_position_embeddings: positions of the learned time encoding; bounds nothing else.
@@ -111,7 +112,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
     conv_kernel: int = 4
     gate_rank: int = 96
     use_alignment: bool = True
-    mlp: str = "residual"
+    mlp: str = None  # resolved in __post_init__
     srte_encoding: str = "sincos"
     srte_rank: int = 128
     max_position_embeddings: int = 8192
@@ -139,6 +140,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
                 self._refuse(key)
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
+        if self.mlp is None:  # what is saved names every field, but for one that came after it
+            self.mlp = "residual" if self.transformers_version is None else "aligned"
         if self.mamba_state_size is None:
             self.mamba_state_size = 64 if self.mamba_version == 2 else 16
         if self.layer_branches is not None:
@@ -173,9 +176,7 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             for key in kwargs:
                 if not key.startswith("_") and key not in _TRANSFORMERS_KEYS | _LOADING_KEYS:
                     cls._refuse(key)
-        # A configuration that was saved names every field, but for those that came after it.
-        earlier = {"mlp": "aligned"} if "transformers_version" in config_dict else {}
-        return super().from_dict({**earlier, **config_dict, **given}, **kwargs)
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     def _validate(self) -> None:
         def require(condition: bool, message: str) -> None:

@@ -85,12 +85,12 @@ class SmallMLP(nn.Module):
 class ResidualMLP(nn.Module):
     """W_3 (silu(W_1 n) * W_2 n) with n = norm(y): a SwiGLU (Shazeer 2020, arXiv 2002.05202) on the residual stream.
 
-    4/3 H wide, rounded to a multiple of 8: as many parameters as `SmallMLP` has.
+    4/3 H wide, rounded to a multiple of 32, which int4 weights need: as many parameters as `SmallMLP` has.
     """
 
     def __init__(self, hidden_size: int, norm_eps: float):
         super().__init__()
-        width = 8 * max(1, round(hidden_size / 6))
+        width = 32 * max(1, round(hidden_size / 24))
         self.norm = nn.LayerNorm(hidden_size, eps=norm_eps)
         self.in_proj = nn.Linear(hidden_size, 2 * width, bias=False)
         self.out_proj = _writing_residual(nn.Linear(width, hidden_size, bias=False))
@@ -161,7 +161,7 @@ class HybridBlock(nn.Module):
     def __init__(self, config: HybridLanguageModelConfig, layer: int):
         super().__init__()
         hidden, branch = config.hidden_size, config.branch(layer)
-        self.branch = branch
+        self.branch, self.merges = branch, config.merges(layer)
         self.is_gated = branch == "both" and config.has_gate(layer)
         self.mamba = self.attention = self.alignment = self.gate = self.small_mlp = self.merged = None
         is_aligned = config.mlp == "aligned"
@@ -173,21 +173,17 @@ class HybridBlock(nn.Module):
             heads = config.heads(layer).mamba or None  # version 1 counts none
             self.mamba = MambaBlock(config, heads) if branch in ("both", "mamba") else None
             self.attention = LocalGlobalAttention(config, layer) if branch in ("both", "attention") else None
-            if (merges := config.merges(layer)) == "none":
+            width = config.branch_width(layer) if self.merges == "hz" else hidden  # of what is read in place of h
+            if self.merges == "none" or not is_aligned:
                 if is_aligned or config.has_gate(layer):
                     self.alignment = AlignmentMLP(hidden, 2 if branch == "both" else 1, config.use_alignment)
                 self.gate = GateLowRank(hidden, config.gate_rank) if config.has_gate(layer) else None
-                self.fusion_proj = _writing_residual(nn.Linear(hidden, hidden))
+                self.fusion_proj = _writing_residual(nn.Linear(width, hidden))
                 self.small_mlp = SmallMLP(hidden) if is_aligned else None
             else:
-                width = config.branch_width(layer) if merges == "hz" else hidden
-                self.merged = (
-                    MergedMaps(width, hidden, config.use_alignment)
-                    if is_aligned
-                    else _writing_residual(nn.Linear(width, hidden))
-                )
-                if merges == "hz":
-                    getattr(self, branch).out_proj = None
+                self.merged = MergedMaps(width, hidden, config.use_alignment)
+            if self.merges == "hz":
+                getattr(self, branch).out_proj = None
         self.residual_mlp = None if is_aligned else ResidualMLP(hidden, config.norm_eps)
         self.ln_output = nn.LayerNorm(hidden, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)

@@ -230,7 +230,7 @@ def load_model(path: Path, config: HybridLanguageModelConfig | None = None) -> H
         for name in SHAPE_FIELDS + learned:
             have, want = getattr(saved, name), getattr(config, name)
             if have != want:
-                advice = f"resume with the run's own config.yaml and model.{name} as it was, or start a new run"
+                advice = f"set model.{name}={have} to go on from it, or start a new run from random weights"
                 if name == "vocab_size":
                     advice = f"data.tokenizer may have changed since (the checkpoint's own is in {path}); or {advice}"
                 raise InputError(

@@ -57,6 +57,10 @@ def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridL
             a learned time encoding.
     """
     fields = dict(settings.model)
+    # A run's config.yaml names every field, but for those that came after it.
+    later = {"mlp", "layer_heads", "layer_merges", "layer_gates"}
+    if HybridLanguageModelConfig.__annotations__.keys() - later <= fields.keys():
+        fields.setdefault("mlp", "aligned")
     if tokenizer is not None:
         needed = vocab_size_of(tokenizer)
         fields.setdefault("vocab_size", -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
