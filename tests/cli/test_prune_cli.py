@@ -194,7 +194,8 @@ def test_an_export_that_is_not_what_the_plan_says_is_not_written(
         tmp_path / "plan.json",
         tmp_path / "cut",
     )
-    # What z is read through is divided by such a gate and grows past what float32 holds; with less precise products no equality is promised.
+    # What is divided by such a gate, to be read by z, grows past what float32 holds; with less precise products no
+    # equality is promised.
     layers = [LayerDecision(keep="both", reason="by hand", gate=[1e-42] * 32), LayerDecision(keep="both", reason="-")]
     PrunePlan(criterion="none", thresholds={}, source="test", layers=layers, measured={"dtype": dtype}).save(file)
     before = torch.get_float32_matmul_precision()
