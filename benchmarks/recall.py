@@ -35,7 +35,7 @@ Task = MQARTask | PasskeyTask
 # both (within 3 %).
 KINDS = {
     "both": {"num_layers": 2, "gate_rank": 32},
-    "mamba": {"num_layers": 3, "gate_rank": 16},
+    "mamba": {"num_layers": 3, "gate_rank": 12},
     "attention": {"num_layers": 3, "gate_rank": 48},
 }
 SIZES = {
