@@ -100,7 +100,7 @@ def _saved(model: HybridLanguageModel, forward: Callable[[], torch.Tensor]) -> d
     for hook in hooks:
         hook.remove()
     del loss
-    return {"saved": sizes.total(), "weight_copies": copies, "largest": dict(sizes.most_common(12))}
+    return {"saved": sizes.total(), "weight_copies": copies, "largest": dict(sizes.most_common(16))}
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def test_long_context_measures_every_range_of_positions(
 
     long_context.main([*settings, "--variants", "none"])
     assert "recorded already" in capsys.readouterr().out and len(path.read_text().splitlines()) == 3
-    assert "| learned | 0.70 M |" in long_context.report(path)
+    assert f"| learned | {found[0]['parameters'] / 1e6:.2f} M |" in long_context.report(path)
     path.write_text(json.dumps(found[0] | {"revision": "0" * 12}) + "\n")
     with pytest.raises(SystemExit, match="revision 000000000000"):
         long_context.main([*settings, "--variants", "none"])

@@ -123,7 +123,10 @@ def test_a_text_ends_at_the_end_token(tiny_folder: Path) -> None:
     with torch.no_grad():
         text = runtime.generate(PROMPTS[0], max_new_tokens=12)[0]
         ids = model.generate(
-            torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]]), max_new_tokens=12, do_sample=False
+            torch.tensor([model.tokenizer(PROMPTS[0])["input_ids"]]),
+            max_new_tokens=12,
+            do_sample=False,
+            suppress_tokens=list(range(len(model.tokenizer), model.config.vocab_size)),  # as the runtime does
         )[0, -12:]
     model.generation_config.eos_token_id = [int(ids[6]), 299]
     ended = runtime.generate([PROMPTS[0], PROMPTS[1]], max_new_tokens=12)[0]

@@ -85,7 +85,10 @@ def test_a_larger_entropy_coefficient_keeps_the_gates_undecided(sections) -> Non
     runs = [
         last_gates(
             sections(
-                "entropy", loss={"entropy_reg_coeff": value, "load_balance_coeff": 0.0}, gate_monitor={"interval": 5}
+                "entropy",
+                training={"max_steps": 80},
+                loss={"entropy_reg_coeff": value, "load_balance_coeff": 0.0},
+                gate_monitor={"interval": 5},
             )
         )
         for value in (0.0, 0.3, 3.0)
@@ -99,7 +102,14 @@ def test_a_larger_load_balance_coefficient_brings_the_means_to_the_target(sectio
     """So lowering it is no remedy for gates that run to the ends."""
     loss = {"gate_target": TARGET, "gate_margin": 0.0, "entropy_reg_coeff": 0.0}
     runs = [
-        last_gates(sections("balance", loss=loss | {"load_balance_coeff": value}, gate_monitor={"interval": 5}))
+        last_gates(
+            sections(
+                "balance",
+                training={"max_steps": 80},
+                loss=loss | {"load_balance_coeff": value},
+                gate_monitor={"interval": 5},
+            )
+        )
         for value in (0.0, 0.3, 3.0)
     ]
     distances = [run["distance"] for run in runs]

@@ -117,9 +117,10 @@ def test_ranks_of_torchrun_that_are_sent_sigusr1(run_settings, tmp_path: Path) -
     """Not to torchrun itself, which knows nothing of it; it ends all as soon as one has ended."""
     training = {"max_steps": 2000, "eval_interval": 0, "save_interval": 0}
     sections = run_settings(output_dir=str(tmp_path / "run"), training=training)
-    process = torchrun(str(slow_to_draw(tmp_path)), "train", "--config", write(sections, tmp_path / "run.yaml"))
+    config = write(sections, tmp_path / "run.yaml")
+    process = torchrun(str(slow_to_draw(tmp_path)), "train", "--config", config)
     wait_for_rows(tmp_path / "run", process)
-    ranks = [child for child in psutil.process_iter() if str(tmp_path / "run.yaml") in child.cmdline()]
+    ranks = [child for child in psutil.process_iter(["cmdline"]) if config in (child.info["cmdline"] or ())]
     for rank in (rank for rank in ranks if rank.pid != process.pid):
         rank.send_signal(signal.SIGUSR1)
     shown, _ = process.communicate(timeout=120)
