@@ -27,6 +27,7 @@ from fusiontree.artifacts import (
 )
 from fusiontree.config import load_yaml
 from fusiontree.errors import InputError
+from fusiontree.models.configuration import EARLIER_VALUES
 from fusiontree.runs import read_gates, read_metrics
 
 #: Of a configuration, what says nothing about the model.
@@ -172,7 +173,7 @@ def _model_fields(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold a model's configuration")
-    content = {"mlp": "aligned", **content}  # of a model that was saved before there was a choice
+    content = EARLIER_VALUES | content
     return {key: value for key, value in content.items() if key not in _BOOKKEEPING and key[0] != "_"}
 
 

@@ -14,6 +14,9 @@ from fusiontree.models.merged_maps import check_layer_merges
 
 BRANCHES = ("both", "mamba", "attention", "constant")
 
+# Fields that came after the first saved models, with what a model saved without them has.
+EARLIER_VALUES: dict[str, Any] = {"mlp": "aligned", "layer_gates": None, "layer_heads": None, "layer_merges": None}
+
 # Keys that transformers itself adds to a configuration when it saves, loads or instantiates a model.
 _TRANSFORMERS_KEYS = frozenset(
     {
@@ -140,8 +143,8 @@ class HybridLanguageModelConfig(PreTrainedConfig):
                 self._refuse(key)
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
-        if self.mlp is None:  # what is saved names every field, but for one that came after it
-            self.mlp = "residual" if self.transformers_version is None else "aligned"
+        if self.mlp is None:  # what is saved names every field, but for those that came after it
+            self.mlp = "residual" if self.transformers_version is None else EARLIER_VALUES["mlp"]
         if self.mamba_state_size is None:
             self.mamba_state_size = 64 if self.mamba_version == 2 else 16
         if self.layer_branches is not None:

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from fusiontree.artifacts import atomic_directory, checkpoint_name
 from fusiontree.errors import InputError
-from fusiontree.models.configuration import HybridLanguageModelConfig
+from fusiontree.models.configuration import EARLIER_VALUES, HybridLanguageModelConfig
 from fusiontree.models.hybrid_model import HybridLanguageModel
 from fusiontree.train.checkpoint_files import (
     LATEST,
@@ -52,8 +52,8 @@ SHAPE_FIELDS = (
     *("gate_rank", "use_alignment", "mlp", "srte_encoding", "srte_rank", "rope_theta", "norm_eps"),
     *("layer_branches", "layer_gates", "layer_heads", "layer_merges", "tie_word_embeddings"),
 )
-#: With this value they leave a model's fingerprint as it was before there were such fields.
-_LATER_FIELDS = {"mlp": "aligned", "layer_heads": None, "layer_merges": None}
+# With this value they leave a fingerprint as it was before there were such fields; `layer_gates` is in all of them.
+_LATER_FIELDS = {name: value for name, value in EARLIER_VALUES.items() if name != "layer_gates"}
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
+from fusiontree.models.configuration import EARLIER_VALUES
 from fusiontree.train.checkpoint_files import STATE_DIRECTORY, check_files, newest_checkpoint, newest_whole
 from fusiontree.train.launch import launched_processes
 from fusiontree.train.settings import RunSettings
@@ -58,9 +59,8 @@ def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridL
     """
     fields = dict(settings.model)
     # A run's config.yaml names every field, but for those that came after it.
-    later = {"mlp", "layer_heads", "layer_merges", "layer_gates"}
-    if HybridLanguageModelConfig.__annotations__.keys() - later <= fields.keys():
-        fields.setdefault("mlp", "aligned")
+    if HybridLanguageModelConfig.__annotations__.keys() - EARLIER_VALUES.keys() <= fields.keys():
+        fields = EARLIER_VALUES | fields
     if tokenizer is not None:
         needed = vocab_size_of(tokenizer)
         fields.setdefault("vocab_size", -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
