@@ -75,7 +75,7 @@ def _combinations() -> dict[str, dict]:
         "num_layers": 4,
         "layer_branches": ["both", "mamba", "attention", "attention"],
         "layer_gates": [True, False, False, False],
-        "layer_merges": ["none", "z", "hz", "none"],
+        "layer_merges": ["none", "hz", "hz", "none"],
     }
     found["aligned-mlp-cut"] = {
         "mlp": "aligned",

@@ -65,6 +65,7 @@ FLOAT32_SECTIONS: dict[str, Any] = {
 }
 # Of every kind of layer that only a cut leaves: one vector, merged maps, folded gates, fewer heads.
 CUT = {
+    "mlp": "aligned",
     "num_layers": 4,
     "layer_branches": ["both", "mamba", "attention", "constant"],
     "layer_gates": [True, False, False, True],

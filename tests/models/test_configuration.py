@@ -99,6 +99,15 @@ def test_pyramidal_windows():
         ({"layer_merges": ["none"]}, "`layer_merges` must name one of none, z, hz for each of the 2 layers"),
         ({"layer_merges": ["none", "h"]}, r"`layer_merges\[1\]` must be one of none, z, hz, got 'h'"),
         ({"layer_merges": ["z", "none"]}, r"`layer_merges\[0\]` is z, but maps can be merged only in a layer of one"),
+        (
+            {
+                "layer_branches": ["mamba", "mamba"],
+                "layer_gates": [False, False],
+                "layer_merges": ["hz", "z"],
+                "mlp": "residual",
+            },
+            r"`layer_merges\[1\]` is z, but with `mlp: residual` a layer without a gate has no z: name hz or none",
+        ),
         ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
         ({"hidden_size": "32"}, "`hidden_size` must be a whole number"),
         ({"num_layers": True}, "`num_layers` must be a whole number"),

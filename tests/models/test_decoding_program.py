@@ -55,7 +55,7 @@ def assert_equal_states(one: HybridCache, other: HybridCache) -> None:
         {"layer_branches": ["both", "constant"], "layer_gates": [False, True]},
         {"layer_branches": ["mamba", "mamba"]},
         {"layer_heads": [{"mamba": 1, "local": 0}, {"global": 0}]},
-        {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False], "layer_merges": ["z", "hz"]},
+        {"layer_branches": ["mamba", "attention"], "layer_gates": [False, False], "layer_merges": ["hz", "hz"]},
         {"srte_encoding": "learned"},
         {"mlp": "aligned", "layer_gates": [True, False]},
         {

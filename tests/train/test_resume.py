@@ -130,7 +130,7 @@ def test_a_run_can_start_from_another_runs_checkpoint(run_settings, tmp_path: Pa
 
 def test_healing_a_cut_model_goes_on_exactly(run_settings, tmp_path: Path) -> None:
     """Of every kind of layer that only a cut leaves: one vector, merged maps, folded gates, fewer heads."""
-    fields = {"num_layers": 4, "global_heads": 1, "vocab_size": 300}
+    fields = {"mlp": "aligned", "num_layers": 4, "global_heads": 1, "vocab_size": 300}
     cut = {
         "layer_branches": ["both", "mamba", "attention", "constant"],
         "layer_gates": [True, False, False, True],

@@ -64,3 +64,7 @@ def check_layer_merges(config: HybridLanguageModelConfig) -> None:
                 f"`layer_merges[{layer}]` is {merged}, but maps can be merged only in a layer of one branch without a "
                 "gate, which reads what lies between them"
             )
+        if merged == "z" and config.mlp == "residual":
+            raise InputError(
+                f"`layer_merges[{layer}]` is z, but with `mlp: residual` a layer without a gate has no z: name hz or none"
+            )
