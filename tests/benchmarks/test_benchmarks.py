@@ -285,6 +285,24 @@ def test_memory_counts_what_each_scope_saves_and_times_it(tmp_path: Path) -> Non
     assert str(tmp_path) not in path.read_text()
 
 
+def test_breakdown_gives_every_operation_of_a_step_to_one_kind(tmp_path: Path, benchmark_modules: None) -> None:
+    import breakdown
+
+    settings = [*TINY, "--shapes", "64x2", "--steps", "1", "--results", str(tmp_path)]
+    breakdown.main(settings)
+    (file,) = tmp_path.glob("breakdown_*.json")
+    (record,) = json.loads(file.read_text())
+    ours, llama = record["found"]
+    for one in (ours, llama):
+        kinds = one["kinds"]
+        assert sum(kinds.values()) == pytest.approx(one["seconds"], rel=0.3)
+        assert kinds["matrix products"] > 0 and kinds["attention"] > 0 and kinds["optimizer and clipping"] > 0
+        # 0.6 million parameters at least in matrices, six operations for each and token.
+        assert one["floor_seconds"] * one["operations_per_second"] > 6 * 600_000 * 128
+    assert ours["kinds"]["convolution"] > 0 == llama["kinds"]["convolution"]
+    assert "| the matrix products at best |" in file.with_suffix(".md").read_text()
+
+
 def test_decoding_records_the_cost_of_context(tmp_path: Path, benchmark_modules: None) -> None:
     import decoding
 

@@ -1,0 +1,146 @@
+"""Where the time of a training step goes: its operations by kind, beside what its matrix products would take at best.
+
+    python benchmarks/breakdown.py                               # 20M, bf16 autocast, 1024x4 and 4096x1
+    python benchmarks/breakdown.py --models fusiontree --shapes 16384x1
+
+torch's profiler watches `--steps` steps of each model in one process, after one that warms up; every operation counts
+with the time that is its own, without those it calls. The floor is the floating-point operations of the matrix products
+(torch counts them) at the rate of one large product, measured in the same process. The record replaces that of the same
+settings in `benchmarks/results/breakdown_<cpu>.json`, with a table in the `.md` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import records
+import torch
+from candidates import MODELS, OURS, SIZES, build
+from torch.profiler import ProfilerActivity, profile
+from training_run import RepeatedStep
+
+# In this order: the first whose part of a name is in an operation's name counts it.
+KINDS = {
+    "attention": ("_Attention", "scaled_dot_product", "flash_attention"),
+    "scan": ("Scan",),
+    "convolution": ("_FusedConv", "Conv1d", "conv1d", "convolution"),
+    "loss": ("CrossEntropy", "cross_entropy", "nll_loss", "log_softmax"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "aten::matmul"),
+    "optimizer and clipping": ("adam", "Optimizer", "linalg_vector_norm", "_foreach"),
+    "norms": ("native_layer_norm", "RMSNorm", "rms_norm", "rsqrt", "aten::mean", "aten::pow"),
+    "gated mix": ("GatedMix",),
+    "rotary": ("Rotary", "rotary"),
+    "copies": ("copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::zero_"),
+    "element-wise operations and sums": (
+        *("aten::add", "aten::mul", "aten::sub", "aten::div", "aten::neg", "aten::sum", "aten::amax", "aten::exp"),
+        *("silu", "sigmoid", "tanh", "softmax", "softplus", "aten::index", "embedding", "AccumulateGrad"),
+    ),
+}
+OTHERS = "autograd, Python, the rest"
+PRODUCT = 2048  # rows and columns of the product that measures the rate
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHERS)
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations per second of one large matrix product."""
+    a, b = torch.randn(2, PRODUCT, PRODUCT).to(dtype)
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return 2 * PRODUCT**3 / median(seconds[1:])
+
+
+def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> dict:
+    """Seconds of a step by kind, in all, and of the matrix products at best."""
+    size = SIZES[options.size]
+    candidate = build(name, size, seed=0)
+    ids = torch.randint(1, size.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    step = RepeatedStep(candidate, ids, options.dtype)
+    step()
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as watched:
+        seconds = sum(step()[0] for _ in range(options.steps)) / options.steps
+    kinds = dict.fromkeys((*KINDS, OTHERS), 0.0)
+    operations = 0
+    for one in watched.key_averages():
+        kinds[kind_of(one.key)] += one.self_cpu_time_total / 1e6 / options.steps
+        operations += one.flops if kind_of(one.key) == "matrix products" else 0
+    kinds[OTHERS] += max(0.0, seconds - sum(kinds.values()))  # what runs between the operations
+    rate = product_rate(torch.bfloat16 if options.dtype == "bf16" else torch.float32)
+    return {
+        "model": candidate.title,
+        "shape": f"{length}x{rows}",
+        "seconds": seconds,
+        "kinds": {kind: round(value, 5) for kind, value in kinds.items()},
+        "floor_seconds": operations / options.steps / rate,
+        "operations_per_second": rate,
+    }
+
+
+def table(record: dict) -> str:
+    found = record["found"]
+    lines = [
+        "| seconds of a step | " + " | ".join(f"{one['model']} {one['shape']}" for one in found) + " |",
+        "|---|" + "---|" * len(found),
+    ]
+    for kind in (*KINDS, OTHERS):
+        cells = (f"{one['kinds'][kind]:.3f} ({one['kinds'][kind] / one['seconds']:.0%})" for one in found)
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    for title, key in (("**the step**", "seconds"), ("the matrix products at best", "floor_seconds")):
+        cells = (f"{one[key]:.3f}" for one in found)
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    rates = [one["operations_per_second"] / 1e9 for one in found]
+    settings = record["settings"]
+    lines.append(
+        f"\n{settings['size']} parameters, {settings['dtype']}, {settings['threads']} thread(s), {settings['steps']} "
+        f"steps under the profiler; {record['cpu']}; a product of {PRODUCT} rows and columns makes {min(rates):.0f} to "
+        f"{max(rates):.0f} GFLOP/s; torch {record['versions']['torch']}; commit {record['commit']}, code revision "
+        f"{record['revision']}; {record['date']}; `{record['command']}`.\n"
+    )
+    return "\n".join(lines)
+
+
+def report(found: list[dict]) -> str:
+    return "\n".join(["# Where the time of a training step goes\n", *map(table, found)])
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[OURS, "llama"])
+    parser.add_argument("--shapes", nargs="+", default=["1024x4", "4096x1"], metavar="TxB", help="tokens x rows")
+    parser.add_argument("--size", choices=SIZES, default="20M")
+    parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--results", type=Path, default=records.RESULTS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = arguments(argv)
+    torch.set_num_threads(options.threads)
+    found = []
+    for shape in options.shapes:
+        length, rows = map(int, shape.split("x"))
+        found += [measure(name, length, rows, options) for name in options.models]
+    record = {
+        "settings": {name: value for name, value in vars(options).items() if name != "results"},
+        "found": found,
+        **records.provenance(),
+        "revision": records.code_revision("models", "ops"),
+        "command": " ".join(["python benchmarks/breakdown.py", *records.shown_arguments(argv)]),
+    }
+    records.save_for_cpu(options.results, "breakdown", record, report)
+    print(table(record))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
