@@ -32,7 +32,7 @@ KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "aten::matmul"),
     "optimizer and clipping": ("adam", "Optimizer", "linalg_vector_norm", "_foreach"),
     "norms": ("native_layer_norm", "RMSNorm", "rms_norm", "rsqrt", "aten::mean", "aten::pow"),
-    "gated mix": ("GatedMix",),
+    "gated mix and product": ("GatedMix", "SwiGLU"),
     "rotary": ("Rotary", "rotary"),
     "copies": ("copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::zero_"),
     "element-wise operations and sums": (

@@ -106,7 +106,7 @@ def test_pyramidal_windows():
                 "layer_merges": ["hz", "z"],
                 "mlp": "residual",
             },
-            r"`layer_merges\[1\]` is z, but with `mlp: residual` a layer without a gate has no z: name hz or none",
+            r"`layer_merges\[1\]` is z, but with `mlp: residual` a layer without a gate has no z: name hz",
         ),
         ({"dropout": 1.0}, "`dropout` must be at least 0 and below 1"),
         ({"hidden_size": "32"}, "`hidden_size` must be a whole number"),

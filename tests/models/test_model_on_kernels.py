@@ -9,7 +9,7 @@ from fusiontree import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.ops import backends, cpu_attention, cpu_kernels
 
 pytestmark = pytest.mark.skipif(cpu_kernels.unusable() is not None, reason="needs a C++ compiler")
-OPS = {"ssd_scan", "causal_conv1d", "gated_rms_norm", "gated_mix", "rotary"}
+OPS = {"ssd_scan", "causal_conv1d", "gated_rms_norm", "gated_mix", "rotary", "swiglu"}
 
 
 @pytest.mark.parametrize(("mixed", "tolerance"), [(False, 1e-4), (True, 2e-2)])

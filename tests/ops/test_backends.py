@@ -13,6 +13,7 @@ OPS = {
     "causal_conv1d",
     "gated_mix",
     "gated_rms_norm",
+    "swiglu",
     "rotary",
     "local_global_attention",
     "cached_attention",

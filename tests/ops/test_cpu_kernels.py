@@ -1,4 +1,4 @@
-"""The C++ kernels of five ops against their references, and when `auto` takes them."""
+"""The C++ kernels of six ops against their references, and when `auto` takes them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fusiontree.ops import (
     gated_rms_norm,
     resolve,
     ssd_scan,
+    swiglu,
 )
 
 pytestmark = pytest.mark.skipif(cpu_kernels.unusable() is not None, reason="needs a C++ compiler")
@@ -182,6 +183,20 @@ def test_gated_mix(tokens: int, backend: str, dtype: torch.dtype) -> None:
         assert_agrees_with_reference(gated_mix, mix_case(tokens, dtype), backend=backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("tokens", [1, 7, 200])
+def test_swiglu(tokens: int, backend: str, dtype: torch.dtype) -> None:
+    x = 3 * normal(2, tokens, 90, dtype=dtype)[..., 11:85]
+    with nan_in_fresh_memory():
+        assert_agrees_with_reference(swiglu, {"x": x}, backend=backend)
+
+
+def test_swiglu_with_a_gate_far_open_or_shut() -> None:
+    x = torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + 7 * [1.5]])
+    assert_agrees_with_reference(swiglu, {"x": x[None]}, backend="cpp", tolerance=1e-6)
+
+
 def test_gates_that_are_open_or_shut() -> None:
     logits = torch.tensor([[-200.0, -90.0, -20.0, -1e-3, 0.0, 1e-3, 20.0, 90.0, 200.0]])
     case = {"logits": logits[None], "a": torch.ones(1, 1, 9), "b": torch.zeros(1, 1, 9)}
@@ -296,6 +311,7 @@ def test_what_torch_takes_by_default_does_not_matter(default: torch.dtype) -> No
         (ssd_scan, scan_case(30, skip=True, initial=True), {}),
         (gated_rms_norm, norm_case(30, torch.float32), {"eps": 1}),
         (gated_mix, mix_case(30, torch.float32), {}),
+        (swiglu, {"x": normal(2, 30, 74)}, {}),
     ]
 
     def results() -> list[torch.Tensor]:
@@ -335,6 +351,7 @@ def test_shapes_that_do_not_fit_are_named() -> None:
         (lambda: apply_rotary(x, angle[:, :5], angle[:, :5]), "rotary: cos has shape"),
         (lambda: apply_rotary(x, angle, angle[..., :1]), "rotary: sin has shape"),
         (lambda: apply_rotary(x[..., :3], angle, angle), "rotary: heads need an even width, got 3"),
+        (lambda: swiglu(a[..., :3]), "swiglu: x needs an even last dimension, got 3"),
         (lambda: causal_conv1d(a, normal(12, 0)), "causal_conv1d: needs at least one tap"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -357,13 +374,14 @@ def test_tracing_sees_torchs_operations() -> None:
     torch.testing.assert_close(traced(x), expected)
 
 
-@pytest.mark.parametrize("op", [causal_conv1d, gated_rms_norm, gated_mix])
+@pytest.mark.parametrize("op", [causal_conv1d, gated_rms_norm, gated_mix, swiglu])
 def test_compilers_see_torchs_operations(op: Callable[..., Any]) -> None:
     large = torch.ones(1, 1024, cpu_kernels.FEWEST_ELEMENTS // 1024)
     arguments: dict[Any, tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = {
         causal_conv1d: ((large, torch.ones(large.shape[2], 4)), {}),
         gated_rms_norm: ((large[:, :, None], large, torch.ones(large.shape[2])), {"eps": 1e-5}),
         gated_mix: ((large, large, large), {}),
+        swiglu: ((large,), {}),
     }
     tensors, options = arguments[op]
     explained = torch._dynamo.explain(lambda *given: op(*given, **options))(*tensors)

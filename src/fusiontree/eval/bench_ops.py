@@ -303,6 +303,12 @@ def _gated_mix(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Cas
     return _Case(lambda backend: ops.gated_mix(logits, a, b, backend=backend)[0], [logits, a, b], work)
 
 
+def _swiglu(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
+    x = _normal(B, T, 2 * H, device=device, dtype=dtype)
+    work = Work(6 * B * T * H, 1.5 * _bytes(x))
+    return _Case(lambda backend: ops.swiglu(x, backend=backend), [x], work)
+
+
 def _rotary(B: int, T: int, device: torch.device, dtype: torch.dtype) -> _Case:
     x = _normal(B, T, H // D, D, device=device, dtype=dtype)
     angle = torch.rand(1, T, D // 2, device=device)
@@ -357,6 +363,7 @@ _CASES: dict[str, Callable[[int, int, torch.device, torch.dtype], _Case]] = {
     "causal_conv1d": _causal_conv1d,
     "gated_rms_norm": _gated_rms_norm,
     "gated_mix": _gated_mix,
+    "swiglu": _swiglu,
     "rotary": _rotary,
     "local_global_attention": _local_global_attention,
     "cached_attention": _cached_attention,

@@ -23,6 +23,7 @@ from fusiontree.models.local_global_attn import LocalGlobalAttention
 from fusiontree.models.mamba_block import MambaBlock
 from fusiontree.models.merged_maps import MergedMaps
 from fusiontree.ops.gated_mix import gate_reductions, gated_mix, mix_alone
+from fusiontree.ops.swiglu import swiglu
 
 _MEAN_MOMENTUM = 0.99
 
@@ -96,8 +97,7 @@ class ResidualMLP(nn.Module):
         self.out_proj = _writing_residual(nn.Linear(width, hidden_size, bias=False))
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        gate, up = self.in_proj(self.norm(y)).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * up)
+        return self.out_proj(swiglu(self.in_proj(self.norm(y))))
 
 
 @dataclass

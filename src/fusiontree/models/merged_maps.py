@@ -66,5 +66,5 @@ def check_layer_merges(config: HybridLanguageModelConfig) -> None:
             )
         if merged == "z" and config.mlp == "residual":
             raise InputError(
-                f"`layer_merges[{layer}]` is z, but with `mlp: residual` a layer without a gate has no z: name hz or none"
+                f"`layer_merges[{layer}]` is z, but with `mlp: residual` a layer without a gate has no z: name hz"
             )

@@ -17,6 +17,7 @@ from fusiontree.ops.gated_norm import gated_rms_norm
 from fusiontree.ops.rotary import apply_rotary
 from fusiontree.ops.selective_scan import selective_scan
 from fusiontree.ops.ssd import ssd_scan, ssd_step
+from fusiontree.ops.swiglu import swiglu
 
 __all__ = [
     "AttentionLayout",
@@ -36,6 +37,7 @@ __all__ = [
     "selective_scan",
     "ssd_scan",
     "ssd_step",
+    "swiglu",
     "token_cross_entropy",
     "whole_layout",
 ]

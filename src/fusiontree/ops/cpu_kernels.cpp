@@ -339,6 +339,37 @@ void mix_backward(const T* logits, const T* a, const T* b, const T* dmix, const 
     }
 }
 
+// silu(gate) up, of gate and up side by side: [n,2c] -> [n,c].
+template <typename T>
+void swiglu_forward(const T* x, T* out, int64_t n, int64_t c, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < n; ++t) {
+        const T *gate = x + 2 * t * c, *up = gate + c;
+        T* to = out + t * c;
+#pragma omp simd
+        for (int64_t i = 0; i < c; ++i) {
+            float g = value(gate[i]);
+            put(to[i], g * sigmoid(g) * value(up[i]));
+        }
+    }
+}
+
+// With s = sigmoid(g): silu(g) = g s, and its derivative s (1 + g (1 - s)).
+template <typename T>
+void swiglu_backward(const T* x, const T* dout, T* dx, int64_t n, int64_t c, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < n; ++t) {
+        const T *gate = x + 2 * t * c, *up = gate + c, *d_c = dout + t * c;
+        T *dgate = dx + 2 * t * c, *dup = dgate + c;
+#pragma omp simd
+        for (int64_t i = 0; i < c; ++i) {
+            float g = value(gate[i]), s = sigmoid(g), d = value(d_c[i]);
+            put(dup[i], d * g * s);
+            put(dgate[i], d * value(up[i]) * s * (1.0f + g * (1.0f - s)));
+        }
+    }
+}
+
 }  // namespace
 
 #define FUSIONTREE_KERNELS(T, suffix)                                                                                  \
@@ -378,6 +409,12 @@ void mix_backward(const T* logits, const T* a, const T* b, const T* dmix, const 
                                           const float* dentropy, T* dlogits, T* da, T* db, int64_t n, int64_t c,       \
                                           int threads) {                                                               \
         mix_backward(logits, a, b, dmix, dmean, dentropy, dlogits, da, db, n, c, threads);                             \
+    }                                                                                                                  \
+    extern "C" void swiglu_forward_##suffix(const T* x, T* out, int64_t n, int64_t c, int threads) {                   \
+        swiglu_forward(x, out, n, c, threads);                                                                         \
+    }                                                                                                                  \
+    extern "C" void swiglu_backward_##suffix(const T* x, const T* dout, T* dx, int64_t n, int64_t c, int threads) {    \
+        swiglu_backward(x, dout, dx, n, c, threads);                                                                   \
     }
 
 FUSIONTREE_KERNELS(float, float32)

@@ -158,6 +158,11 @@ def gated_mix(logits: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Ten
     return (gate * a.to(dtype) + (1 - gate) * b.to(dtype)).to(a.dtype), gate.mean(-1), entropy.mean(-1)
 
 
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.to(state_dtype(x)).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(x.dtype)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     angle_BTD = torch.complex(cos.to(state_dtype(x)), sin.to(state_dtype(x)))[:, :, None]
     halves = x.to(state_dtype(x)).unflatten(-1, (2, -1)).unbind(-2)
