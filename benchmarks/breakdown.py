@@ -3,15 +3,17 @@
     python benchmarks/breakdown.py                               # 20M, bf16 autocast, 1024x4 and 4096x1
     python benchmarks/breakdown.py --models fusiontree --shapes 16384x1
 
-torch's profiler watches `--steps` steps of each model in one process, after one that warms up; every operation counts
-with the time that is its own, without those it calls. The floor is the floating-point operations of the matrix products
-(torch counts them) at the rate of one large product, measured in the same process. The record replaces that of the same
-settings in `benchmarks/results/breakdown_<cpu>.json`, with a table in the `.md` beside it.
+torch's profiler watches `--steps` steps of each model in one process, after one that warms up. Attention, scan, loss
+and the like count with all they call but matrix products, any other operation with the time that is its own. The floor
+is the floating-point operations of the matrix products (torch counts them) at the rate of one large product, measured
+in the same process. The record replaces that of the same settings in `benchmarks/results/breakdown_<cpu>.json`, with a
+table in the `.md` beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,32 +22,50 @@ from statistics import median
 import records
 import torch
 from candidates import MODELS, OURS, SIZES, build
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from training_run import RepeatedStep
 
-# In this order: the first whose part of a name is in an operation's name counts it.
+# In this order: the first of which a part is in an operation's name counts it; torch's own are named whole.
 KINDS = {
-    "attention": ("_Attention", "scaled_dot_product", "flash_attention"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear"),
+    "attention": ("Attention", "scaled_dot_product", "flash_attention"),
     "scan": ("Scan",),
-    "convolution": ("_FusedConv", "Conv1d", "conv1d", "convolution"),
+    "convolution": ("Conv", "conv1d", "convolution"),
     "loss": ("CrossEntropy", "cross_entropy", "nll_loss", "log_softmax"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn", "aten::matmul"),
-    "optimizer and clipping": ("adam", "Optimizer", "linalg_vector_norm", "_foreach"),
-    "norms": ("native_layer_norm", "RMSNorm", "rms_norm", "rsqrt", "aten::mean", "aten::pow"),
+    "optimizer and clipping": ("adam", "Optimizer", "aten::linalg_vector_norm", "_foreach"),
+    "norms": ("LayerNorm", "native_layer_norm", "RMSNorm", "rms_norm"),
     "gated mix and product": ("GatedMix", "SwiGLU"),
     "rotary": ("Rotary", "rotary"),
-    "copies": ("copy_", "aten::cat", "aten::clone", "aten::fill_", "aten::zero_"),
+    "copies": ("aten::copy", "aten::cat", "aten::clone", "aten::fill", "aten::zero", "aten::flip"),
     "element-wise operations and sums": (
-        *("aten::add", "aten::mul", "aten::sub", "aten::div", "aten::neg", "aten::sum", "aten::amax", "aten::exp"),
-        *("silu", "sigmoid", "tanh", "softmax", "softplus", "aten::index", "embedding", "AccumulateGrad"),
+        *("aten::add", "aten::mul", "aten::sub", "aten::div", "aten::neg", "aten::sum", "aten::exp", "aten::rsqrt"),
+        *("aten::pow", "aten::mean", "aten::cumsum", "aten::masked_fill", "aten::index", "aten::index_select"),
+        *("silu", "sigmoid", "tanh", "softmax", "softplus", "embedding", "AccumulateGrad"),
     ),
 }
 OTHERS = "autograd, Python, the rest"
+# Of these an operation that calls others is one thing, matrix products within it apart.
+WHOLE = KINDS.keys() - {"matrix products", "copies", "element-wise operations and sums"}
 PRODUCT = 2048  # rows and columns of the product that measures the rate
 
 
 def kind_of(name: str) -> str:
-    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), OTHERS)
+    def is_part(part: str) -> bool:
+        return name.rstrip("_") == part if part.startswith("aten::") else part in name
+
+    return next((kind for kind, parts in KINDS.items() if any(map(is_part, parts))), OTHERS)
+
+
+def kind_of_event(event: FunctionEvent) -> str:
+    """The kind of the operation, or of the outermost one that it is a piece of."""
+    kind, caller = kind_of(event.name), event.cpu_parent
+    if kind == "matrix products":
+        return kind
+    while caller is not None:
+        outer, caller = kind_of(caller.name), caller.cpu_parent
+        kind = outer if outer in WHOLE else kind
+    return kind
 
 
 def product_rate(dtype: torch.dtype) -> float:
@@ -70,9 +90,10 @@ def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> d
         seconds = sum(step()[0] for _ in range(options.steps)) / options.steps
     kinds = dict.fromkeys((*KINDS, OTHERS), 0.0)
     operations = 0
-    for one in watched.key_averages():
-        kinds[kind_of(one.key)] += one.self_cpu_time_total / 1e6 / options.steps
-        operations += one.flops if kind_of(one.key) == "matrix products" else 0
+    for event in watched.events():
+        kind = kind_of_event(event)
+        kinds[kind] += event.self_cpu_time_total / 1e6 / options.steps
+        operations += event.flops or 0 if kind == "matrix products" else 0
     kinds[OTHERS] += max(0.0, seconds - sum(kinds.values()))  # what runs between the operations
     rate = product_rate(torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     return {
@@ -112,10 +133,19 @@ def report(found: list[dict]) -> str:
     return "\n".join(["# Where the time of a training step goes\n", *map(table, found)])
 
 
+def shape_named(text: str) -> tuple[int, int]:
+    """Tokens and rows of `TxB`."""
+    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not tokens x rows, such as 1024x4")
+    return int(found[1]), int(found[2])
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[OURS, "llama"])
-    parser.add_argument("--shapes", nargs="+", default=["1024x4", "4096x1"], metavar="TxB", help="tokens x rows")
+    parser.add_argument(
+        "--shapes", nargs="+", type=shape_named, default=[(1024, 4), (4096, 1)], metavar="TxB", help="tokens x rows"
+    )
     parser.add_argument("--size", choices=SIZES, default="20M")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--steps", type=int, default=3)
@@ -128,8 +158,7 @@ def main(argv: list[str]) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     found = []
-    for shape in options.shapes:
-        length, rows = map(int, shape.split("x"))
+    for length, rows in options.shapes:
         found += [measure(name, length, rows, options) for name in options.models]
     record = {
         "settings": {name: value for name, value in vars(options).items() if name != "results"},

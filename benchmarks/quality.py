@@ -265,6 +265,7 @@ def main(argv: list[str]) -> None:
             "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
             f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
             + (f" --variants '{variant}'" if variant else "")
+            + (f" --ours {' '.join(f'{k}={v}' for k, v in options.ours.items())}" if options.ours else "")
             + (f" --optimizer {options.optimizer}" if options.optimizer != "adamw" else "")
             + (f" --seed {options.seed}" if options.seed else "")
             + (f" --corpus {options.corpus}" if options.corpus != "wikitext2" else "")

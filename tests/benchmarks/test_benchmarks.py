@@ -300,7 +300,34 @@ def test_breakdown_gives_every_operation_of_a_step_to_one_kind(tmp_path: Path, b
         # 0.6 million parameters at least in matrices, six operations for each and token.
         assert one["floor_seconds"] * one["operations_per_second"] > 6 * 600_000 * 128
     assert ours["kinds"]["convolution"] > 0 == llama["kinds"]["convolution"]
+    assert ours["kinds"]["scan"] > 0 == llama["kinds"]["scan"]
+    assert min(ours["kinds"]["loss"], llama["kinds"]["loss"]) > 0
+    names = {
+        "aten::add_": "element-wise operations and sums",
+        "aten::addmm": "matrix products",
+        "aten::expand": breakdown.OTHERS,
+        "_BlockAttentionBackward": "attention",
+        "_CausalConv": "convolution",
+        "_SwiGLUBackward": "gated mix and product",
+        "aten::_log_softmax": "loss",
+        "aten::native_layer_norm_backward": "norms",
+    }
+    assert {name: breakdown.kind_of(name) for name in names} == names
     assert "| the matrix products at best |" in file.with_suffix(".md").read_text()
+
+
+def test_breakdown_counts_what_the_loss_calls_as_loss(benchmark_modules: None) -> None:
+    import breakdown
+    from torch.profiler import ProfilerActivity, profile
+
+    from fusiontree.ops import linear_cross_entropy
+
+    hidden, weight = torch.randn(1, 64, 32, requires_grad=True), torch.randn(100, 32, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        linear_cross_entropy(hidden, weight, torch.zeros(1, 64, dtype=torch.long)).backward()
+    kinds = {event.name: breakdown.kind_of_event(event) for event in watched.events()}
+    assert kinds["aten::_softmax"] == kinds["aten::amax"] == kinds["_LinearCrossEntropy"] == "loss"
+    assert kinds["aten::mm"] == "matrix products"
 
 
 def test_decoding_records_the_cost_of_context(tmp_path: Path, benchmark_modules: None) -> None:

@@ -96,6 +96,8 @@ def test_pyramidal_windows():
             {"layer_heads": [None, {"mamba": 1}], "layer_branches": ["both", "attention"]},
             "counts mamba heads, but the layer keeps `attention` alone",
         ),
+        ({"layer_branches": "mamba"}, "`layer_branches` must be a list with a branch for each layer, got 'mamba'"),
+        ({"layer_gates": False}, "`layer_gates` must hold true or false for each of the 2 layers, got False"),
         ({"layer_merges": ["none"]}, "`layer_merges` must name one of none, z, hz for each of the 2 layers"),
         ({"layer_merges": ["none", "h"]}, r"`layer_merges\[1\]` must be one of none, z, hz, got 'h'"),
         ({"layer_merges": ["z", "none"]}, r"`layer_merges\[0\]` is z, but maps can be merged only in a layer of one"),

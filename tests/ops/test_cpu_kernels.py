@@ -192,6 +192,18 @@ def test_swiglu(tokens: int, backend: str, dtype: torch.dtype) -> None:
         assert_agrees_with_reference(swiglu, {"x": x}, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_swiglu_of_a_part_of_a_wider_tensor(backend: str) -> None:
+    whole, dout = normal(2, 30, 90).requires_grad_(), normal(2, 37, 30).mT
+    part = whole[..., 11:85]
+    found = swiglu(part, backend=backend)
+    (gradient,) = torch.autograd.grad(found, part, dout)
+    copy = part.detach().contiguous().requires_grad_()
+    (expected,) = torch.autograd.grad(swiglu(copy, backend="reference"), copy, dout)
+    torch.testing.assert_close(found, swiglu(copy, backend="reference"))
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_swiglu_with_a_gate_far_open_or_shut() -> None:
     x = torch.tensor([[-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0] + 7 * [1.5]])
     assert_agrees_with_reference(swiglu, {"x": x[None]}, backend="cpp", tolerance=1e-6)
@@ -376,7 +388,7 @@ def test_tracing_sees_torchs_operations() -> None:
 
 @pytest.mark.parametrize("op", [causal_conv1d, gated_rms_norm, gated_mix, swiglu])
 def test_compilers_see_torchs_operations(op: Callable[..., Any]) -> None:
-    large = torch.ones(1, 1024, cpu_kernels.FEWEST_ELEMENTS // 1024)
+    large = torch.ones(1, 1024, cpu_kernels.FEWEST_ELEMENTS // 1024, requires_grad=True)
     arguments: dict[Any, tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = {
         causal_conv1d: ((large, torch.ones(large.shape[2], 4)), {}),
         gated_rms_norm: ((large[:, :, None], large, torch.ones(large.shape[2])), {"eps": 1e-5}),

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, nearest
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 
 _MLP_STEP = 8
@@ -178,7 +178,9 @@ def peer_config(name: str, size: PeerSize, *, tolerance: float = 0.03) -> PreTra
         InputError: there is no such peer, or no free size comes within `tolerance` (a fraction) of the number.
     """
     if name not in PEERS:
-        raise InputError(f"there is no peer {name!r}; there are {', '.join(PEERS)}")
+        close = nearest(name, PEERS)
+        hint = f"; did you mean {close}?" if close else f"; there are {', '.join(PEERS)}"
+        raise InputError(f"there is no peer {name!r}{hint}")
     peer = PEERS[name]
 
     def parameters(free: int) -> int:

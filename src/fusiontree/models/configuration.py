@@ -147,12 +147,9 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             self.mlp = "residual" if self.transformers_version is None else EARLIER_VALUES["mlp"]
         if self.mamba_state_size is None:
             self.mamba_state_size = 64 if self.mamba_version == 2 else 16
-        if self.layer_branches is not None:
-            self.layer_branches = list(self.layer_branches)
-        if self.layer_gates is not None:
-            self.layer_gates = list(self.layer_gates)
-        if isinstance(self.layer_merges, tuple):
-            self.layer_merges = list(self.layer_merges)
+        for name in ("layer_branches", "layer_gates", "layer_merges"):
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
         if isinstance(self.layer_heads, (list, tuple)):
             self.layer_heads = [dict(entry) if isinstance(entry, Mapping) else entry for entry in self.layer_heads]
         self._validate()
@@ -248,6 +245,10 @@ class HybridLanguageModelConfig(PreTrainedConfig):
             )
         if self.layer_branches is not None:
             require(
+                isinstance(self.layer_branches, list),
+                f"`layer_branches` must be a list with a branch for each layer, got {self.layer_branches!r}",
+            )
+            require(
                 len(self.layer_branches) == self.num_layers,
                 f"`layer_branches` names {len(self.layer_branches)} layers, but `num_layers` is {self.num_layers}",
             )
@@ -259,7 +260,9 @@ class HybridLanguageModelConfig(PreTrainedConfig):
 
         if self.layer_gates is not None:
             require(
-                len(self.layer_gates) == self.num_layers and all(isinstance(has, bool) for has in self.layer_gates),
+                isinstance(self.layer_gates, list)
+                and len(self.layer_gates) == self.num_layers
+                and all(isinstance(has, bool) for has in self.layer_gates),
                 f"`layer_gates` must hold true or false for each of the {self.num_layers} layers, got "
                 f"{self.layer_gates!r}",
             )

@@ -61,8 +61,8 @@ def check_layer_merges(config: HybridLanguageModelConfig) -> None:
             raise InputError(f"`layer_merges[{layer}]` must be one of {', '.join(MERGES)}, got {merged!r}")
         if merged != "none" and (config.branch(layer) not in ("mamba", "attention") or config.has_gate(layer)):
             raise InputError(
-                f"`layer_merges[{layer}]` is {merged}, but maps can be merged only in a layer of one branch without a "
-                "gate, which reads what lies between them"
+                f"`layer_merges[{layer}]` is {merged}, but maps can be merged only in a layer of one branch whose gate "
+                f"is gone (`layer_gates[{layer}]` false): a gate reads what lies between them"
             )
         if merged == "z" and config.mlp == "residual":
             raise InputError(

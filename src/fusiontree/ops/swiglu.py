@@ -34,7 +34,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = x.chunk(2, dim=-1)
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dgate, dup = dx.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), dout, out=dup)
+        dup.copy_(F.silu(gate).mul_(dout))
         dgate.copy_(torch.ops.aten.silu_backward(up * dout, gate))
         return dx
 
