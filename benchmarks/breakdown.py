@@ -3,7 +3,7 @@
     python benchmarks/breakdown.py                               # 20M, bf16 autocast, 1024x4 and 4096x1
     python benchmarks/breakdown.py --models fusiontree --shapes 16384x1
 
-torch's profiler watches `--steps` steps of each model in one process, after one that warms up. Attention, scan, loss
+torch's profiler watches `--steps` steps of each model in one process, after two that warm up. Attention, scan, loss
 and the like count with all they call but matrix products, any other operation with the time that is its own. The floor
 is the floating-point operations of the matrix products (torch counts them) at the rate of one large product, measured
 in the same process. The record replaces that of the same settings in `benchmarks/results/breakdown_<cpu>.json`, with a
@@ -85,6 +85,7 @@ def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> d
     candidate = build(name, size, seed=0)
     ids = torch.randint(1, size.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     step = RepeatedStep(candidate, ids, options.dtype)
+    step()
     step()
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as watched:
         seconds = sum(step()[0] for _ in range(options.steps)) / options.steps
