@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 import records
 import torch
@@ -25,6 +23,8 @@ from candidates import MODELS, OURS, SIZES, build
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 from training_run import RepeatedStep
+
+from fusiontree.eval.bench_ops import measure_rates
 
 # In this order: the first of which a part is in an operation's name counts it; torch's own are named whole.
 KINDS = {
@@ -47,7 +47,6 @@ KINDS = {
 OTHERS = "autograd, Python, the rest"
 # Of these an operation that calls others is one thing, matrix products within it apart.
 WHOLE = KINDS.keys() - {"matrix products", "copies", "element-wise operations and sums"}
-PRODUCT = 2048  # rows and columns of the product that measures the rate
 
 
 def kind_of(name: str) -> str:
@@ -68,17 +67,6 @@ def kind_of_event(event: FunctionEvent) -> str:
     return kind
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of one large matrix product."""
-    a, b = torch.randn(2, PRODUCT, PRODUCT).to(dtype)
-    seconds = []
-    for _ in range(8):
-        started = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - started)
-    return 2 * PRODUCT**3 / median(seconds[1:])
-
-
 def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> dict:
     """Seconds of a step by kind, in all, and of the matrix products at best."""
     size = SIZES[options.size]
@@ -96,14 +84,14 @@ def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> d
         kinds[kind] += event.self_cpu_time_total / 1e6 / options.steps
         operations += event.flops or 0 if kind == "matrix products" else 0
     kinds[OTHERS] += max(0.0, seconds - sum(kinds.values()))  # what runs between the operations
-    rate = product_rate(torch.bfloat16 if options.dtype == "bf16" else torch.float32)
+    rates = measure_rates(torch.device("cpu"), torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     return {
         "model": candidate.title,
         "shape": f"{length}x{rows}",
         "seconds": seconds,
         "kinds": {kind: round(value, 5) for kind, value in kinds.items()},
-        "floor_seconds": operations / options.steps / rate,
-        "operations_per_second": rate,
+        "floor_seconds": operations / options.steps / rates.operations,
+        "operations_per_second": rates.operations,
     }
 
 
@@ -123,7 +111,7 @@ def table(record: dict) -> str:
     settings = record["settings"]
     lines.append(
         f"\n{settings['size']} parameters, {settings['dtype']}, {settings['threads']} thread(s), {settings['steps']} "
-        f"steps under the profiler; {record['cpu']}; a product of {PRODUCT} rows and columns makes {min(rates):.0f} to "
+        f"steps under the profiler; {record['cpu']}; one large product makes {min(rates):.0f} to "
         f"{max(rates):.0f} GFLOP/s; torch {record['versions']['torch']}; commit {record['commit']}, code revision "
         f"{record['revision']}; {record['date']}; `{record['command']}`.\n"
     )
