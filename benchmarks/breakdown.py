@@ -13,7 +13,6 @@ table in the `.md` beside it.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 from candidates import MODELS, OURS, SIZES, build
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
-from training_run import RepeatedStep
+from training_run import RepeatedStep, Shape
 
 from fusiontree.eval.bench_ops import measure_rates
 
@@ -67,11 +66,11 @@ def kind_of_event(event: FunctionEvent) -> str:
     return kind
 
 
-def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> dict:
+def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict:
     """Seconds of a step by kind, in all, and of the matrix products at best."""
     size = SIZES[options.size]
     candidate = build(name, size, seed=0)
-    ids = torch.randint(1, size.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, size.vocab_size, (shape.rows, shape.length), generator=torch.Generator().manual_seed(0))
     step = RepeatedStep(candidate, ids, options.dtype)
     step()
     step()
@@ -87,7 +86,7 @@ def measure(name: str, length: int, rows: int, options: argparse.Namespace) -> d
     rates = measure_rates(torch.device("cpu"), torch.bfloat16 if options.dtype == "bf16" else torch.float32)
     return {
         "model": candidate.title,
-        "shape": f"{length}x{rows}",
+        "shape": shape,
         "seconds": seconds,
         "kinds": {kind: round(value, 5) for kind, value in kinds.items()},
         "floor_seconds": operations / options.steps / rates.operations,
@@ -122,19 +121,11 @@ def report(found: list[dict]) -> str:
     return "\n".join(["# Where the time of a training step goes\n", *map(table, found)])
 
 
-def shape_named(text: str) -> tuple[int, int]:
-    """Tokens and rows of `TxB`."""
-    if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not tokens x rows, such as 1024x4")
-    return int(found[1]), int(found[2])
-
-
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[OURS, "llama"])
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape_named, default=[(1024, 4), (4096, 1)], metavar="TxB", help="tokens x rows"
-    )
+    shapes = [Shape("1024x4"), Shape("4096x1")]
+    parser.add_argument("--shapes", nargs="+", type=Shape, default=shapes, metavar="TxB", help="tokens x rows")
     parser.add_argument("--size", choices=SIZES, default="20M")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--steps", type=int, default=3)
@@ -147,8 +138,8 @@ def main(argv: list[str]) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     found = []
-    for length, rows in options.shapes:
-        found += [measure(name, length, rows, options) for name in options.models]
+    for shape in options.shapes:
+        found += [measure(name, shape, options) for name in options.models]
     record = {
         "settings": {name: value for name, value in vars(options).items() if name != "results"},
         "found": found,

@@ -31,7 +31,7 @@ from candidates import OURS, SIZES, build, our_config
 from speed import peak_bytes, resident_bytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training_run import RepeatedStep
+from training_run import RepeatedStep, Shape
 
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig, local_global_attn
 from fusiontree.models.layout import SinusoidTable
@@ -212,7 +212,7 @@ def _two_steps(options: argparse.Namespace, scope: str) -> int:
 def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="20M")
-    parser.add_argument("--shape", default="4096x1", metavar="TxB", help="tokens x rows")
+    parser.add_argument("--shape", type=Shape, default="4096x1", metavar="TxB", help="tokens x rows")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each scope, after one to warm up")
     parser.add_argument("--threads", type=int, default=1)
@@ -220,10 +220,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--no-processes", action="store_true", help="leave out the peak of a process for each scope")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     options = parser.parse_args(argv)
-    shape = re.fullmatch(r"(\d+)x(\d+)", options.shape)
-    if shape is None:
-        parser.error(f"--shape must look like 4096x1, got {options.shape}")
-    options.length, options.batch = (int(part) for part in shape.groups())
+    options.length, options.batch = options.shape.length, options.shape.rows
     return options
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import speed_report
 import torch
 import yaml
 from candidates import MODELS, OURS, SIZES, Candidate, build
-from training_run import RepeatedStep
+from training_run import RepeatedStep, Shape
 from transformers.generation.streamers import BaseStreamer
 
 from fusiontree.eval.peers import count_parameters
@@ -126,7 +125,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["fusiontree", "llama", "falcon_h1"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["train"])
-    parser.add_argument("--shapes", nargs="+", default=["1024x4", "4096x1"], metavar="TxB", help="tokens x rows")
+    shapes = [Shape("1024x4"), Shape("4096x1")]
+    parser.add_argument("--shapes", nargs="+", type=Shape, default=shapes, metavar="TxB", help="tokens x rows")
     parser.add_argument("--size", choices=SIZES, default="20M")
     parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="settings of our configuration")
     parser.add_argument("--dtype", choices=("bf16", "float32"), default="bf16")
@@ -152,13 +152,12 @@ def main(argv: list[str]) -> None:
         turn = number % len(options.models)
         for task in options.tasks:
             for shape in options.shapes:
-                length, batch = (int(part) for part in re.fullmatch(r"(\d+)x(\d+)", shape).groups())
                 for model in options.models[turn:] + options.models[:turn]:
                     job = {
                         "task": task,
                         "model": model,
-                        "length": length,
-                        "batch": batch,
+                        "length": shape.length,
+                        "batch": shape.rows,
                         "dtype": options.dtype,
                         "size": options.size,
                         "threads": options.threads,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -107,6 +109,21 @@ def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], learning_r
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+class Shape(str):
+    """`TxB` of a command line, T tokens x B rows; in a record its text."""
+
+    length: int
+    rows: int
+
+    def __new__(cls, text: str) -> Shape:
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"must look like 4096x1, got {text}")
+        shape = super().__new__(cls, text)
+        shape.length, shape.rows = map(int, found.groups())
+        return shape
 
 
 class RepeatedStep:
