@@ -85,6 +85,13 @@ def lm_loss(logits_BTV: torch.Tensor, rows: Rows) -> torch.Tensor:
     )
 
 
+def log_partition_loss(logits_BTV: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Squared logarithm of the softmax's denominator, summed over the labels that count: the z-loss of Chowdhery et al.
+    2022 (arXiv 2204.02311, section 5)."""
+    log_partition_BT = logits_BTV[:, :-1].float().logsumexp(-1)
+    return log_partition_BT[rows.labels[:, 1:] != -100].square().sum()
+
+
 def our_config(size: Size, overrides: Mapping[str, Any]) -> HybridLanguageModelConfig:
     """The default configuration at `size`, changed by `overrides`.
 
@@ -119,6 +126,7 @@ def build(
     chunk_size: int = 32,
     overrides: Mapping[str, Any] | None = None,
     variant: str | None = None,
+    z_loss: float = 0.0,
 ) -> Candidate:
     """Model `name` at `size`, freshly initialised from `seed`, float32, in training mode.
 
@@ -126,6 +134,7 @@ def build(
         state_size, chunk_size: of the peers' Mamba layers.
         overrides: settings of our configuration, for studies of its choices.
         variant: one of `VARIANTS`: our block with one choice made otherwise.
+        z_loss: weight of `log_partition_loss` in the training loss of our model.
 
     Raises:
         ValueError: the number of parameters is not within the size's tolerance.
@@ -136,7 +145,7 @@ def build(
         model = HybridLanguageModel(our_config(size, {**chosen.settings, **(overrides or {})}))
         for edit in chosen.edits:
             edit(model)
-        return _ours(model.train())
+        return _ours(model.train(), z_loss)
     peer_size = PeerSize(
         vocab_size=size.vocab_size,
         hidden_size=size.hidden_size,
@@ -149,15 +158,17 @@ def build(
     return _peer(name, build_peer(name, peer_size, seed=seed, tolerance=size.tolerance))
 
 
-def _ours(model: HybridLanguageModel) -> Candidate:
+def _ours(model: HybridLanguageModel, z_loss: float) -> Candidate:
     composite = HybridModelLoss(LossSettings())
+    model.config.return_logits_with_loss |= z_loss > 0
 
     def logits(rows: Rows) -> torch.Tensor:
         return model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
 
     def training_loss(rows: Rows, totals: StepTotals) -> torch.Tensor:
         output = model(input_ids=rows.input_ids, position_ids=rows.position_ids, labels=rows.labels)
-        return composite(output, rows, totals).total
+        loss = composite(output, rows, totals).total
+        return loss + z_loss * log_partition_loss(output.logits, rows) / totals.labels if z_loss else loss
 
     return Candidate("FusionTree", model, logits, training_loss)
 

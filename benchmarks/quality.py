@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def identity(name: str, learning_rate: float, variant: str | None, options: argp
     if options.optimizer != "adamw":  # which the records do not name
         run["optimizer"] = options.optimizer
     if name == OURS:
+        if options.z_loss:
+            run["z_loss"] = options.z_loss
         return run | {"overrides": options.ours} | ({"variant": variant} if variant else {})
     return run | {"state_size": options.state_size}
 
@@ -63,7 +66,8 @@ def report(path: Path, *, steps: int, size: str) -> str:
         overrides = " ".join(f"{k}={v}" for k, v in record["run"].get("overrides", {}).items())
         variant = f": {record['run']['variant']}" if "variant" in record["run"] else ""
         optimizer = f", {record['run']['optimizer']}" if "optimizer" in record["run"] else ""
-        title = f"{record['title']}{variant} {overrides}".strip() + optimizer
+        z_loss = f", z-loss {record['run']['z_loss']:g}" if "z_loss" in record["run"] else ""
+        title = f"{record['title']}{variant} {overrides}".strip() + optimizer + z_loss
         groups.setdefault((title, record["run"]["dtype"], record["run"]["seed"]), []).append(record)
     rows = []
     for (title, dtype, seed), group in groups.items():
@@ -95,7 +99,7 @@ def equal_time(runs: list[dict]) -> list[str]:
     learning rate had not come down by then, so the figure is an upper bound of what a run of that length reaches.
     """
     ours = [r for r in runs if r["run"]["model"] == OURS and not r["run"]["overrides"] and "variant" not in r["run"]]
-    ours = [r for r in ours if "optimizer" not in r["run"]]
+    ours = [r for r in ours if "optimizer" not in r["run"] and "z_loss" not in r["run"]]
     lines = []
     for mine in ours:
         for peer in runs:
@@ -182,6 +186,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4, help="rows at a time; speed and memory only")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--z-loss", type=float, default=0.0, help="of our model: weight of the squared log-partition")
     parser.add_argument("--state-size", type=int, default=64, help="of the peers' Mamba layers")
     parser.add_argument("--chunk-size", type=int, default=32, help="of the peers' scans; speed only")
     parser.add_argument("--seed", type=int, default=0)
@@ -205,7 +210,7 @@ def main(argv: list[str]) -> None:
     revision = records.code_revision(*OUR_CODE)
     if options.discard_old_revisions:
         records.keep_records(results, lambda r: r["run"]["model"] != OURS or r["revision"] == revision)
-    size, source = SIZES[options.size], options.train
+    size = SIZES[options.size]
     if options.hold_out is not None and options.hold_out < 2:
         raise SystemExit("error: --hold-out must be 2 or more, or nothing is left to train on")
     if options.hold_out:
@@ -238,6 +243,7 @@ def main(argv: list[str]) -> None:
             chunk_size=options.chunk_size,
             overrides=options.ours,
             variant=variant,
+            z_loss=options.z_loss,
         )
         recipe = Recipe(
             learning_rate=rate,
@@ -262,14 +268,7 @@ def main(argv: list[str]) -> None:
             "threads": options.threads,
             **records.provenance(),
             "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-            "command": f"python benchmarks/quality.py --models {name} --learning-rates {rate:g} --size {options.size} "
-            f"--steps {options.steps} --dtype {options.dtype} --device {options.device} --threads {options.threads}"
-            + (f" --variants '{variant}'" if variant else "")
-            + (f" --ours {' '.join(f'{k}={v}' for k, v in options.ours.items())}" if options.ours else "")
-            + (f" --optimizer {options.optimizer}" if options.optimizer != "adamw" else "")
-            + (f" --seed {options.seed}" if options.seed else "")
-            + (f" --corpus {options.corpus}" if options.corpus != "wikitext2" else "")
-            + (f" --train {source.name} --hold-out {options.hold_out}" if options.hold_out else ""),
+            "command": shlex.join(["python", "benchmarks/quality.py", *records.shown_arguments(argv)]),
         }
         records.append_record(results, record)
         print(json.dumps(record), flush=True)

@@ -125,12 +125,12 @@ def cpu_slug(cpu: str) -> str:
 
 
 def shown_arguments(argv: list[str]) -> list[str]:
-    """The arguments, without the directories that a machine keeps results and models in."""
-    for option in ("--results", "--work"):
+    """The arguments, without the directories that a machine keeps results and models in; of a file there, its name."""
+    for option in ("--results", "--cache", "--work"):
         if option in argv:
             at = argv.index(option)
             argv = argv[:at] + argv[at + 2 :]
-    return argv
+    return [Path(word).name if word.startswith("/") else word for word in argv]
 
 
 def provenance() -> dict:

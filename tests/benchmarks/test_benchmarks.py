@@ -73,6 +73,11 @@ def test_quality_records_each_run_once_and_reports_them(
         *_, muon = (json.loads(line) for line in path.read_text().splitlines())
         assert muon["run"] == llama["run"] | {"optimizer": "muon"} and muon["val_loss"] != llama["val_loss"]
 
+    quality.main([*settings, "--models", "fusiontree", "--z-loss", "0.1"])
+    *_, with_z_loss = (json.loads(line) for line in path.read_text().splitlines())
+    assert with_z_loss["run"] == ours["run"] | {"z_loss": 0.1} and with_z_loss["val_loss"] != ours["val_loss"]
+    assert with_z_loss["command"].endswith("--models fusiontree --z-loss 0.1")
+
     path.write_text(json.dumps(ours | {"revision": "0" * 12}) + "\n")
     with pytest.raises(SystemExit, match="revision 000000000000"):
         quality.main([*settings, "--models", "fusiontree"])

@@ -215,6 +215,17 @@ def test_mistakes_are_one_sentence(train: Train, tmp_path: Path, arguments: list
         ("training:\n  betas: [0.9, 0.95]\n", ("training.betas=[0.9, x]",), "error: training.betas.1: input should be"),
         ("training:\n  batch_size: 2\n", ("training={batch_size: x}",), "error: training.batch_size: input should be"),
         ("system:\n  device: cpu\n", ("system.offload_params=true",), "error: system: offload_params needs zero_stage"),
+        (
+            "model:\n  vocab_size: 64\n  num_heads: 7\n",
+            ("--dry-run",),
+            "{file}, line 3: model: `hidden_size` 1536 is not a multiple of `num_heads` 7",
+        ),
+        ("model:\n  vocab_size: 64\n  num_hedas: 8\n", ("--dry-run",), "{file}, line 3: model: `num_hedas` is not a f"),
+        (
+            "model:\n  vocab_size: 64\n  num_heads: 8\n",
+            ("--dry-run", "model.num_heads=7"),
+            "error: model: `hidden_size` 1536 is not a multiple of `num_heads` 7",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_told_with_its_line(
@@ -224,6 +235,22 @@ def test_a_mistake_in_the_file_is_told_with_its_line(
     file.write_text(written)
     assert main(["train", "--config", str(file), *by_hand]) == 2
     assert said.format(file=file) in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_model_is_told_with_its_line(train: Train, config: Path) -> None:
+    written = config.read_text()
+    config.write_text(written.replace("  num_heads: 4\n", "  num_heads: 5\n"))
+    line = written.splitlines().index("  hidden_size: 32") + 1
+    code, _, errors = train()
+    assert code == 2
+    assert errors.startswith(f"error: {config}, line {line}: model: `hidden_size`"), errors
+
+
+def test_a_warm_up_that_never_ends_is_told(train: Train) -> None:
+    code, _, errors = train("training.max_steps=2", "training.warmup_steps=8", "training.learning_rate=0.004")
+    assert code == 0
+    assert "training.warmup_steps 8 is not below training.max_steps 2" in errors
+    assert "rises to the last step, to 0.001 of 0.004" in " ".join(errors.split())
 
 
 @pytest.mark.parametrize("progress", ["none", "plain"])

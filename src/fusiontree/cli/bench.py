@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from enum import Enum
 from itertools import groupby, product
 from pathlib import Path
@@ -136,7 +137,7 @@ def _fresh(config: Path | None, overrides: list[str], device: torch.device) -> H
     from fusiontree.cli._quickstart import QUICKSTART
     from fusiontree.config import apply_overrides
     from fusiontree.models import HybridLanguageModel
-    from fusiontree.train.settings import RunSettings, load_run_settings
+    from fusiontree.train.settings import RunSettings, load_run_settings, placing_mistakes
     from fusiontree.train.setup import model_config
 
     if config is not None:
@@ -148,8 +149,10 @@ def _fresh(config: Path | None, overrides: list[str], device: torch.device) -> H
         settings = settings.model_copy(update={"model": {**settings.model, "vocab_size": _VOCABULARY}})
         if config is not None:
             print(f"{config} leaves model.vocab_size to its tokenizer: measuring with {_VOCABULARY}")
+    with placing_mistakes(config, overrides) if config is not None else nullcontext():
+        model = model_config(settings)
     torch.manual_seed(settings.seed)
-    return HybridLanguageModel(model_config(settings)).to(device)
+    return HybridLanguageModel(model).to(device)
 
 
 def _measure(model: HybridLanguageModel, name: str, peers: str, settings: BenchSettings) -> BenchReport:

@@ -159,9 +159,12 @@ def _as_text(report: dict[str, Any]) -> list[str]:
         "",
         "Libraries",
     ]
+    listed: set[str] = set()  # an extra may name what another one has
     for group, versions in report["libraries"].items():
         missing = [name for name, version in versions.items() if version is None]
-        lines += [f"  {name:<24}{version}" for name, version in versions.items() if version is not None]
+        here = {name: version for name, version in versions.items() if version is not None and name not in listed}
+        lines += [f"  {name:<24}{version}" for name, version in here.items()]
+        listed |= here.keys()
         if missing:
             remedy = "" if group in ("core", "optional") else f"   (pip install 'fusiontree[{group}]')"
             lines.append(f"  {group}: not installed: {', '.join(missing)}{remedy}")

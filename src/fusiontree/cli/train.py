@@ -28,7 +28,7 @@ def train(
     checkpoints/ and `latest`. Ctrl-C and SIGTERM save a checkpoint after the current step and exit with 130 and 143;
     a second Ctrl-C ends at once.
     """
-    from fusiontree.train.settings import load_run_settings
+    from fusiontree.train.settings import load_run_settings, placing_mistakes
 
     settings = load_run_settings(config, overrides or [])
     if dry_run:
@@ -41,14 +41,18 @@ def train(
         is_read = named is not None and ("vocab_size" not in settings.model or Path(named).expanduser().is_dir())
         tokenizer = tokenizer_of(settings) if is_read else None
         devices = settings.system.num_devices or int(os.environ.get("WORLD_SIZE", "1"))
-        _print_dry_run(estimate(settings, model_config(settings, tokenizer), devices))
+        with placing_mistakes(config, overrides or []):
+            model = model_config(settings, tokenizer)
+        _print_dry_run(estimate(settings, model, devices))
         return
 
     from fusiontree.plots import plot_run
     from fusiontree.train.engine import TrainingEngine
     from fusiontree.train.stop import EXIT_CODES, leave_together
 
-    result = TrainingEngine(settings, resume=resume).run(draw=plot_run)
+    with placing_mistakes(config, overrides or []):
+        engine = TrainingEngine(settings, resume=resume)
+    result = engine.run(draw=plot_run)
     if result.stopped_by is not None:
         leave_together(result.stopped_by)
         raise typer.Exit(EXIT_CODES[result.stopped_by])

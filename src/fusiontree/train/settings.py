@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -286,12 +287,20 @@ def load_run_settings(config_path: str | os.PathLike[str], overrides: Sequence[s
 
     Raises:
         InputError: the file is missing or broken, a key is unknown (the nearest is named) or a value impossible; a
-            mistake in the file is told with its line. The section `model` is checked where the model is built.
+            mistake in the file is told with its line. The section `model` is checked where the model is built: see
+            `placing_mistakes`.
     """
     mapping = apply_overrides(load_yaml(config_path), list(overrides))
     mapping.setdefault("output_dir", f"runs/{Path(config_path).stem}")
-    try:
+    with placing_mistakes(config_path, overrides):
         return RunSettings.parse(mapping, where="")
+
+
+@contextmanager
+def placing_mistakes(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Within it a `SettingError` about a key that the YAML file writes begins with its file and line."""
+    try:
+        yield
     except SettingError as error:
         # A mistake that an override may have made, above or below its key, is not the file's.
         given = [f"{override.partition('=')[0].strip()}." for override in overrides]

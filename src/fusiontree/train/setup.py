@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from fusiontree.data.tokenizer import load_tokenizer, vocab_size_of
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, SettingError
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.models.configuration import EARLIER_VALUES
 from fusiontree.train.checkpoint_files import STATE_DIRECTORY, check_files, newest_checkpoint, newest_whole
@@ -54,8 +55,8 @@ def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridL
     `pad` token ids are the tokenizer's. Without a tokenizer the configuration's own defaults stand.
 
     Raises:
-        InputError: an unknown field, impossible sizes, a tokenizer with more ids than `vocab_size`, or rows longer than
-            a learned time encoding.
+        SettingError: an unknown field or impossible sizes.
+        InputError: a tokenizer with more ids than `vocab_size`, or rows longer than a learned time encoding.
     """
     fields = dict(settings.model)
     # A run's config.yaml names every field, but for those that came after it.
@@ -68,10 +69,11 @@ def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridL
             fields.setdefault(name, getattr(tokenizer, name))
     try:
         config = HybridLanguageModelConfig(**fields)
-    except InputError as error:
-        raise InputError(f"model: {error}") from error
     except (TypeError, ValueError) as error:
-        raise InputError(f"model: {' '.join(str(error).split())}") from error
+        sentence = " ".join(str(error).split())
+        # A configuration's message quotes the field at fault before any other.
+        named = [name for name in re.findall(r"`(\w+)", sentence) if name in fields]
+        raise SettingError(f"model: {sentence}", ".".join(["model", *named[:1]])) from error
     if tokenizer is not None and needed > config.vocab_size:
         raise InputError(
             f"the tokenizer {settings.data.tokenizer} has ids up to {needed - 1} but model.vocab_size is "
