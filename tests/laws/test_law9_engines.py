@@ -42,6 +42,7 @@ ZERO = {
     "zero2-offload": (2, "cpu", "none"),
     "offload": (3, "cpu", "cpu"),
 }
+TAUGHT = ("ddp", "zero2", "zero3", "offload", "fsdp2")
 # What is summed in another order may differ by its rounding.
 ROUNDING = {
     "loss": 2e-6,
@@ -124,7 +125,7 @@ def runs(settings, tmp_path_factory) -> Path:
         job(f"{engine}-dropped", engine, training={"max_steps": 5, "eval_interval": 0}, model={"drop_branch_prob": 0.4})
         job(f"{engine}-cut", engine, training={"max_steps": 3, "eval_interval": 0}, model=CUT)
     taught = {"teacher": str(directory / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
-    for engine in ("ddp", "zero2", "fsdp2"):
+    for engine in TAUGHT:
         job(f"{engine}-taught", engine, training={"max_steps": 3, "eval_interval": 0}, loss=taught)
     if hasattr(torch.optim, "Muon"):
         job("ddp-muon", "ddp", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"})
@@ -236,14 +237,18 @@ def test_a_cut_model_trains_as_in_one_process(runs: Path, alone, engine: str) ->
         torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "fsdp2"])
+@pytest.mark.parametrize("engine", TAUGHT)
 def test_distillation_is_that_of_one_process(runs: Path, alone, engine: str) -> None:
     taught = {"teacher": str(runs / "ddp" / "checkpoints" / "step_00000005"), "distillation_coeff": 0.5}
-    expected = rows(alone("one-taught", training={"max_steps": 3, "eval_interval": 0}, loss=taught))
-    found = rows(runs / f"{engine}-taught")
-    require_equal(found, expected)
-    for row, other in zip(found, expected, strict=True):
+    one = alone("one-taught", training={"max_steps": 3, "eval_interval": 0}, loss=taught)
+    expected = rows(one)
+    distilled = rows(runs / f"{engine}-taught")
+    require_equal(distilled, expected)
+    for row, other in zip(distilled, expected, strict=True):
         assert row["distillation_loss"] == pytest.approx(other["distillation_loss"], rel=1e-5) and row["loss"] > 0
+    found, wanted = (fusiontree.load(run, device="cpu").state_dict() for run in (runs / f"{engine}-taught", one))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
 @needs_muon

@@ -94,10 +94,6 @@ def _check_launch(settings: RunSettings) -> None:
                 f"{'null' if system.deepspeed_config else 0}"
             )
         zero = checked_deepspeed_config(settings, launched)["zero_optimization"]
-        if zero["stage"] == 3 and settings.loss.teacher is not None:
-            raise InputError(
-                "loss.teacher: distillation reads the head's weights, which ZeRO-3 shards: use ZeRO-2 or system.fsdp"
-            )
     elif _is_set(_USE_DEEPSPEED):
         raise InputError(
             f"the launcher asks for DeepSpeed ({_USE_DEEPSPEED}) but system.zero_stage is 0 and there is no "

@@ -4,7 +4,7 @@ Every term is a sum over the rows of a whole optimizer step (all micro-batches, 
 total. Each micro-batch therefore returns its *share* of the step's loss; the shares add up, and how a batch is cut into
 micro-batches changes no gradient.
 
-Shapes: B rows, T tokens, L layers, n counted tokens of a chunk, V vocabulary, H student width, G teacher width.
+Shapes: B rows, T tokens, L layers, n counted tokens, V vocabulary, H student width, G teacher width.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fusiontree.models.gate_stats import GateStats
 from fusiontree.models.layout import IGNORE_INDEX, count_labels, shift_labels
+from fusiontree.train.divergence import linear_divergence
 from fusiontree.train.settings import LossSettings
 
 if TYPE_CHECKING:
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from fusiontree.train.teacher import Teacher
 
 TERMS = ("lm", "load_balance", "entropy", "distillation", "hidden")
-
-#: Tokens whose [n, V] logits exist at a time in the distillation term.
-DISTILLATION_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -149,6 +145,11 @@ class HybridModelLoss:
         """Whether `__call__` reads `output.hidden_states` (it must then be asked of the model)."""
         return self.teacher is not None
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether `__call__` reads `head_weight`, which must be whole then."""
+        return self.teacher is not None and self.settings.distillation_coeff > 0
+
     def __call__(
         self, output: HybridOutput, batch: Batch, totals: StepTotals, head_weight: torch.Tensor | None = None
     ) -> LossShare:
@@ -158,7 +159,7 @@ class HybridModelLoss:
             output: of the model on `batch`, with `loss` the mean over the batch's counted labels.
             batch: the micro-batch.
             totals: of the whole step.
-            head_weight: [V, H] the student's output embedding; only read when distilling.
+            head_weight: [V, H] the student's output embedding; read if `needs_head`.
         """
         stats, s, weights = output.gate_stats, self.settings, self.coefficients
         assert output.loss is not None and stats is not None
@@ -169,12 +170,13 @@ class HybridModelLoss:
         total = lm + weights["load_balance"] * load_balance + weights["entropy"] * entropy
         distillation = hidden = torch.zeros_like(lm)
         if self.teacher is not None:
-            assert head_weight is not None and output.hidden_states is not None
+            assert output.hidden_states is not None
             taught = self.teacher.layer_outputs(batch) if s.hidden_coeff else (self.teacher.hidden_states(batch),)
             if s.hidden_coeff:
                 hidden = hidden_distance_sum(output.hidden_states[1:], taught) / totals.tokens
                 total = total + weights["hidden"] * hidden
-            if s.distillation_coeff:
+            if self.needs_head:
+                assert head_weight is not None
                 divergence = self._divergence_sum(output.hidden_states[-1], head_weight, taught[-1], batch)
                 distillation = divergence / totals.labels
                 total = total + weights["distillation"] * distillation
@@ -185,37 +187,14 @@ class HybridModelLoss:
         self, hidden_BTH: torch.Tensor, head_weight: torch.Tensor, teacher_BTG: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """T^2 KL(teacher || student) summed over the counted tokens."""
-        assert self.teacher is not None
+        teacher = self.teacher
+        assert teacher is not None
         counts_BT = shift_labels(batch.labels, batch.position_ids) != IGNORE_INDEX
-        student_nH, teacher_nG = hidden_BTH[counts_BT], teacher_BTG[counts_BT]
-        vocabulary = self.teacher.vocabulary
-        temperature = self.settings.distillation_temperature
-        total = hidden_BTH.new_zeros((), dtype=torch.float32)
-        for start in range(0, student_nH.shape[0], DISTILLATION_CHUNK):
-            part = slice(start, start + DISTILLATION_CHUNK)
-            # Recomputed in the backward pass, so that no chunk's logits outlive the chunk.
-            total = total + checkpoint(
-                _chunk_divergence,
-                student_nH[part],
-                head_weight[:vocabulary],
-                teacher_nG[part],
-                self.teacher.head,
-                temperature,
-                use_reentrant=False,
-            )
-        return total
-
-
-def _chunk_divergence(
-    student_nH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    teacher_nG: torch.Tensor,
-    teacher_head: torch.nn.Module,
-    temperature: float,
-) -> torch.Tensor:
-    """T^2 KL(teacher || student) of one chunk, summed; float32, over the vocabulary both share."""
-    student_nV = F.log_softmax((student_nH @ weight_VH.T).float() / temperature, dim=-1)
-    with torch.no_grad():
-        logits_nV = teacher_head(teacher_nG)[:, : weight_VH.shape[0]]
-        teacher_nV = F.log_softmax(logits_nV.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student_nV, teacher_nV, reduction="sum", log_target=True)
+        teacher_nG = teacher_BTG[counts_BT]
+        return linear_divergence(
+            hidden_BTH[counts_BT],
+            head_weight,
+            lambda part: teacher.logits(teacher_nG[part]),
+            vocabulary=teacher.vocabulary,
+            temperature=self.settings.distillation_temperature,
+        )

@@ -71,6 +71,10 @@ class Parallel:
             return contextlib.nullcontext()
         return self.model.no_sync()  # type: ignore[operator]
 
+    def gathered(self, parameter: torch.Tensor) -> AbstractContextManager[Any]:
+        """Within it a parameter is whole in every process, also after the model's forward pass."""
+        return contextlib.nullcontext()
+
     def backward(self, share: torch.Tensor) -> None:
         """Add the gradients of a micro-batch's share of the step's loss; shares add up over all processes."""
         (share * self.accelerator.num_processes).backward()  # which the exchange divides by
@@ -285,6 +289,11 @@ class ZeroRedundancy(Parallel):
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[Any]:
         self.model.set_gradient_accumulation_boundary(is_last)  # type: ignore[operator]
         return contextlib.nullcontext()
+
+    def gathered(self, parameter: torch.Tensor) -> AbstractContextManager[Any]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        return GatheredParameters([parameter], enabled=self.stage == 3)
 
     def backward(self, share: torch.Tensor) -> None:
         self.model.backward(share * self.accelerator.num_processes, scale_wrt_gas=False)  # type: ignore[operator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -88,7 +89,9 @@ class StepGradients:
                         output_gates=with_details,
                         output_hidden_states=self._loss.needs_hidden_states,
                     )
-                    share = self._loss(output, batch, totals, self._parallel.module.lm_head.weight)
+                    head = self._parallel.module.lm_head.weight
+                    with self._parallel.gathered(head) if self._loss.needs_head else nullcontext():
+                        share = self._loss(output, batch, totals, head)
                 self._processes.enter("backward", step)
                 self._parallel.backward(share.total)
             self._parallel.average_running_means()

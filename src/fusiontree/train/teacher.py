@@ -54,6 +54,11 @@ class Teacher:
         given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
         return self._base(**given, use_cache=False, output_hidden_states=True).hidden_states[1:]
 
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of hidden states [n, G]: [n, vocabulary]."""
+        return self.head(hidden)[:, : self.vocabulary]
+
     def require_layers_of(self, config: HybridLanguageModelConfig) -> None:
         """Whether hidden states can be compared layer by layer.
 
