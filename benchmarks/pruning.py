@@ -58,11 +58,12 @@ SETTING = (
     "calibration_tokens",
     "dtype",
 )
-STAGES = ("parent", "criteria", "heal", "smaller", "frontier", "commit", "recall", "costs")
+STAGES = ("parent", "criteria", "heal", "smaller", "difference", "frontier", "commit", "recall", "costs")
 OUR_CODE = ("models", "ops", "train/losses.py", "deploy")
 RANDOM_SEEDS = (0, 1, 2)
 FREEZE_GATES = 0.002  # nats, all gates together: what the calibration text cannot tell from nothing
 BUDGET = {"decode": 1.37, "memory": 0.78}
+BLOCKS = 60  # of neighbouring documents of the test file, by which the uncertainty of a difference is judged
 FRONTIER = (1.1, 1.2, 1.37, 1.5, 1.75, 2.0, 2.5)
 PLAIN = ("smaller", "within-budget")
 COMMIT = {"commit_from": 0.0, "commit_coeff": 0.3}  # of the steps that follow the parent's
@@ -413,6 +414,27 @@ class Study:
             plain = self.trained(name, lambda name=name, rival=rival: self.run_settings(name, steps, rival))
             self.record({"stage": "heal", "model": f"plain {name}"}, lambda plain=plain: self.quality(plain))
 
+    def stage_difference(self) -> None:
+        """Every other finished model of the main budget against the healed cut, on the same text."""
+        cut = None
+        rivals = {"parent continued": "continued"} | {f"healed: {rule.name}": f"healed-{rule.name}" for rule in RANDOM}
+        rivals |= {f"plain {name}": name for name in self._rivals()}
+        for name, folder in rivals.items():
+            if (self.work / folder / "done").exists():
+                cut = cut or self._block_losses(self._healed(self.rule.name))
+                self.record(
+                    {"stage": "difference", "model": name},
+                    lambda folder=folder, cut=cut: _difference(self._block_losses(find_model(self.work / folder)), cut),
+                )
+
+    def _block_losses(self, folder: Path) -> list[tuple[float, int]]:
+        """Nats and tokens of each block of the test file."""
+        model, documents = self.load(folder), list(Texts([str(self.sections("test"))]))
+        ends = [round(len(documents) * (block + 1) / BLOCKS) for block in range(BLOCKS)]
+        parts = (documents[start:end] for start, end in zip([0, *ends], ends, strict=False) if end > start)
+        losses = [evaluate_documents(model, model.tokenizer, part) for part in parts]
+        return [(one.loss * one.tokens, one.tokens) for one in losses]
+
     def stage_commit(self) -> None:
         """Gates that commit in the last steps beside gates that do not: the loss, and what equal cuts then cost."""
         for name, loss in (("continued", {}), ("committed", COMMIT)):
@@ -477,6 +499,21 @@ class Study:
             for name, cost in found.items()
         }
         self.record({"stage": "costs", "models": sorted(folders)}, lambda: {"costs": figures})
+
+
+def _difference(found: list[tuple[float, int]], cut: list[tuple[float, int]]) -> dict[str, Any]:
+    """How much more one model loses than another, nats per token; its standard error, from block to block."""
+    tokens = sum(count for _, count in cut)
+    mean = sum(nats - less for (nats, _), (less, _) in zip(found, cut, strict=True)) / tokens
+    rest = [nats - less - mean * count for (nats, _), (less, count) in zip(found, cut, strict=True)]
+    error = (len(rest) / (len(rest) - 1) * sum(one**2 for one in rest)) ** 0.5 / tokens
+    return {
+        "difference": round(mean, 5),
+        "standard_error": round(error, 5),
+        "cut_loss": round(sum(nats for nats, _ in cut) / tokens, 4),
+        "tokens": tokens,
+        "blocks": len(rest),
+    }
 
 
 def _plan_figures(plan: PrunePlan) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def report(path: Path) -> str:
         parts += ["## The frontier\n", _frontier(found["frontier"], parent)]
     if "heal" in found:
         parts += ["## Healing and its rivals\n", _heal(found["heal"], parent)]
+    if "difference" in found:
+        parts += ["## Against the healed cut, on the same text\n", _differences(found["difference"])]
     if "commit" in found:
         parts += ["## Gates that commit in the last steps\n", _other_parents(found["commit"], parent)]
     if "recall" in found:
@@ -124,6 +126,21 @@ def _heal(runs: Runs, parent: dict[str, Any] | None) -> str:
         rows.append([name, *_quality(r, parent), by_position])
     own = [] if parent is None else [["the parent", *_quality(parent, None), ""]]
     return _table(["model", "parameters", "loss", "recall", "loss by position"], own + rows)
+
+
+def _differences(runs: Runs) -> str:
+    rows = [
+        [
+            r["run"]["model"],
+            f"{r['difference']:+.4f} ± {r['standard_error']:.4f}",
+            f"{100 * r['difference'] / r['cut_loss']:+.2f} %",
+        ]
+        for r in runs
+    ]
+    blocks = (
+        f"\nStandard errors from {runs[0]['blocks']} blocks of neighbouring documents, {runs[0]['tokens']:,} tokens.\n"
+    )
+    return _table(["model", "loss above the cut's, nats per token", "share of it"], rows) + blocks
 
 
 def _other_parents(runs: Runs, parent: dict[str, Any] | None) -> str:

@@ -397,10 +397,16 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
     done = run_script("pruning.py", *folders, *TINY, *sizes, *amounts)
     assert done.returncode == 0, done.stderr
     runs = [json.loads(line)["run"] for line in (tmp_path / "pruning_tiny.jsonl").read_text().splitlines()]
-    assert {run["stage"] for run in runs} == {"parent", "criteria", "frontier", "heal", "commit", "recall", "costs"}
+    stages = {"parent", "criteria", "frontier", "heal", "difference", "commit", "recall", "costs"}
+    assert {run["stage"] for run in runs} == stages
     healed = [run["model"] for run in runs if run["stage"] == "heal"]
     rivals = ["plain smaller", "plain within-budget", "plain 1-layers"]
     assert healed == ["healed", "parent continued", "healed", "healed", "healed", *rivals]
+    assert [run["model"] for run in runs if run["stage"] == "difference"] == [
+        "parent continued",
+        *(f"healed: random-{seed}" for seed in range(3)),
+        *rivals,
+    ]
     frontier = [run for run in runs if run["stage"] == "frontier"]
     assert {run["decode"] for run in frontier} == {1.2, 1.5} and any(run.get("healed") for run in frontier)
     shown = (tmp_path / "pruning_tiny.md").read_text()
@@ -409,6 +415,7 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
         "Criteria at equal saving",
         "frontier",
         "rivals",
+        "Against the healed cut",
         "Gates that commit",
         "taught to look things up",
         "Measured in one run",
