@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
     from fusiontree.models import HybridLanguageModel
+
+_Number = TypeVar("_Number", int, float)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -123,3 +126,19 @@ def byte_size(text: str, option: str) -> int:
     if not found or found[2] not in _UNITS:
         raise InputError(f"{option} must be a number of bytes such as 512MiB or 2GiB, got {text!r}")
     return int(found[1]) * _UNITS[found[2]]
+
+
+def numbers(text: str, option: str, kind: type[_Number], least: int, most: float = math.inf) -> list[_Number]:
+    """The numbers between commas, in their order, each once.
+
+    Raises:
+        InputError: something else, or a number out of bounds; `option` is named.
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} must be numbers with commas between, got {text!r}") from error
+    if not all(least <= number <= most for number in found):
+        bounds = f"be {least} or more" if most == math.inf else f"lie between {least} and {most}"
+        raise InputError(f"{option} must {bounds} each, got {text!r}")
+    return list(dict.fromkeys(found))

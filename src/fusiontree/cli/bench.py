@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fusiontree.cli._options import was_given
+from fusiontree.cli._options import numbers, was_given
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Dtype(str, Enum):
 
 # The vocabulary of a configuration that names neither its size nor a tokenizer that is there.
 _VOCABULARY = 4096
+_MOST = 2**31 - 1  # tokens or sequences that sizes can be computed with
 # Columns of the names of backends, with their indent.
 _NAMES = 16
 
@@ -71,7 +72,7 @@ def bench(
     from fusiontree.deploy.loading import resolve_device
 
     place = resolve_device(device)
-    shapes = list(product(_numbers(context, "--context"), _numbers(batch, "--batch")))
+    shapes = list(product(numbers(context, "--context", int, 1, _MOST), numbers(batch, "--batch", int, 1, _MOST)))
     if names == ["ops"]:
         if len(shapes) > 1:
             raise InputError("bench ops takes one --context and one --batch")
@@ -103,14 +104,6 @@ def bench(
         _print_report(report)
         report.save(destination)
     print(destination)
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    """The different numbers of an option, in order."""
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and 0 < int(word) < 2**31 for word in words):
-        raise InputError(f"{option} must be a number from 1 on, or several with commas between, got {text!r}")
-    return list(dict.fromkeys(map(int, words)))
 
 
 def _refuse_what_ops_ignores(call: typer.Context, overrides: list[str]) -> None:

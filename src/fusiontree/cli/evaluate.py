@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from fusiontree.cli._options import was_given
+from fusiontree.cli._options import numbers, was_given
 from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ _READ_BY = {
 }
 """Tasks, and the options that none but they read."""
 
-_Number = TypeVar("_Number", int, float)
 _Progress = Callable[..., None]
 """Called with what is done, what there is in all, and a few words."""
 
@@ -102,8 +100,8 @@ def evaluate(
         )
     if by_position and not files:
         raise InputError("--by-position tabulates the perplexity of texts: give --data FILES, or leave it out")
-    grid = (_numbers(lengths, "--lengths", int, 1), _numbers(depths, "--depths", float, 0, 1))
-    numbers = _numbers(pairs, "--pairs", int, 1)
+    grid = (sorted(numbers(lengths, "--lengths", int, 1)), sorted(numbers(depths, "--depths", float, 0, 1)))
+    pair_counts = sorted(numbers(pairs, "--pairs", int, 1))
     sources = list(code or []) or [path for path in files if path.endswith(".py")]
     if "code" in wanted and not sources:
         raise InputError("--tasks code completes Python functions: give --code FILES")
@@ -158,7 +156,7 @@ def evaluate(
         if programs is not None:
             parts.insert(0, job.code(programs, text_key))
         if "mqar" in wanted:
-            parts.insert(0, job.mqar(grid[0], numbers, rows, ids, seed))
+            parts.insert(0, job.mqar(grid[0], pair_counts, rows, ids, seed))
         if "passkey" in wanted:
             parts.insert(0, job.passkeys(texts, text_key, *grid, passkeys, seed))
         if texts is not None:
@@ -208,18 +206,6 @@ def _task_manager(tasks: list[str], folder: Path | None) -> Any:
     from fusiontree.eval.lm_eval_adapter import task_manager  # takes seconds, which kept parts need not wait for
 
     return task_manager(tasks, folder)
-
-
-def _numbers(text: str, option: str, kind: type[_Number], least: int, most: float = math.inf) -> list[_Number]:
-    """The numbers between commas, in order, each once."""
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{option} must be numbers with commas between, got {text!r}") from error
-    if not all(least <= number <= most for number in numbers):
-        bounds = f"be {least} or more" if most == math.inf else f"lie between {least} and {most}"
-        raise InputError(f"{option} must {bounds} each, got {text!r}")
-    return sorted(set(numbers))
 
 
 def _named(tasks: str) -> list[str]:
