@@ -43,6 +43,7 @@ ZERO = {
     "offload": (3, "cpu", "cpu"),
 }
 TAUGHT = ("ddp", "zero2", "zero3", "offload", "fsdp2")
+TURNING = ("ddp", "fsdp2")  # the engines that Muon steps in
 # What is summed in another order may differ by its rounding.
 ROUNDING = {
     "loss": 2e-6,
@@ -128,7 +129,12 @@ def runs(settings, tmp_path_factory) -> Path:
     for engine in TAUGHT:
         job(f"{engine}-taught", engine, training={"max_steps": 3, "eval_interval": 0}, loss=taught)
     if hasattr(torch.optim, "Muon"):
-        job("ddp-muon", "ddp", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"})
+        for engine in TURNING:
+            muon = {"max_steps": 8, "save_interval": 4, "eval_interval": 0, "optimizer": "muon"}
+            job(f"{engine}-muon", engine, training=muon)
+        # What one engine saved goes on in the other.
+        before = directory / "ddp-muon" / "checkpoints" / "step_00000004"
+        job("fsdp2-muon-on", "fsdp2", resume=str(before), training=muon)
     # One run handed from engine to engine every five steps; the last leg is one process.
     before = directory / "ddp" / "checkpoints" / "step_00000005"
     for step, engine in ((10, "zero3"), (15, "fsdp2"), (20, "zero2")):
@@ -252,10 +258,13 @@ def test_distillation_is_that_of_one_process(runs: Path, alone, engine: str) -> 
 
 
 @needs_muon
-def test_muon_steps_in_two_processes_as_in_one(runs: Path, alone) -> None:
+@pytest.mark.parametrize("run", [*(f"{engine}-muon" for engine in TURNING), "fsdp2-muon-on"])
+def test_muon_steps_in_two_processes_as_in_one(runs: Path, alone, run: str) -> None:
     """It turns matrices in bf16: the rounding of the gradients' sums comes out larger."""
     expected = rows(alone("one-muon", training={"max_steps": 8, "eval_interval": 0, "optimizer": "muon"}))
-    for row, other in zip(rows(runs / "ddp-muon"), expected, strict=True):
+    found = rows(runs / run)
+    assert [row["step"] for row in found] == [*range(5 if run == "fsdp2-muon-on" else 1, 9)]
+    for row, other in zip(found, expected[-len(found) :], strict=True):
         assert row["lm_loss"] == pytest.approx(other["lm_loss"], rel=BF16_ROUNDING)
     assert expected[-1]["lm_loss"] < expected[0]["lm_loss"] - 0.2  # it learns
 

@@ -19,8 +19,9 @@ CLOCK = ("tokens_per_second", "elapsed", "tflops", "mfu", "peak_memory_gib")  # 
 
 
 def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    """Of a log that a run may be writing to: what stands behind its last line break is no row yet."""
     path = run / name
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 

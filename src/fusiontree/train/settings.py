@@ -232,10 +232,10 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _optimizer_fits_engine(self) -> RunSettings:
-        if self.training.optimizer == "muon" and self.system.is_sharded:
+        if self.training.optimizer == "muon" and self.system.uses_deepspeed:
             raise SettingError(
-                f"training.optimizer: muon needs whole matrices, which {self.system.engine} divides among processes: "
-                "set it to adamw, or train with DDP",
+                f"training.optimizer: muon needs matrices, which {self.system.engine} takes apart into flat shares: "
+                "set it to adamw, or train with DDP or system.fsdp",
                 "training.optimizer",
             )
         return self
