@@ -31,11 +31,25 @@ class ElsewhereError(InputError):
 
 
 class SettingError(InputError):
-    """A setting that cannot be used; `key` is its dotted name, by which the line of its file can be found."""
+    """Settings that cannot be used.
 
-    def __init__(self, sentence: str, key: str):
+    Args:
+        key: the dotted name of the one at fault, by which the line of its file can be found.
+        others: of those that it does not go with.
+    """
+
+    def __init__(self, sentence: str, key: str, *others: str):
         super().__init__(sentence)
         self.key = key
+        self.keys = (key, *others)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice. On CPU torch raises a plain RuntimeError then."""
+    is_torchs = isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
+    return is_torchs or isinstance(error, MemoryError)
 
 
 def first_line(error: Exception) -> str:

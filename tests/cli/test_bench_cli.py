@@ -94,8 +94,16 @@ def test_ops(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["MODEL", "--context", "16,x"], "--context must be numbers with commas between, got"),
-        (["MODEL", "--batch", "0"], "--batch must lie between 1 and 2147483647 each, got '0'"),
+        (
+            ["MODEL", "--context", "16,x"],
+            "--context must be a whole number from 1 to 2147483647, or several",
+        ),
+        (
+            ["MODEL", "--context", "1_6"],
+            "--context must be a whole number from 1 to 2147483647, or several",
+        ),
+        (["MODEL", "--context", "99999999999"], "--context must be a whole number from 1 to 2147483647, or several"),
+        (["MODEL", "--batch", "0"], "--batch must be a whole number from 1 to 2147483647, or several"),
         (["ops", "--batch", "1,2"], "bench ops takes one --context and one --batch"),
         (["LEARNED", "--context", "16,200"], "263 positions are needed, but the model's learned time encoding"),
         (["nowhere"], "model folder nowhere does not exist"),

@@ -14,6 +14,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
+
+from fusiontree.cli import main
 
 SCRIPT = Path(sys.executable).with_name("fusiontree")
 
@@ -182,6 +185,16 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     writer.stdout.close()
     assert writer.stderr.read() == b""
     assert writer.wait(timeout=120) == 1
+
+
+def test_memory_that_does_not_suffice_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # More than a process can address: torch's own error, on every machine.
+    monkeypatch.setattr("fusiontree.cli.doctor.examine", lambda: torch.empty(2**60, dtype=torch.uint8))
+    assert main(["doctor"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: there is not enough memory (") and shown.count("\n") == 1
 
 
 def test_doctor_reports_this_machine() -> None:

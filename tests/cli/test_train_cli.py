@@ -19,9 +19,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import fusiontree
 import warm
 from fusiontree.cli import main
 from fusiontree.data.bpe import train_bpe
+from fusiontree.errors import InputError
 
 Train = Callable[..., tuple[int, str, str]]
 
@@ -168,7 +170,14 @@ def test_a_directory_with_a_run_is_not_overwritten(train: Train, tmp_path: Path)
         (["data.tokenizer=missing/folder"], "missing/folder"),
         (["data.tokenizer=null"], "data.tokenizer is missing"),
         (["loss.distillation_coeff=0.5"], "no teacher is named"),
-        (["loss.distillation_coeff=0.5", "loss.teacher=missing/teacher"], "loss.teacher 'missing/teacher'"),
+        (
+            ["loss.distillation_coeff=0.5", "loss.teacher=missing/teacher"],
+            "loss.teacher 'missing/teacher' is no folder here and cannot be loaded",
+        ),
+        (
+            ["--dry-run", "loss.distillation_coeff=0.5", "loss.teacher=missing/teacher"],
+            "loss.teacher 'missing/teacher' is no folder here and cannot be loaded",
+        ),
         (
             ["system.fsdp=true", "system.zero_stage=2"],
             "fsdp and DeepSpeed (zero_stage, deepspeed_config) are two engines",
@@ -225,6 +234,11 @@ def test_mistakes_are_one_sentence(train: Train, tmp_path: Path, arguments: list
             ("--dry-run", "model.num_heads=7"),
             "error: model: `hidden_size` 1536 is not a multiple of `num_heads` 7",
         ),
+        (
+            "model:\n  vocab_size: 64\n  hidden_size: 64\n",
+            ("--dry-run", "model.num_heads=7"),
+            "error: model: `hidden_size` 64 is not a multiple of `num_heads` 7",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_told_with_its_line(
@@ -245,8 +259,17 @@ def test_a_mistake_in_the_model_is_told_with_its_line(train: Train, config: Path
     assert errors.startswith(f"error: {config}, line {line}: model: `hidden_size`"), errors
 
 
-def test_a_warm_up_that_never_ends_is_told(train: Train) -> None:
-    code, _, errors = train("training.max_steps=2", "training.warmup_steps=8", "training.learning_rate=0.004")
+def test_python_is_told_the_line_too(config: Path) -> None:
+    config.write_text(config.read_text().replace("  window_size: 8\n", "  window_size: 0\n"))
+    line = config.read_text().splitlines().index("  window_size: 0") + 1
+    with pytest.raises(InputError, match=f"^{re.escape(str(config))}, line {line}: model: `window_size` must be"):
+        fusiontree.train(config)
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_warm_up_that_never_ends_is_told(train: Train, dry_run: list[str]) -> None:
+    steps = ("training.max_steps=2", "training.warmup_steps=8", "training.learning_rate=0.004")
+    code, _, errors = train(*dry_run, *steps)
     assert code == 0
     assert "training.warmup_steps 8 is not below training.max_steps 2" in errors
     assert "rises to the last step, to 0.001 of 0.004" in " ".join(errors.split())
@@ -535,6 +558,10 @@ def test_without_evaluation_data_it_trains_and_says_so(train: Train, tmp_path: P
 def test_a_teacher_is_distilled_from(train: Train, tmp_path: Path) -> None:
     assert train("training.max_steps=2", f"output_dir={tmp_path / 'teacher'}")[0] == 0
     teacher = f"loss.teacher={tmp_path / 'teacher' / 'latest'}"
+    shown = train("--dry-run", teacher, "loss.distillation_coeff=0.5")[1]
+    mebibytes = (tmp_path / "teacher" / "latest" / "model.safetensors").stat().st_size / 2**20
+    (told,) = re.findall(r"teacher\W+(\d+\.\d+)", shown)
+    assert float(told) == pytest.approx(mebibytes, abs=0.02)
     assert train(teacher, "loss.distillation_coeff=0.5", "seed=3", "training.max_steps=3")[0] == 0
     rows = [row for row in metrics(tmp_path / "run") if "lm_loss" in row]
     assert all(row["distillation_loss"] > 0 for row in rows)

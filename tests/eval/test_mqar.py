@@ -63,6 +63,7 @@ def test_accuracy_counts_the_answers_alone() -> None:
             "a row of 31 tokens has room for 1 to 7 pairs (a pair and its question take four",
         ),
         ({"pairs": 0}, "take four tokens), got 0"),
+        ({"length": 3, "pairs": 1}, "a row of 3 tokens has room for no pair (a pair and its question take four"),
         ({"vocab_size": 16}, "16 token ids leave 7 keys for 8 pairs"),
     ],
 )

@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fusiontree.errors import BAD_INPUT, ElsewhereError, InputError, nearest
+from fusiontree.errors import BAD_INPUT, ElsewhereError, InputError, first_line, is_out_of_memory, nearest
 from fusiontree.version import __version__
 
 __all__ = ["app", "main"]
@@ -190,4 +190,6 @@ def _sentence(error: Exception) -> str | None:
         problem = _MENDABLE.get(error.errno or 0)
         if problem:
             return f"{error.filename or 'a file of this command'}: {problem}"
+    if is_out_of_memory(error):
+        return f"there is not enough memory ({first_line(error)}): take fewer tokens or rows, or a smaller model"
     return None

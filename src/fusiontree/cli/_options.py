@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
     from fusiontree.models import HybridLanguageModel
 
-_Number = TypeVar("_Number", int, float)
+_LARGEST = 2**31 - 1
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -128,17 +127,15 @@ def byte_size(text: str, option: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
-def numbers(text: str, option: str, kind: type[_Number], least: int, most: float = math.inf) -> list[_Number]:
-    """The numbers between commas, in their order, each once.
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The whole numbers from 1 on that stand between commas, in their order, each once.
 
     Raises:
-        InputError: something else, or a number out of bounds; `option` is named.
+        InputError: something else, or more than a size can be; `option` is named.
     """
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"{option} must be numbers with commas between, got {text!r}") from error
-    if not all(least <= number <= most for number in found):
-        bounds = f"be {least} or more" if most == math.inf else f"lie between {least} and {most}"
-        raise InputError(f"{option} must {bounds} each, got {text!r}")
-    return list(dict.fromkeys(found))
+    words = [word.strip() for word in text.split(",")]
+    if not all(re.fullmatch(r"0*[1-9]\d{0,9}", word, re.ASCII) and int(word) <= _LARGEST for word in words):
+        raise InputError(
+            f"{option} must be a whole number from 1 to {_LARGEST}, or several with commas between, got {text!r}"
+        )
+    return list(dict.fromkeys(map(int, words)))

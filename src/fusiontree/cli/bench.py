@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from enum import Enum
 from itertools import groupby, product
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fusiontree.cli._options import numbers, was_given
+from fusiontree.cli._options import was_given, whole_numbers
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ class Dtype(str, Enum):
 
 # The vocabulary of a configuration that names neither its size nor a tokenizer that is there.
 _VOCABULARY = 4096
-_MOST = 2**31 - 1  # tokens or sequences that sizes can be computed with
 # Columns of the names of backends, with their indent.
 _NAMES = 16
 
@@ -72,7 +70,7 @@ def bench(
     from fusiontree.deploy.loading import resolve_device
 
     place = resolve_device(device)
-    shapes = list(product(numbers(context, "--context", int, 1, _MOST), numbers(batch, "--batch", int, 1, _MOST)))
+    shapes = list(product(whole_numbers(context, "--context"), whole_numbers(batch, "--batch")))
     if names == ["ops"]:
         if len(shapes) > 1:
             raise InputError("bench ops takes one --context and one --batch")
@@ -142,7 +140,7 @@ def _fresh(config: Path | None, overrides: list[str], device: torch.device) -> H
         settings = settings.model_copy(update={"model": {**settings.model, "vocab_size": _VOCABULARY}})
         if config is not None:
             print(f"{config} leaves model.vocab_size to its tokenizer: measuring with {_VOCABULARY}")
-    with placing_mistakes(config, overrides) if config is not None else nullcontext():
+    with placing_mistakes(config, overrides):
         model = model_config(settings)
     torch.manual_seed(settings.seed)
     return HybridLanguageModel(model).to(device)

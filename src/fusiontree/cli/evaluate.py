@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from fusiontree.cli._options import numbers, was_given
+from fusiontree.cli._options import was_given, whole_numbers
 from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def evaluate(
         )
     if by_position and not files:
         raise InputError("--by-position tabulates the perplexity of texts: give --data FILES, or leave it out")
-    grid = (sorted(numbers(lengths, "--lengths", int, 1)), sorted(numbers(depths, "--depths", float, 0, 1)))
-    pair_counts = sorted(numbers(pairs, "--pairs", int, 1))
+    grid = (sorted(whole_numbers(lengths, "--lengths")), _depths(depths))
+    pair_counts = sorted(whole_numbers(pairs, "--pairs"))
     sources = list(code or []) or [path for path in files if path.endswith(".py")]
     if "code" in wanted and not sources:
         raise InputError("--tasks code completes Python functions: give --code FILES")
@@ -206,6 +206,16 @@ def _task_manager(tasks: list[str], folder: Path | None) -> Any:
     from fusiontree.eval.lm_eval_adapter import task_manager  # takes seconds, which kept parts need not wait for
 
     return task_manager(tasks, folder)
+
+
+def _depths(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= depth <= 1 for depth in found):
+        raise InputError(f"--depths must be a number from 0 to 1, or several with commas between, got {text!r}")
+    return sorted(set(found))
 
 
 def _named(tasks: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,8 @@ def train(
     """Train a model as a YAML file says.
 
     Leaves a run directory (`output_dir`) with config.yaml, manifest.json, metrics.jsonl, gates.jsonl, plots/,
-    checkpoints/ and `latest`. Ctrl-C and SIGTERM save a checkpoint after the current step and exit with 130 and 143;
-    a second Ctrl-C ends at once.
+    checkpoints/ and `latest`. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint after the current step and exit with 130,
+    143 and 138; the same signal again ends at once.
     """
     from fusiontree.train.settings import load_run_settings, placing_mistakes
 
@@ -79,6 +80,7 @@ def _print_dry_run(estimate: DryRun) -> None:
         ("optimizer state", m.optimizer),
         ("communication and gathered parameters", m.buffers),
         ("activations", m.activations),
+        *([("teacher", m.teacher)] if m.teacher else []),
     ):
         memory.add_row(name, f"{size / size_of_unit:.2f}")
     memory.add_row("peak", f"{m.peak / size_of_unit:.2f}", style="bold")
@@ -86,6 +88,8 @@ def _print_dry_run(estimate: DryRun) -> None:
     for table in (parameters, memory):
         for column in table.columns[1:]:
             column.justify = "right"
+    if estimate.warning is not None:
+        print(estimate.warning, file=sys.stderr)
     console = Console()
     console.print(parameters)
     for group in estimate.groups:

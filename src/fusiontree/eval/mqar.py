@@ -42,9 +42,11 @@ class MQARTask:
 
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.length < 4 * self.pairs:
+            most = self.length // 4
+            room = f"1 to {most} pairs" if most > 1 else "one pair" if most else "no pair"
             raise InputError(
-                f"a row of {self.length} tokens has room for 1 to {self.length // 4} pairs (a pair and its question "
-                f"take four tokens), got {self.pairs}"
+                f"a row of {self.length} tokens has room for {room} (a pair and its question take four tokens), got "
+                f"{self.pairs} pairs: take longer rows or fewer pairs"
             )
         if self.keys < self.pairs:
             raise InputError(f"{self.vocab_size} token ids leave {self.keys} keys for {self.pairs} pairs: use more ids")

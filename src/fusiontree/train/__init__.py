@@ -38,9 +38,11 @@ def train(
     """
     # torch, transformers and accelerate take seconds to import; settings alone need none of them.
     from fusiontree.train.engine import TrainingEngine
-    from fusiontree.train.settings import as_run_settings
+    from fusiontree.train.settings import as_run_settings, placing_mistakes
 
-    return TrainingEngine(as_run_settings(config, overrides), resume=resume).run()
+    with placing_mistakes(config, overrides):
+        engine = TrainingEngine(as_run_settings(config, overrides), resume=resume)
+    return engine.run()
 
 
 class _CallablePackage(ModuleType):

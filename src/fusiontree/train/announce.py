@@ -10,7 +10,7 @@ from signal import Signals
 from fusiontree.data.curriculum import LengthSchedule
 from fusiontree.data.loader import Loader
 from fusiontree.train.loggers import ProgressView
-from fusiontree.train.optim import ParameterGroup, learning_rate_at
+from fusiontree.train.optim import ParameterGroup, never_warm
 from fusiontree.train.processes import Processes
 from fusiontree.train.settings import RunSettings
 
@@ -47,12 +47,8 @@ def announce_start(
         view.message(f"{group} ({', '.join(group.patterns())})")
     for sentence in passed_over:
         view.warn(sentence)
-    if t.warmup_steps >= t.max_steps > 1:
-        peak = learning_rate_at(t.max_steps, t)
-        view.warn(
-            f"training.warmup_steps {t.warmup_steps} is not below training.max_steps {t.max_steps}: the learning rate "
-            f"rises to the last step, to {peak:.3g} of {t.learning_rate:.3g}, and never comes down"
-        )
+    if (too_long := never_warm(t)) is not None:
+        view.warn(too_long)
     if lengths.varies:
         view.message(f"length curriculum: rows of {lengths}")
     if not evaluates:

@@ -63,8 +63,8 @@ class _LinearDivergence(torch.autograd.Function):
         sums = state_dtype(hidden_nH)
         projection_SH = weight_VH[:vocabulary].to(dtype)
         total = torch.zeros((), dtype=sums, device=hidden_nH.device)
-        dhidden = torch.empty_like(hidden_nH) if with_gradient else None
-        dweight = torch.zeros_like(weight_VH, dtype=sums) if with_gradient else None
+        dhidden = torch.empty_like(hidden_nH) if with_gradient and ctx.needs_input_grad[0] else None
+        dweight = torch.zeros_like(weight_VH, dtype=sums) if with_gradient and ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden_nH), CHUNK):
             part = slice(start, start + CHUNK)
             teacher_cS = F.log_softmax(teacher_logits(part).to(sums) / temperature, dim=-1)
@@ -72,10 +72,11 @@ class _LinearDivergence(torch.autograd.Function):
                 hidden_cH = hidden_nH[part].to(dtype)
                 student_cS = F.log_softmax((hidden_cH @ projection_SH.t()).to(sums) / temperature, dim=-1)
                 total += F.kl_div(student_cS, teacher_cS, reduction="sum", log_target=True)
-                if dhidden is not None and dweight is not None:
-                    # Of KL, times T, with respect to the logits.
-                    dlogits_cS = (student_cS.exp_() - teacher_cS.exp_()).to(dtype)
+                # Of KL, times T, with respect to the logits.
+                dlogits_cS = (student_cS.exp_() - teacher_cS.exp_()).to(dtype)
+                if dhidden is not None:
                     dhidden[part] = dlogits_cS @ projection_SH
+                if dweight is not None:
                     dweight[:vocabulary] += dlogits_cS.t() @ hidden_cH
         ctx.temperature = temperature
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight_VH.dtype))
@@ -85,5 +86,5 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         factor = ctx.temperature * dtotal
-        dhidden, dweight = (d * factor.to(d.dtype) for d in ctx.saved_tensors)
+        dhidden, dweight = (None if d is None else d * factor.to(d.dtype) for d in ctx.saved_tensors)
         return dhidden, dweight, None, None, None, None, None

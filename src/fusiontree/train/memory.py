@@ -8,7 +8,7 @@ the sum with what runs take.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
 from fusiontree.train.activations import Activations, estimate_activations
 from fusiontree.train.deepspeed_config import deepspeed_config
 from fusiontree.train.launch import checked_deepspeed_config, has_deepspeed
-from fusiontree.train.optim import MOMENTS, ParameterGroup, parameter_groups
+from fusiontree.train.optim import MOMENTS, ParameterGroup, never_warm, parameter_groups
 from fusiontree.train.settings import RunSettings
+from fusiontree.train.teacher import teacher_parameters
 
 _COMPONENTS = {
     "embed_tokens": "embeddings",
@@ -73,6 +74,8 @@ class MemoryEstimate:
     """Of one micro-batch at its peak, forward or backward."""
     peak: int
     """Most that exists at a time."""
+    teacher: int = 0
+    """Weights of the model to distil from, whole on every device."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class DryRun:
     lengths: LengthSchedule
     """Of the rows; the tokens are the same at every length."""
     memory: MemoryEstimate
+    warning: str | None
+    """What to tell beside it."""
 
 
 def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: int) -> DryRun:
@@ -103,7 +108,7 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
 
     Raises:
         InputError: a DeepSpeed file that is missing, broken or contradicts the settings; where DeepSpeed is installed,
-            also one that it does not accept.
+            also one that it does not accept; a teacher that is not there.
     """
     if settings.system.uses_deepspeed and has_deepspeed():
         checked_deepspeed_config(settings, devices)
@@ -123,14 +128,25 @@ def dry_run(settings: RunSettings, config: HybridLanguageModelConfig, devices: i
         engine=settings.system.engine,
         tokens_per_step=t.batch_size * t.gradient_accumulation_steps * t.max_seq_length * devices,
         lengths=settings.length_schedule(devices),
-        memory=estimate_memory(
+        memory=_with_teacher(
             settings,
-            model_size(model, settings, devices),
-            moments=sum(4 * len(MOMENTS[group.optimizer]) * group.parameters for group in groups),
-            activations=estimate_activations(settings, config),
-            devices=devices,
+            estimate_memory(
+                settings,
+                model_size(model, settings, devices),
+                moments=sum(4 * len(MOMENTS[group.optimizer]) * group.parameters for group in groups),
+                activations=estimate_activations(settings, config),
+                devices=devices,
+            ),
         ),
+        warning=never_warm(t),
     )
+
+
+def _with_teacher(settings: RunSettings, memory: MemoryEstimate) -> MemoryEstimate:
+    if settings.loss.teacher is None:
+        return memory
+    teacher = 4 * teacher_parameters(settings.loss.teacher)
+    return replace(memory, teacher=teacher, peak=memory.peak + teacher)
 
 
 def model_size(model: HybridLanguageModel, settings: RunSettings, devices: int) -> ModelSize:

@@ -116,6 +116,17 @@ def build_optimizers(model: nn.Module, settings: TrainingSettings) -> list[torch
     return [*found, adamw]
 
 
+def never_warm(settings: TrainingSettings) -> str | None:
+    """What to tell of a warm-up that outlasts the run."""
+    warmup, steps = settings.warmup_steps, settings.max_steps
+    if warmup < steps or steps == 1:
+        return None
+    return (
+        f"training.warmup_steps {warmup} is not below training.max_steps {steps}: the learning rate rises to the last "
+        f"step, to {learning_rate_at(steps, settings):.3g} of {settings.learning_rate:.3g}, and never comes down"
+    )
+
+
 def learning_rate_at(step: int, settings: TrainingSettings) -> float:
     """Learning rate of the `step`-th update (from 1): linear warm-up, then down to `min_lr_ratio` at `max_steps`.
 

@@ -72,7 +72,10 @@ class Parallel:
         return self.model.no_sync()  # type: ignore[operator]
 
     def gathered(self, parameter: torch.Tensor) -> AbstractContextManager[Any]:
-        """Within it a parameter is whole in every process, also after the model's forward pass."""
+        """Within it a parameter outside the blocks is whole in every process, between forward and backward pass.
+
+        FSDP2 keeps those gathered from the one to the other.
+        """
         return contextlib.nullcontext()
 
     def backward(self, share: torch.Tensor) -> None:

@@ -297,18 +297,27 @@ def load_run_settings(config_path: str | os.PathLike[str], overrides: Sequence[s
 
 
 @contextmanager
-def placing_mistakes(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Within it a `SettingError` about a key that the YAML file writes begins with its file and line."""
+def placing_mistakes(config: object, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Within it a `SettingError` about what a YAML file writes becomes one that begins with file and line.
+
+    Args:
+        config: the file's path; nothing is placed in anything else.
+        overrides: of the file. A mistake that one of them may have made, above or below its key, is not the file's.
+    """
     try:
         yield
     except SettingError as error:
-        # A mistake that an override may have made, above or below its key, is not the file's.
         given = [f"{override.partition('=')[0].strip()}." for override in overrides]
-        is_overridden = any(f"{error.key}.".startswith(key) or key.startswith(f"{error.key}.") for key in given)
-        place = None if is_overridden else place_in_yaml(config_path, error.key)
+        is_overridden = any(
+            f"{key}.".startswith(one) or one.startswith(f"{key}.") for key in error.keys for one in given
+        )
+        if is_overridden or not isinstance(config, (str, os.PathLike)):
+            raise
+        places = (place_in_yaml(config, key) for key in error.keys)
+        place = next((place for place in places if place is not None), None)
         if place is None:
             raise
-        raise SettingError(f"{place}: {error}", error.key) from error
+        raise InputError(f"{place}: {error}") from error
 
 
 def as_run_settings(

@@ -71,9 +71,9 @@ def model_config(settings: RunSettings, tokenizer: Any | None = None) -> HybridL
         config = HybridLanguageModelConfig(**fields)
     except (TypeError, ValueError) as error:
         sentence = " ".join(str(error).split())
-        # A configuration's message quotes the field at fault before any other.
-        named = [name for name in re.findall(r"`(\w+)", sentence) if name in fields]
-        raise SettingError(f"model: {sentence}", ".".join(["model", *named[:1]])) from error
+        # A configuration's message quotes the fields at fault.
+        named = [f"model.{name}" for name in re.findall(r"`(\w+)", sentence) if name in fields]
+        raise SettingError(f"model: {sentence}", *(named or ["model"])) from error
     if tokenizer is not None and needed > config.vocab_size:
         raise InputError(
             f"the tokenizer {settings.data.tokenizer} has ids up to {needed - 1} but model.vocab_size is "

@@ -89,8 +89,8 @@ class StepGradients:
                         output_gates=with_details,
                         output_hidden_states=self._loss.needs_hidden_states,
                     )
-                    head = self._parallel.module.lm_head.weight
-                    with self._parallel.gathered(head) if self._loss.needs_head else nullcontext():
+                    head = self._parallel.module.lm_head.weight if self._loss.needs_head else None
+                    with nullcontext() if head is None else self._parallel.gathered(head):
                         share = self._loss(output, batch, totals, head)
                 self._processes.enter("backward", step)
                 self._parallel.backward(share.total)

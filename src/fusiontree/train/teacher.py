@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fusiontree.data.tokenizer import holds_tokenizer, load_tokenizer
 from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel, HybridLanguageModelConfig
+from fusiontree.train.checkpoint import no_progress_bar
 
 if TYPE_CHECKING:
     from fusiontree.data.batch import Batch
@@ -118,13 +119,26 @@ def check_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> None:
         )
 
 
+def teacher_parameters(name: str) -> int:
+    """Numbers in the teacher, by its configuration alone.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, local_files_only=_is_at_hand(name), trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_teacher(name: str, tokenizer: Any, device: torch.device) -> Teacher:
     """Load `loss.teacher`, of which `check_vocabulary` has been asked.
 
     Raises:
         InputError: it cannot be loaded, or its logits cannot be had in chunks.
     """
-    with _loading(name):
+    with _loading(name), no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=torch.float32,
@@ -141,7 +155,10 @@ def _loading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the file system, the network, the hub, safetensors, a configuration
-        raise InputError(f"loss.teacher {name!r} cannot be loaded as a causal LM: {first_line(error)}") from error
+        where = "" if Path(name).is_dir() else "is no folder here and "
+        raise InputError(
+            f"loss.teacher {name!r} {where}cannot be loaded as a causal LM: {first_line(error)}"
+        ) from error
 
 
 def _is_at_hand(name: str) -> bool:
