@@ -106,7 +106,7 @@ def check_vocabulary(name: str, tokenizer: Any, vocab_size: int) -> None:
     if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise InputError(f"loss.teacher: there is no folder {name}")
     with _loading(name):
-        config = AutoConfig.from_pretrained(name, local_files_only=_is_at_hand(name), trust_remote_code=False)
+        config = _config(name)
     rows = config.get_text_config().vocab_size
     # In a folder without a tokenizer the sizes are all there is to compare.
     bare = folder.is_dir() and not holds_tokenizer(folder)
@@ -126,7 +126,7 @@ def teacher_parameters(name: str) -> int:
         InputError: there is no such model.
     """
     with _loading(name):
-        config = AutoConfig.from_pretrained(name, local_files_only=_is_at_hand(name), trust_remote_code=False)
+        config = _config(name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
@@ -148,6 +148,10 @@ def load_teacher(name: str, tokenizer: Any, device: torch.device) -> Teacher:
         )
     rows = model.get_output_embeddings().weight.shape[0]
     return Teacher(model.to(device), vocabulary=min(rows, len(tokenizer.get_vocab())), name=name)
+
+
+def _config(name: str) -> Any:
+    return AutoConfig.from_pretrained(name, local_files_only=_is_at_hand(name), trust_remote_code=False)
 
 
 @contextmanager
