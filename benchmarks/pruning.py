@@ -102,10 +102,12 @@ class Study:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.work: Path = options.work
-        self.path: Path = options.results / f"pruning_{options.size}.jsonl"
+        # The first seed's records were made before others could be asked for.
+        other = {"training_seed": options.seed} if options.seed else {}
+        self.path: Path = options.results / f"pruning_{options.size}{f'_seed{options.seed}' if other else ''}.jsonl"
         # Of the code that is running, whatever becomes of the files meanwhile.
         self.revision, self.provenance = records.code_revision(*OUR_CODE), records.provenance()
-        self.setting = {name: getattr(options, name) for name in SETTING}
+        self.setting = {name: getattr(options, name) for name in SETTING} | other
         self._check_work()
         self._parent: HybridLanguageModel | None = None
         self._costs: CostModel | None = None
@@ -172,6 +174,7 @@ class Study:
             "logging": {"progress": "plain"},
             "system": {"num_threads": options.threads},
             "output_dir": str(self.work / name),
+            "seed": self.options.seed,
             **changes,
         }
         return RunSettings.parse(sections)
@@ -541,6 +544,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=cache, help="directory of models and plans")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--size", choices=SIZES, default="256x6")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and order of text; each needs its own --work")
     parser.add_argument("--steps", type=int, default=3000, help="of the parent; healing takes a tenth")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)

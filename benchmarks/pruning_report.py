@@ -19,7 +19,7 @@ def report(path: Path) -> str:
     first = runs[0]["run"]
     parts = [
         f"# Pruning: {first['size']}, {first['steps']} steps of {first['batch_size']} x {first['length']} tokens, "
-        f"{first['dtype']}{_documents(first)}\n",
+        f"{first['dtype']}{_documents(first)}{_seed(first)}\n",
         "Loss in nats per token of the test file; recall is the share of answers found and, in brackets, their loss "
         "per token: needle / value of a list / copy. Layers: B both, M Mamba, A attention, – neither; then how many "
         "single heads are cut and gates frozen. A fine plan takes heads and gates too, and its export merges maps.\n",
@@ -55,6 +55,10 @@ def _documents(run: dict[str, Any]) -> str:
     return (
         f"; documents of {run['section']} characters{beginnings}, tasks in {100 * run['task_prob']:.0f} % of each kind"
     )
+
+
+def _seed(run: dict[str, Any]) -> str:
+    return f"; seed {run['training_seed']}" if "training_seed" in run else ""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

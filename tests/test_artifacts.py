@@ -106,6 +106,20 @@ def test_a_record_loads_as_it_was_saved(tmp_path: Path, record: Artifact) -> Non
     assert sorted(p.name for p in path.parent.iterdir()) == [*beside, "record.json"]
 
 
+def test_plans_side_by_side_leave_each_others_constants_alone(tmp_path: Path) -> None:
+    plans = {}
+    for number, name in enumerate(["plan_1.4x", "plan_1.8x", "plan_1.4x.json", "plan_1"]):
+        first = PLAN.layers[0].model_copy(update={"constant": [0.0, 2.0 + number]})
+        plans[name] = PLAN.model_copy(update={"layers": [first, *PLAN.layers[1:]]})
+        plans[name].save(tmp_path / name)
+    for name, plan in plans.items():
+        assert PrunePlan.load(tmp_path / name) == plan
+    # Replaced, a plan takes its old constants along, and no others.
+    PLAN.save(tmp_path / "plan_1.8x")
+    assert len(list(tmp_path.iterdir())) == 2 * len(plans)
+    assert all(PrunePlan.load(tmp_path / name) == (PLAN if name == "plan_1.8x" else plans[name]) for name in plans)
+
+
 def test_a_report_of_before_there_were_tasks_still_loads(tmp_path: Path) -> None:
     record = json.loads(REPORT.dumps())
     (tmp_path / "report.json").write_text(

@@ -107,6 +107,7 @@ def test_ops(capsys: pytest.CaptureFixture[str]) -> None:
         (["ops", "--batch", "1,2"], "bench ops takes one --context and one --batch"),
         (["LEARNED", "--context", "16,200"], "263 positions are needed, but the model's learned time encoding"),
         (["nowhere"], "model folder nowhere does not exist"),
+        (["opps"], "there is no model folder opps; did you mean ops?"),
         (["MODEL", "other"], "bench measures one model: name one of "),
         (["MODEL", "--config", "x.yaml"], "a trained MODEL has its own configuration: leave out --config"),
         (["MODEL", "model.num_layers=1"], "a trained MODEL has its own configuration"),
@@ -116,9 +117,9 @@ def test_ops(capsys: pytest.CaptureFixture[str]) -> None:
         (["MODEL", "--rounds", "0"], "Invalid value for '--rounds': Input should be greater than or equal to 1"),
         (
             ["MODEL", "--dtype", "int8"],
-            "Invalid value for '--dtype': Value error, 'int8' is not one of 'bfloat16', 'float32'",
+            "Invalid value for '--dtype': 'int8' is not one of 'bfloat16', 'float32'",
         ),
-        (["ops", "--dtype", "int8"], "Invalid value for '--dtype': Value error, 'int8' is not one of"),
+        (["ops", "--dtype", "int8"], "Invalid value for '--dtype': 'int8' is not one of"),
         (
             ["ops", "--out", "x.json", "model.num_layers=1"],
             "bench ops takes --context, --batch, --dtype and --device alone: leave out --train-batch, --out, model.",

@@ -97,14 +97,14 @@ def test_speed_and_size_are_held_against_the_parent_of_the_same_measurement(
     parent, cut, healed, random, plain, continued = page.rows["decoding, tokens/s"]
     assert parent == f"{1 / costs['parent']['decode_seconds']:,.1f}"
     assert cut == f"{1 / costs['export']['decode_seconds']:,.1f} ({ratio:.2f}x)"
-    assert random.endswith("x)") and healed == continued == "–"
+    assert random.endswith("x)") and healed == cut and continued == "–"
     assert plain == f"{benches['plain'].decode_tokens_per_second:,.1f} ({against:.2f}x)"
     memory = [sum(costs[name][f"{part}_bytes"] for part in ("weight", "state")) for name in ("parent", "export")]
     assert page.rows["both, MB"][:2] == [
         f"{memory[0] / 1e6:,.2f}",
         f"{memory[1] / 1e6:,.2f} ({memory[1] / memory[0]:.2f}x)",
     ]
-    by = ["fusiontree export", "fusiontree export", "–", "fusiontree export", "fusiontree bench", "–"]
+    by = [*["fusiontree export"] * 4, "fusiontree bench", "–"]
     assert page.rows["size and speed by"] == by
     # Once all were measured by the one command, its figures stand beside each other, each against the parent's.
     copies = {name: tmp_path / name for name in NAMES if name in ("cut", "random")}
@@ -116,6 +116,21 @@ def test_speed_and_size_are_held_against_the_parent_of_the_same_measurement(
     assert page.rows["size and speed by"] == ["fusiontree bench"] * 4
     first = f"{benches['parent'].decode_tokens_per_second:,.1f}"
     assert page.rows["decoding, tokens/s"] == [first, plain, plain, plain]
+
+
+def test_a_parent_is_found_from_another_directory(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folders["parent"].parent)
+    into = ["cut.json", str(tmp_path / "cut"), "--context", "0", *DEVICE]
+    assert main(["export", "parent", *into]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["heal", "../cut", "training.max_steps=1", "output_dir=../healed"]) == 0
+    (tmp_path / "third").mkdir()
+    monkeypatch.chdir(tmp_path / "third")
+    page = page_of({"parent": folders["parent"], "cut": Path("../cut"), "healed": Path("../healed")}, Path("page.html"))
+    assert page.rows["is"] == ["parent", "cut from parent by ablation", "healed from cut"]
 
 
 def test_the_gates_are_held_against_the_measured_rise(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 from test_report_cli import Page
 
 import fusiontree
+import warm
 from fusiontree.artifacts import HealReport, LayerDecision, PrunePlan, RunManifest
 from fusiontree.cli import main
 from fusiontree.deploy import reference_parent
@@ -227,7 +232,12 @@ def test_healing_starts_from_the_export_and_reports(
     cut, result = fusiontree.load("cut", device="cpu"), fusiontree.load(healed, device="cpu")
     assert result.config.layer_branches == cut.config.layer_branches
     assert not torch.equal(result.lm_head.weight, cut.lm_head.weight)
-    assert RunManifest.load(healed / "manifest.json").parent_run == "cut"
+    assert RunManifest.load(healed / "manifest.json").parent_run == str(tmp_path / "cut")
+    # A teacher that is not the parent is told.
+    for teacher, is_told in ((run, False), (healed, True)):
+        assert main(["heal", "cut", "--parent", str(teacher), "training.max_steps=1", "output_dir=other"]) == 0
+        assert ("is not what cut was cut from" in capsys.readouterr().err) == is_told
+        shutil.rmtree("other")
     # Side by side: what each of the three is, loses, weighs and remembers.
     assert main(["report", str(run), "cut", str(healed), "-o", "page.html"]) == 0
     page = Page(tmp_path / "page.html")
@@ -235,11 +245,11 @@ def test_healing_starts_from_the_export_and_reports(
     wanted = [report.parent_loss, report.export_loss, report.healed_loss]
     assert page.rows["loss when healed"] == [f"{loss:.4f}" for loss in wanted]
     costs = RunManifest.load(tmp_path / "cut" / "manifest.json").config["costs"]
-    assert page.rows["state, kB"] == [f"{costs[name]['state_bytes'] / 1e3:,.1f}" for name in ("parent", "export")] + [
-        "–"
-    ]
+    # What healed has the export's size and speed.
+    measured = ("parent", "export", "export")
+    assert page.rows["state, kB"] == [f"{costs[name]['state_bytes'] / 1e3:,.1f}" for name in measured]
     before, after = (1 / costs[name]["decode_seconds"] for name in ("parent", "export"))
-    assert page.rows["decoding, tokens/s"] == [f"{before:,.1f}", f"{after:,.1f} ({after / before:.2f}x)", "–"]
+    assert page.rows["decoding, tokens/s"] == [f"{before:,.1f}", *[f"{after:,.1f} ({after / before:.2f}x)"] * 2]
     counts = [sum(p.numel() for p in fusiontree.load(one, device="cpu").parameters()) for one in (run, "cut", healed)]
     assert page.rows["parameters"] == [f"{count:,}" for count in counts]
 
@@ -257,16 +267,21 @@ def test_healing_takes_a_tenth_of_the_parents_steps_unless_told_otherwise(
     assert main(["heal", "cut"]) == 0
     shown, healed = capsys.readouterr().out, tmp_path / "runs" / "cut-healed"
     settings = load_run_settings(healed / "config.yaml", [])
-    assert settings.training.max_steps == 4 and settings.training.init_from == "cut"
+    assert settings.training.max_steps == 4 and settings.training.init_from == str(tmp_path / "cut")
     assert settings.training.learning_rate == pytest.approx(3e-3)
-    assert settings.loss.teacher == "run/checkpoints/step_00000040" and settings.loss.distillation_coeff == 1
+    assert settings.loss.teacher == str(tmp_path / "run/checkpoints/step_00000040")
+    assert settings.loss.distillation_coeff == 1
     report = HealReport.load(healed / "heal_report.json")
     assert report.steps == 4 and report.parent == settings.loss.teacher
     assert report.parent_loss < report.healed_loss < report.export_loss
     share = (report.export_loss - report.healed_loss) / (report.export_loss - report.parent_loss)
     assert report.recovered == pytest.approx(share) and f"({100 * share:.0f} % recovered)" in shown
     card = (healed / "latest" / "README.md").read_text()
-    assert card.startswith((tmp_path / "cut" / "README.md").read_text())
+    assert "of distillation from `run/checkpoints/step_00000040`" in card
+    before = (tmp_path / "cut" / "README.md").read_text()
+    of_the_export = before.replace("# cut, a pruned", "# cut-healed, a healed cut, a pruned")
+    assert card.startswith(of_the_export.replace('fusiontree.load("cut")', 'fusiontree.load("cut-healed")'))
+    assert 'fusiontree.load("cut-healed")' in card and f": {100 * share:.0f} % recovered." in card
     for name in ("parent", "export", "healed"):
         assert f"| {name} | {getattr(report, f'{name}_loss'):.4f} |" in card
     # Further than asked for at first: as a run of that length from the start.
@@ -274,6 +289,28 @@ def test_healing_takes_a_tenth_of_the_parents_steps_unless_told_otherwise(
     steps = [json.loads(line) for line in (healed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps if "lm_loss" in row] == [1, 2, 3, 4, 5, 6]
     assert HealReport.load(healed / "heal_report.json").steps == 6
+
+
+def test_what_is_ended_leaves_nothing_half_written_and_says_how_to_go_on(plan: Path, run: Path, tmp_path: Path) -> None:
+    def ended(*arguments: object, when: str) -> tuple[int, str]:
+        command = [warm.python(), "-m", "fusiontree", *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not list(tmp_path.glob(when)) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        shown, _ = process.communicate(timeout=120)
+        return process.returncode, shown
+
+    code, shown = ended("export", run, plan, "cut", "--context", "64", "--device", "cpu", when=".cut.*")
+    assert code in (0, 130) and not list(tmp_path.glob(".cut.*"))
+    assert (tmp_path / "cut").exists() == (code == 0)
+    if code:
+        assert shown == "interrupted\n"
+        assert main(["export", str(run), str(plan), str(tmp_path / "cut"), "--context", "0", "--device", "cpu"]) == 0
+    # The command that goes on is the one that reports.
+    arguments = ["cut", "training.max_steps=400", "logging.progress=plain", "output_dir=healed"]
+    code, shown = ended("heal", *arguments, when="healed/metrics.jsonl")
+    assert code == 143 and f"go on with: fusiontree heal {' '.join(arguments)} --resume auto" in shown
 
 
 def test_thresholds_read_what_the_run_recorded(
@@ -348,6 +385,17 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: 
         (["plan", "RUN", "--data", "TEXT", "--target", "decode=0.9x"], "how many times as fast, so above 1"),
         (["plan", "RUN", "--data", "TEXT", "--target", "memory=1.2x"], "so between 0 and 1"),
         (
+            ["plan", "RUN", "--data", "TEXT", "--target", "memory=0.9x", "--target", "memory=0.8x"],
+            "memory is asked for twice",
+        ),
+        (["plan", "RUN", "--data", "TEXT", "--target", "max_loss_increase=0.1x"], "nats per token, as in max_loss_inc"),
+        (["plan", "RUN", "--data", "TEXT", "--target", "memory=0.9x", "--out", "/proc/plan.json"], "--out: "),
+        (["plan", "RUN", "training.max_steps=3", "--criterion", "gate", "--data", "TEXT"], "gate_monitor alone"),
+        (["plan", "MERGED", "--data", "TEXT", "--target", "memory=0.9x"], "the maps of each of its layers are merged"),
+        (["plan", "FEWER", "--show"], "but FEWER decides about 2 layers: make the plan again"),
+        (["plan", "PLAN", "--show", "--target", "memory=0.9x"], "draws as it is: leave out --target"),
+        (["export", "RUN", "FEWER", "OUT"], "but FEWER decides about 2 layers: make the plan again"),
+        (
             ["plan", "RUN", "--data", "TEXT", "--target", "decode=2x", "--criterion", "ablatoin"],
             "there is no criterion 'ablatoin'; did you mean ablation?",
         ),
@@ -391,6 +439,8 @@ def test_what_training_wrote_can_be_exported(run: Path, tmp_path: Path, capsys: 
             "has 3 layers of width 32, the student a FusionTree model of 2 layers of width 32: set loss.hidden_coeff",
         ),
         (["heal", "CUT", "data.eval_paths=[]", "--parent", "RUN"], "name data.eval_paths"),
+        (["heal", "CUT", "--parent", "RUN", "--config", "MANY"], "many.yaml, line 3: training.max_steps"),
+        (["heal", "CUT", "--parent", "RUN", "--config", "LIST"], "list.yaml, line 1: training"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(
@@ -405,6 +455,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("a fox")
+    (tmp_path / "many.yaml").write_text("training:\n  batch_size: 2\n  max_steps: many\n")
+    (tmp_path / "list.yaml").write_text("training: [1]\n")
     content = json.loads(plan.read_text()) | {"model": None, "constants_file": None}
     for layer in content["layers"]:
         layer["constant"] = None
@@ -417,6 +469,10 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         changed = content | {"layers": [content["layers"][0] | change, *content["layers"][1:]]}
         (tmp_path / f"{name}.json").write_text(json.dumps(changed))
     cut = {"num_layers": 3, "layer_branches": ["mamba", "both", "both"]}
+    merged = {"layer_branches": ["mamba"] * 2, "layer_gates": [False] * 2, "layer_merges": ["hz"] * 2}
+    fewer = json.loads(plan.read_text())
+    (tmp_path / "fewer.json").write_text(json.dumps(fewer | {"layers": fewer["layers"][:2]}))
+    shutil.copy(plan.with_name(fewer["constants_file"]), tmp_path)
     names = {
         "RUN": run,
         "PLAN": plan,
@@ -425,6 +481,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         "OUT": tmp_path / "out",
         "NEW": tmp_path / "new" / "sub" / "plan.json",
         "NOTHING": tmp_path / "nothing.json",
+        "MANY": tmp_path / "many.yaml",
+        "LIST": tmp_path / "list.yaml",
         "EMPTIES": tmp_path / "empties.json",
         "NEITHER": tmp_path / "neither.json",
         "HEADLESS": tmp_path / "headless.json",
@@ -432,12 +490,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         "GROUPED": save_tiny_model(tmp_path / "grouped", None, num_layers=3, num_kv_heads=2),
         "BARE": save_tiny_model(tmp_path / "bare", None),
         "OTHER": save_tiny_model(tmp_path / "other", None, num_layers=3),
+        "FEWER": tmp_path / "fewer.json",
+        "MERGED": save_tiny_model(tmp_path / "merged", corpus / "tokenizer", **merged),
         "CUT": save_tiny_model(tmp_path / "cut", corpus / "tokenizer", **cut),
         "SHALLOW": save_tiny_model(tmp_path / "shallow", corpus / "tokenizer"),
     }
     before = sorted(tmp_path.rglob("*")), (run / "prune_plan.json").read_bytes()
-    extra = QUICK if arguments[0] == "plan" and arguments[1] != "TEXT" else []
+    extra = QUICK if arguments[0] == "plan" and arguments[1] != "TEXT" and "--show" not in arguments else []
     assert main([*(str(names.get(word, word)) for word in arguments), *extra]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and sentence in errors[0]
+    assert len(errors) == 1 and sentence.replace("FEWER", str(names["FEWER"])) in errors[0]
     assert (sorted(tmp_path.rglob("*")), (run / "prune_plan.json").read_bytes()) == before

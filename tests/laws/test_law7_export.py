@@ -71,7 +71,9 @@ def plan_for(model: HybridLanguageModel, cut: Cut) -> PrunePlan:
             wide = sum(len(removed) * getattr(block, name).head_dim for name, removed in decision.heads.items())
             decision.head_constants = torch.randn(wide, generator=generator).tolist() if wide else None
         if cut.frozen and index != 1:
-            decision.gate = (0.02 + 0.96 * torch.rand(width, generator=generator)).tolist()
+            gate = 0.02 + 0.96 * torch.rand(width, generator=generator, dtype=torch.float64)  # no float32 number
+            gate[0] = 0.999  # in bfloat16 it is 1
+            decision.gate = gate.tolist()
         layers.append(decision)
     return PrunePlan(criterion="test", thresholds={}, source="test", layers=layers)
 
@@ -158,11 +160,31 @@ def test_a_cut_of_a_cut(some_model, heads):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_narrow_model_keeps_its_dtypes(some_model, dtype):
-    narrow = build(dtype=dtype)
-    exported = fold(narrow, plan_for(narrow, CUTS["branches"]))
+@pytest.mark.parametrize("name", FEW)
+def test_a_narrow_model_is_cut_as_well_as_it_computes(name, cut, dtype):
+    """As far from what a wide one with the same weights says as the parent itself, and its dtypes stay."""
+    narrow = build(dtype=dtype, **COMBINATIONS[name])
+    plan, ids = plan_for(narrow, cut), tokens(1, 30)
+    exported = fold(narrow, plan, cut.merge)
     assert exported.dtype == dtype
-    assert exported.layers[0].mamba.A_log.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for n, p in exported.named_parameters() if n.endswith("A_log"))
+    reference = reference_parent(narrow, plan)
+    exact = reference_parent(narrow.double(), plan)(ids, use_cache=False).logits
+    wanted, found = ((one(ids, use_cache=False).logits - exact).abs().max() for one in (reference, exported))
+    assert found <= 2 * wanted
+
+
+def test_means_that_branch_dropout_puts_in_are_folded_too():
+    """With a frozen gate the branches say what the gate let through, so their running means do as well."""
+    model = build(drop_branch_prob=0.5)
+    model.train()(tokens(2, 30))
+    model.eval()
+    plan = plan_for(model, CUTS["frozen gates"])
+    for block, cut, layer in zip(blocks_of(model), blocks_of(fold(model, plan)), plan.layers, strict=True):
+        gate = torch.tensor(layer.gate or [1.0])
+        assert block.mamba_mean.abs().max() > 0
+        torch.testing.assert_close(cut.mamba_mean, block.mamba_mean * gate)
+        torch.testing.assert_close(cut.attention_mean, block.attention_mean * (1 - gate if layer.gate else gate))
 
 
 @pytest.mark.parametrize("use_alignment", [True, False])

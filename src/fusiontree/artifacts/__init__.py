@@ -261,12 +261,13 @@ def directory_for_results(path: str | os.PathLike[str], named: str) -> Iterator[
     """The same around the work; where that fails, what was made and still is empty goes again.
 
     Raises:
-        InputError: as `make_directory`.
+        InputError: as `make_directory`, or no file can be written there.
     """
     folder = Path(path)
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     make_directory(folder, named)
     try:
+        check_writable(folder, named)
         yield
     except BaseException:
         with suppress(OSError):  # it holds something

@@ -6,6 +6,7 @@ Shapes: H hidden.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -27,6 +28,9 @@ BranchKind = Literal["both", "mamba", "attention", "constant"]
 Branch = Literal["mamba", "attention"]
 
 _CONSTANTS = ("constant", "gate", "head_constants")
+_CONSTANT = re.compile(rf"layers\.(\d+)\.({'|'.join(_CONSTANTS)})")
+#: Older versions wrote a name without a digest.
+_CONSTANTS_FILE = re.compile(r"[^/\\]+\.constants(\.[0-9a-f]{12})?\.safetensors")
 
 
 class LayerDecision(Record):
@@ -134,19 +138,18 @@ class PrunePlan(Artifact):
             if (value := getattr(layer, name)) is not None
         }
         bare, place = self, Path(path)
+        replaced = _constants_of_file(place)
         if constants:
             content = safetensors.numpy.save(constants)
             digest = hashlib.sha256(content).hexdigest()
             layers = [layer.model_copy(update=dict.fromkeys(_CONSTANTS)) for layer in self.layers]
-            named = {"constants_file": f"{place.stem}.constants.{digest[:12]}.safetensors", "constants_digest": digest}
+            file = f"{place.name.removesuffix('.json')}.constants.{digest[:12]}.safetensors"
+            named = {"constants_file": file, "constants_digest": digest}
             bare = self.model_copy(update={"layers": layers, **named})
             atomic_write(place.with_name(named["constants_file"]), content)
         atomic_write(path, bare.dumps(indent=2) + "\n")
-        # Older versions wrote a name without a digest.
-        of_this_plan = re.compile(re.escape(place.stem) + r"\.constants(\.[0-9a-f]{12})?\.safetensors")
-        for beside in place.parent.iterdir():
-            if of_this_plan.fullmatch(beside.name) and beside.name != bare.constants_file:
-                beside.unlink(missing_ok=True)
+        if replaced is not None and replaced.name != bare.constants_file:
+            replaced.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -172,7 +175,20 @@ class PrunePlan(Artifact):
         except SafetensorError as error:
             raise InputError(f"{beside} is not a safetensors file: {error}") from error
         for name, value in constants.items():
-            _, index, field = name.split(".")
-            setattr(plan.layers[int(index)], field, value.tolist())
+            found = _CONSTANT.fullmatch(name)
+            if found is None or int(found[1]) >= len(plan.layers):
+                raise InputError(
+                    f"{beside} holds {name}, but {path} decides about {len(plan.layers)} layers: make the plan again"
+                )
+            setattr(plan.layers[int(found[1])], found[2], value.tolist())
         plan.constants_file = plan.constants_digest = None
         return plan
+
+
+def _constants_of_file(plan: Path) -> Path | None:
+    """Where the constants of the plan lie that a file holds by now, if it holds one."""
+    try:
+        named = json.loads(plan.read_text(encoding="utf-8"))["constants_file"]
+        return plan.with_name(named) if _CONSTANTS_FILE.fullmatch(named) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None

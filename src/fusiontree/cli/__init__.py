@@ -179,7 +179,7 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, _COMMAND_LINE_ERROR):
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context else ""
-        return error.format_message().rstrip(".") + hint  # type: ignore[attr-defined]
+        return error.format_message().replace(": Value error, ", ": ").rstrip(".") + hint  # type: ignore[attr-defined]
     if isinstance(error, InputError):
         text = str(error).strip()
         if "Traceback (most recent call last)" in text:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,11 +95,20 @@ def temperature_of(temperature: float | None, greedy: bool) -> float:
 
 @contextmanager
 def working(command: str) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that shows, where that is a terminal, what a long command is doing: call it with a few words."""
+    """A line on stderr that shows, where that is a terminal, what a long command is doing: call it with a few words.
+
+    Within it SIGTERM interrupts as Ctrl-C does, so that nothing half-written stays.
+    """
     from rich.console import Console
 
-    with Console(stderr=True).status(command) as status:
-        yield lambda what: status.update(f"{command}: {what}")
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
+    try:
+        with Console(stderr=True).status(command) as status:
+            yield lambda what: status.update(f"{command}: {what}")
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def decoded(content: bytes, name: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fusiontree.cli._options import was_given, whole_numbers
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,8 @@ def bench(
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise InputError(f"bench measures one model: name one of {', '.join(names)}")
+    if names and nearest(names[0], ["ops"]) and names != ["ops"] and not Path(names[0]).exists():
+        raise InputError(f"there is no model folder {names[0]}; did you mean ops?")
     if names and names != ["ops"] and (config or overrides):
         raise InputError("a trained MODEL has its own configuration: leave out --config and KEY=VALUE")
     from fusiontree.deploy.loading import resolve_device

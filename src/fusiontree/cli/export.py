@@ -59,6 +59,8 @@ def export(
     counted = "; ".join([counted, *loaded_plan.finer_cuts])
     if merged := sum(cut.config.merges(layer) != "none" for layer in range(cut.config.num_layers)):
         counted += f"; maps merged in {merged}"
+    elif merge:
+        print("no maps are merged: that takes a layer of one branch whose gate is frozen")
     print(f"{before:,} -> {after:,} parameters ({after / before:.2f}x); layers: {counted}")
     own = [loaded.config.branch(layer) for layer in range(loaded.config.num_layers)]
     shapes = [{name: parameter.shape for name, parameter in one.named_parameters()} for one in (loaded, cut)]

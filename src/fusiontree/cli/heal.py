@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import typer
@@ -21,25 +23,28 @@ def heal(
     A training run like any other (`output_dir`, default runs/NAME-healed), which starts from the export's weights and
     learns from text and from the parent's predictions. Without other settings it takes a tenth of the parent's steps.
     """
-    from fusiontree.deploy.heal import REPORT, heal_settings
+    from fusiontree.deploy.heal import REPORT, heal_settings, is_parent, recovery
     from fusiontree.deploy.heal import heal as run_healing
     from fusiontree.plots import plot_run
     from fusiontree.train.launch import is_first_process
     from fusiontree.train.stop import EXIT_CODES, leave_together
 
     settings = heal_settings(export, parent=parent, config=config, overrides=overrides or [])
-    healed = run_healing(settings, resume=resume)
+    if parent is not None and is_first_process() and not is_parent(parent, export):
+        told = "the losses told of a parent will be those of a teacher"
+        print(f"{parent} is not what {export} was cut from: {told}", file=sys.stderr)
+    given = [f"--{name}={path}" for name, path in (("parent", parent), ("config", config)) if path is not None]
+    again = shlex.join(["fusiontree", "heal", str(export), *(overrides or []), *given, "--resume", "auto"])
+    healed = run_healing(settings, resume=resume, draw=plot_run, go_on_with=again)
     if healed.stopped_by is not None:
         leave_together(healed.stopped_by)
         raise typer.Exit(EXIT_CODES[healed.stopped_by])
     if not is_first_process():
         return
-    plot_run(healed.run)
     if (report := healed.report) is None:
         return
-    share = "the cut had cost nothing" if report.recovered is None else f"{100 * report.recovered:.0f} % recovered"
     print(
         f"loss: parent {report.parent_loss:.4f}, export {report.export_loss:.4f}, healed {report.healed_loss:.4f} "
-        f"({share}) after {report.tokens:,} tokens"
+        f"({recovery(report)}) after {report.tokens:,} tokens"
     )
     print(healed.run / REPORT)

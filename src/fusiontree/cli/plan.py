@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fusiontree.cli._options import was_given
 from fusiontree.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def plan(
+    call: typer.Context,
     model: Path = typer.Argument(..., help="Model folder or run directory; with --show also a plan that is there."),
     overrides: list[str] = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Thresholds of a plan by gates alone, such as gate_monitor.plan_records=3."
@@ -51,7 +53,8 @@ def plan(
     """Decide which branches and heads of a model to cut so that it meets a budget, for `fusiontree export`.
 
     What a cut costs is measured on the calibration text, what it saves on this machine. `--criterion gate` without
-    a target cuts by thresholds what the run recorded about its gates. `fusiontree plan PLAN.json --show` draws a plan.
+    a target cuts by thresholds what the run recorded about its gates, with constants from the calibration text.
+    `fusiontree plan PLAN.json --show` draws a plan.
     """
     from fusiontree.artifacts import PrunePlan
     from fusiontree.cli._plan_table import draw
@@ -59,6 +62,9 @@ def plan(
     if model.is_file():
         if not show:
             raise InputError(f"{model} is a file: name a model to plan for, or add --show to draw a plan")
+        for given in call.command.params:
+            if given.name not in ("model", "show") and was_given(call, given.name or ""):
+                raise InputError(f"{model} is a plan, which --show draws as it is: leave out {given.opts[0]}")
         draw(PrunePlan.load(model))
         return
     if show and model.suffix == ".json" and not model.exists():
@@ -76,6 +82,8 @@ def plan(
     by_thresholds = criterion == "gate" and not targets
     settings = None
     if by_thresholds:
+        if other := next((word for word in overrides or [] if not word.startswith("gate_monitor.")), None):
+            raise InputError(f"{other}: a plan by thresholds reads those of gate_monitor alone")
         meant = {"--heads": heads, "--empty-layers": empty_layers, "--freeze-gates": freeze_gates}
         for option in (name for name, is_asked in meant.items() if is_asked):
             raise InputError(f"{option} goes with a --target: thresholds take one branch of a layer and nothing else")
@@ -93,7 +101,10 @@ def plan(
             seed=seed,
         )
     if not data:
-        raise InputError("--data is missing: name calibration text, other than what you will judge the result by")
+        raise InputError(
+            "--data is missing: name calibration text, on which constants are recorded, other than what you will judge "
+            "the result by"
+        )
     source = str(find_model(model))
     # Not prune_plan.json: that is the run's own, which training refreshes, or the one that an export was made by.
     destination = out or (model / f"prune_plan_{criterion}.json")

@@ -26,6 +26,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fusiontree.cache import user_cache_folder
 from fusiontree.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -158,11 +159,8 @@ def cache_folder(cache_dir: str | None) -> str:
 
 
 def _default_cache_dir() -> str:
-    named = os.environ.get("FUSIONTREE_CACHE")
-    if named:
-        return named
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return _this_or_a_temporary(os.path.join(base, "fusiontree"))
+    folder = str(user_cache_folder())
+    return folder if os.environ.get("FUSIONTREE_CACHE") else _this_or_a_temporary(folder)
 
 
 @functools.cache

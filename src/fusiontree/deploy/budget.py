@@ -14,7 +14,7 @@ from typing import cast
 import torch
 
 from fusiontree.artifacts import BranchKind, PrunePlan
-from fusiontree.deploy.costs import Cost, longest_context, measure_costs
+from fusiontree.deploy.costs import Cost, measure_costs, timed_context
 from fusiontree.deploy.criteria import HEAD_PARTS
 from fusiontree.deploy.cuts import BRANCHES_OF, Cuts, Removal, kind_without
 from fusiontree.deploy.folding import cut_config
@@ -52,6 +52,10 @@ def parse_targets(texts: Sequence[str], where: str = "--target") -> dict[str, fl
         if not separator or match is None:
             example = "0.05" if name == LOSS else "1.4x" if name in FASTER else "0.75x"
             raise InputError(f"{where} {text}: give a number, as in {name}={example}")
+        if name in found:
+            raise InputError(f"{where} {text}: {name} is asked for twice")
+        if name == LOSS and value.rstrip().endswith("x"):
+            raise InputError(f"{where} {text}: nats per token, as in {name}=0.05, without an x")
         found[name] = number = float(match[1])
         if name in FASTER and number <= 1:
             raise InputError(f"{where} {text}: how many times as fast, so above 1")
@@ -101,7 +105,7 @@ class CostModel:
         """
         config = model.config
         own = [config.branch(layer) for layer in range(config.num_layers)]
-        context = min(context, longest_context(config) // 2)
+        context = timed_context(config, context)
         variants: dict[str, list[BranchKind]] = {
             "without mamba": [kind_without(kind, "mamba") if kind == "both" else kind for kind in own],
             "without attention": [kind_without(kind, "attention") if kind == "both" else kind for kind in own],

@@ -98,7 +98,8 @@ def calibration_text(
     if rows == 0 or text.tokens < MIN_TOKENS:
         raise InputError(
             f"too little calibration text: {len(stream)} tokens, of which {text.tokens if rows else 0} can be "
-            f"predicted in rows of {length}; give at least {MIN_TOKENS}, better ten times as many"
+            f"predicted in rows of {length}; give more text, ask for more tokens or for shorter rows: it takes "
+            f"{MIN_TOKENS}, better ten times as many"
         )
     return text
 

@@ -67,11 +67,11 @@ def measure_costs(
 
     Args:
         models: all on one device.
-        context: tokens of the prompt; of a learned time encoding at most as many as it has positions.
+        context: tokens of the prompt; fewer where that is more than `timed_context`.
         rounds: measured ones, after one that only warms up.
         progress: called with what is measured next.
     """
-    context = min([context, *(longest_context(model.config) - _DECODED for model in models.values())])
+    context = min(timed_context(model.config, context) for model in models.values())
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     state_bytes: dict[str, int] = {}
     names = list(models)
@@ -93,9 +93,9 @@ def measure_costs(
     }
 
 
-def longest_context(config: HybridLanguageModelConfig) -> int:
-    """Positions that the model can read."""
-    return config.max_position_embeddings if config.srte_encoding == "learned" else 2**31
+def timed_context(config: HybridLanguageModelConfig, asked: int) -> int:
+    """How many tokens are really read where `asked` are wanted: a learned time encoding has no more positions."""
+    return min(asked, config.max_position_embeddings - _DECODED) if config.srte_encoding == "learned" else asked
 
 
 @torch.no_grad()

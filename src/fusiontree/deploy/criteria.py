@@ -155,7 +155,7 @@ def _head_variance(calibration: Calibration, layer: int, name: str) -> torch.Ten
 
 
 def random_scores(places: list[Place], seed: int) -> Scores:
-    """Uniform draws; layers of one branch, which would lose everything, come last as they do elsewhere."""
+    """Uniform draws."""
     draw = random.Random(seed)
     return {place: draw.random() for place in places}
 

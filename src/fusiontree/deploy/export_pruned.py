@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 
 from fusiontree.artifacts import LayerDecision, PrunePlan, RunManifest, atomic_directory
-from fusiontree.deploy.costs import Cost, measure_costs
+from fusiontree.deploy.costs import Cost, measure_costs, timed_context
 from fusiontree.deploy.folding import fold
 from fusiontree.deploy.quantized import Quantized, check_quantizable, quantize_weights
-from fusiontree.deploy.reference import check_plan, reference_parent
+from fusiontree.deploy.reference import blocks_of, check_plan, reference_parent, removed_branches
 from fusiontree.errors import InputError, first_line
 from fusiontree.models import HybridLanguageModel
 from fusiontree.train.checkpoint import no_progress_bar
@@ -65,7 +65,7 @@ def export(
         context: also time parent and export at this many tokens, for the card; None measures no time.
         weights: also measure the export with its weights rounded to `int8` or `int4`, for the card; whole ones are
             written in any case.
-        parent: name of the parent for the manifest and the card; default: where it was loaded from.
+        parent: path of the parent for the manifest and the card; default: where it was loaded from.
         progress: called with what is done next.
 
     Returns:
@@ -100,14 +100,18 @@ def export(
         models[weights] = copy.deepcopy(cut)
         done = quantize_weights(models[weights], weights)
         rounded = _Rounded(weights, done, compare(cut, models[weights])[0])
-    costs = measure_costs(models, context=context, progress=progress) if context is not None else None
+    costs = None
+    if context is not None:
+        context = timed_context(model.config, context)
+        costs = measure_costs(models, context=context, progress=progress)
     settings: dict[str, Any] = {"plan": plan.model_dump(mode="json", exclude={"layers"})}
     if costs is not None:
         measured = {name: asdict(cost) for name, cost in costs.items()}
         settings["costs"] = {"context": context, "device": str(model.device), **measured}
     if rounded is not None:
         settings["rounded"] = asdict(rounded)
-    manifest = RunManifest.collect(settings, parent_run=parent)
+    # Absolute: `heal` and `report` look for it from wherever they are called.
+    manifest = RunManifest.collect(settings, parent_run=os.path.abspath(parent) if os.path.exists(parent) else parent)
     progress("writing")
     try:
         with atomic_directory(destination) as folder:
@@ -158,16 +162,18 @@ def _card(
 ) -> str:
     """The model card: what was cut, and what that measured."""
     layers = "".join(
-        f"| {index} | {_kept(kept)} | {'learned' if kept.gate is None else 'constant'} | {kept.reason} |\n"
-        for index, kept in enumerate(plan.layers)
+        f"| {index} | {_kept(kept)} | {_gate(kept)} | {kept.reason} |\n" for index, kept in enumerate(plan.layers)
     )
-    has_constants = any(layer.has_constants for layer in plan.layers)
-    stand_in = "constants that the plan recorded" if has_constants else "zeros: the plan recorded no constants"
+    stand_in = "zeros: the plan recorded no constants"
+    if any(layer.has_constants for layer in plan.layers):
+        stand_in = "constants that the plan recorded"
+    layers_cut = zip(blocks_of(model), plan.layers, strict=True)
+    removes = any(removed_branches(block, layer) or layer.heads for block, layer in layers_cut)
+    cut_out = f" In place of what was removed stand {stand_in}, folded into the weights." if removes else ""
     parts = [
         CARD_HEADER,
         f"# {destination.name}, a pruned {Path(parent).name}\n",
-        f"Made from `{parent}` by a plan of the criterion {plan.criterion} (`{PLAN}`). In place of what was removed "
-        f"stand {stand_in}, folded into the weights.\n",
+        f"Made from `{parent}` by a plan of the criterion {plan.criterion} (`{PLAN}`).{cut_out}\n",
         f"{_merged(cut)}| layer | keeps | gate | because |\n|---|---|---|---|\n{layers}",
         "## Measured\n",
         _figures(model, cut, context, costs, rounded),
@@ -180,15 +186,21 @@ def _card(
             f"({rounded.done}), its logits move by at most {rounded.difference:.2g} on the same tokens.\n"
         )
     if plan.expected:
-        expected = ", ".join(f"{name} {value:.4g}" for name, value in plan.expected.items())
-        parts.append(f"The plan expected, on its own measurements: {expected}.\n")
+        expected = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in plan.expected.items())
+        before = " and before maps were merged" if _merged(cut) else ""
+        parts.append(f"The plan expected, by its own measurements{before}: {expected}.\n")
     parts.append(f'```python\nimport fusiontree\n\nmodel = fusiontree.load("{destination.name}")\n```\n')
     return "\n".join(parts)
 
 
 def _merged(cut: HybridLanguageModel) -> str:
     layers = [str(layer) for layer in range(cut.config.num_layers) if cut.config.merges(layer) != "none"]
-    return f"Consecutive linear maps are merged in layers {', '.join(layers)}.\n\n" if layers else ""
+    where = f"layer{'s' if len(layers) > 1 else ''} {', '.join(layers)}"
+    return f"Consecutive linear maps are merged in {where}.\n\n" if layers else ""
+
+
+def _gate(decision: LayerDecision) -> str:
+    return "–" if decision.keep == "constant" else "learned" if decision.gate is None else "constant"
 
 
 def _kept(decision: LayerDecision) -> str:
@@ -218,8 +230,10 @@ def _figures(
             (f"reading {context:,} tokens, ms", "{:,.1f}", [1e3 * cost.prefill_seconds for cost in found]),
             ("one token after them, ms", "{:,.2f}", [1e3 * cost.decode_seconds for cost in found]),
         ]
+        own, its = (str(one.dtype).removeprefix("torch.") for one in (cut, model))
+        types = own if own == its else f"{own}, the parent in {its}"
         where = (
-            f"\n\n{cut.device}, {str(cut.dtype).removeprefix('torch.')}, medians in one run, "
+            f"\n\n{cut.device}, {types}, medians in one run, "
             f"{torch.get_num_threads()} thread(s), torch {torch.__version__}."
         )
     heads = ["", names[0], *(cell for name in names[1:] for cell in (name, "ratio"))]

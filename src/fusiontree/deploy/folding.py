@@ -112,6 +112,8 @@ def _fold_layer(block: HybridBlock, decision: LayerDecision, layer: Tensors) -> 
             for name in kept:
                 exact[f"{name}.out_proj.weight"] = exact[f"{name}.out_proj.weight"] * weights[name][:, None]
                 exact[f"{name}.out_proj.bias"] = exact[f"{name}.out_proj.bias"] * weights[name]
+                # Branch dropout puts it in place of the branch.
+                exact[f"{name}_mean"] = exact[f"{name}_mean"] * weights[name]
                 columns[name] = columns[name] / weights[name]
     if columns:
         exact["alignment.in_proj.weight"] = torch.cat([columns[name] for name in kept], dim=1)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from fusiontree.artifacts import HealReport, RunManifest, atomic_write
+import torch
+
+from fusiontree.artifacts import HealReport, PrunePlan, RunManifest, atomic_write
 from fusiontree.config import apply_overrides, load_yaml
 from fusiontree.data.tokenizer import holds_tokenizer
-from fusiontree.deploy.export_pruned import CARD, CARD_HEADER
-from fusiontree.deploy.loading import find_model
+from fusiontree.deploy.export_pruned import CARD, CARD_HEADER, PLAN
+from fusiontree.deploy.loading import find_model, load
+from fusiontree.deploy.reference import model_fingerprint
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModelConfig
 from fusiontree.train.checkpoint import load_model, no_progress_bar
@@ -39,12 +42,19 @@ class Healed:
     stopped_by: Signals | None
 
 
-def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
+def heal(
+    settings: RunSettings,
+    *,
+    resume: str | None = None,
+    draw: Callable[[Path], Sequence[Path]] | None = None,
+    go_on_with: str | None = None,
+) -> Healed:
     """Trains a cut model towards its teacher, and says how much of what the cut lost is recovered.
 
     Args:
         settings: as `heal_settings` makes them.
         resume: as of `fusiontree.train`.
+        draw, go_on_with: as of `TrainingEngine.run`.
 
     Raises:
         InputError: there is nothing to evaluate on, or as training.
@@ -55,7 +65,7 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
         )
     with no_progress_bar():
         engine = TrainingEngine(settings, resume=resume)
-    result = engine.run()
+    result = engine.run(draw, go_on_with=go_on_with)
     if result.stopped_by is not None:
         return Healed(None, result.run, result.stopped_by)
     assert engine.loss.teacher is not None and settings.training.init_from is not None
@@ -82,17 +92,43 @@ def heal(settings: RunSettings, *, resume: str | None = None) -> Healed:
 
 def _card(report: HealReport, run: Path) -> str:
     """The model card of the healed model: that of the export, and what healing won back."""
-    card = Path(report.export) / CARD
+    card, name = Path(report.export) / CARD, Path(report.export).name
     before = card.read_text(encoding="utf-8") if card.is_file() else CARD_HEADER + f"\n# {run.name}\n"
-    share = "" if report.recovered is None else f", {100 * report.recovered:.0f} % of what the cut had lost"
+    before = before.replace(f"\n# {name}, a pruned ", f"\n# {run.name}, a healed {name}, a pruned ")
+    before = before.replace(f'fusiontree.load("{name}")', f'fusiontree.load("{run.name}")')
     losses = {"parent": report.parent_loss, "export": report.export_loss, "healed": report.healed_loss}
     rows = "".join(f"| {name} | {loss:.4f} | {math.exp(loss):.2f} |\n" for name, loss in losses.items())
     return (
         f"{before.rstrip()}\n\n## Healed\n\nThese weights are the export's after {report.steps:,} steps "
-        f"({report.tokens:,} tokens) of distillation from `{report.parent}`{share}.\n\n"
+        f"({report.tokens:,} tokens) of distillation from `{_from_here(report.parent)}`: "
+        f"{recovery(report)}.\n\n"
         f"| | loss | perplexity |\n|---|---|---|\n{rows}\nNats per token, on {report.eval_tokens:,} tokens of the "
         "run's evaluation data.\n"
     )
+
+
+def recovery(report: HealReport) -> str:
+    """How much of the loss that the cut cost is won back, in words."""
+    if report.recovered is None:
+        return "the cut had cost nothing"
+    return f"{100 * report.recovered:.0f} % recovered" if report.recovered <= 1 else "more recovered than the cut cost"
+
+
+def is_parent(parent: str | os.PathLike[str], export: str | os.PathLike[str]) -> bool:
+    """Whether a model is the one that an export was cut from; also where the export does not tell."""
+    folder = find_model(export)
+    if not (folder / PLAN).is_file():
+        return True
+    plan = PrunePlan.load(folder / PLAN)
+    # A plan is bound to the weights in the type in which it read them.
+    dtype = getattr(torch, str(plan.measured.get("dtype")), None)
+    return plan.model in (None, model_fingerprint(load(parent, device="cpu", dtype=dtype)))
+
+
+def _from_here(path: str) -> str:
+    """A path below the working directory without what leads to that."""
+    place = Path(path)
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else path
 
 
 def heal_settings(
@@ -122,25 +158,24 @@ def heal_settings(
         config = teacher.resolve().parent.parent / "config.yaml"
         if not config.is_file():
             raise InputError(f"{teacher} does not lie in a run directory whose settings could be used: name --config")
+    asked = as_run_settings(config).training  # which says what is wrong in the file, and where
     base = load_yaml(config)
-    training = dict(base.get("training") or {})
-    defaults = RunSettings().training
-    steps = max(1, round(SHARE_OF_STEPS * training.get("max_steps", defaults.max_steps)))
+    steps = max(1, round(SHARE_OF_STEPS * asked.max_steps))
     shortened = {
-        "init_from": str(folder),
+        "init_from": os.path.abspath(folder),
         "max_steps": steps,
         "warmup_steps": round(SHARE_OF_STEPS * steps),
-        "learning_rate": SHARE_OF_RATE * training.get("learning_rate", defaults.learning_rate),
+        "learning_rate": SHARE_OF_RATE * asked.learning_rate,
     }
     model = HybridLanguageModelConfig.from_pretrained(folder)
     own: dict[str, Any] = {
         "model": {name: getattr(model, name) for name in HybridLanguageModelConfig.__annotations__},
-        "training": training | shortened,
-        "loss": {"distillation_coeff": 1.0} | dict(base.get("loss") or {}) | {"teacher": str(teacher)},
+        "training": dict(base.get("training") or {}) | shortened,
+        "loss": {"distillation_coeff": 1.0} | dict(base.get("loss") or {}) | {"teacher": os.path.abspath(teacher)},
         "output_dir": f"runs/{folder.name}-healed",
     }
     if holds_tokenizer(folder):
-        own["data"] = dict(base.get("data") or {}) | {"tokenizer": str(folder)}
+        own["data"] = dict(base.get("data") or {}) | {"tokenizer": os.path.abspath(folder)}
     if own["loss"]["distillation_coeff"] == 0:
         own["loss"]["distillation_coeff"] = 1.0
     if own["loss"].pop("commit_from", None) is not None:

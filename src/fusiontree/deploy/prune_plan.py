@@ -17,11 +17,11 @@ from fusiontree.artifacts import Branch, CutStep, GateStatistics, LayerDecision,
 from fusiontree.deploy import criteria
 from fusiontree.deploy.budget import FASTER, LOSS, SMALLER, CostModel, ImpossibleBudgetError, blank, shortfall
 from fusiontree.deploy.calibration import Calibration, CalibrationText, Joint
-from fusiontree.deploy.costs import DEFAULT_CONTEXT, describe_machine, measure_costs
+from fusiontree.deploy.costs import DEFAULT_CONTEXT, describe_machine, measure_costs, timed_context
 from fusiontree.deploy.criteria import Place, Scores
 from fusiontree.deploy.cuts import BRANCHES_OF, Cuts, Removal
 from fusiontree.deploy.plan_settings import PlanSettings
-from fusiontree.deploy.reference import model_fingerprint
+from fusiontree.deploy.reference import blocks_of, model_fingerprint
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModel
 from fusiontree.train.monitor_gate import GateMonitor
@@ -48,7 +48,13 @@ def make_plan(
 
     Raises:
         ImpossibleBudgetError: the budget cannot be met; the sentence says the nearest that can.
+        InputError: nothing of the model can be cut.
     """
+    if all(block.merges != "none" or block.branch == "constant" for block in blocks_of(model)):
+        raise InputError(
+            f"nothing can be cut from {source}: the maps of each of its layers are merged, or it has no branch; plan "
+            "for the model that it was exported from"
+        )
     calibration = Calibration(model, text, measures_recall=settings.criterion == "recall")
     if costs is None:
         costs = CostModel.measured(
@@ -105,7 +111,7 @@ def plan_by_thresholds(
     ]
     plan.model = model_fingerprint(model)
     plan.expected = costs | _losses(calibration, joint)
-    plan.measured = _measured_how(calibration) | {"context": context}
+    plan.measured = _measured_how(calibration) | {"context": timed_context(model.config, context)}
     return plan
 
 
@@ -343,12 +349,14 @@ class _Planner:
         for name in self.wanted:
             sign, cuts = 1 if name in SMALLER else -1, start
             for layer, kind in enumerate(start.kinds):
+                if self.calibration.blocks[layer].merges != "none":
+                    continue  # cannot be cut again
                 ways = [self._bare(cuts, layer, order) for order in itertools.permutations(BRANCHES_OF[kind])]
                 cuts = min(ways, key=lambda found: sign * self.costs.reached(found)[name])
             best = self.costs.reached(cuts)
             if shortfall({name: self.settings.targets[name]}, best):
                 raise ImpossibleBudgetError(
-                    f"{self._asked()} cannot be met: {self._where()} it is {name}={best[name]:.2f}x at best; ask for "
+                    f"{self._asked()} cannot be met: {self._where()} it is {_told(name, best[name])} at best; ask for "
                     f"less{self._more()}"
                 )
 
@@ -366,13 +374,12 @@ class _Planner:
         """Why the budget cannot be met, and what can."""
         asked, more = self._asked(), self._more()
         if not self.wanted:
-            cheapest = f"the cheapest removal raises the loss by {self.cheapest:.4f}"
-            return f"{asked} cannot be met: {cheapest}; allow at least that"
+            if math.isinf(self.cheapest):
+                return f"{asked} cannot be met: no layer has anything to spare{more}"
+            return f"{asked} cannot be met: the cheapest removal raises the loss; allow {_told(LOSS, self.cheapest)}"
         reached = self._measured(joint)
-        nearest_values = ", ".join(
-            f"{name}={reached[name]:.2f}x" for name in (*FASTER, *SMALLER) if name in self.wanted
-        )
-        if self.limit is not None and self.cheapest > self.limit:
+        nearest_values = ", ".join(_told(name, reached[name]) for name in (*FASTER, *SMALLER) if name in self.wanted)
+        if self.limit is not None and self.limit < self.cheapest < math.inf:
             return (
                 f"{asked} cannot be met: the nearest within that rise of the loss is {nearest_values} (at "
                 f"{self._rise(joint):+.4f}); ask for that, or allow a larger max_loss_increase{more}"
@@ -391,6 +398,13 @@ class _Planner:
         """What is left at the end of all cuts that are allowed."""
         where = "without any branch" if self.settings.empty_layers else "with one branch left in every layer"
         return where + (", and one step of its heads" if self.heads and not self.settings.empty_layers else "")
+
+
+def _told(name: str, value: float) -> str:
+    """A target that can be met, as it is asked for: rounded towards less."""
+    if name == LOSS:
+        return f"{name}={math.ceil(value * 1e4) / 1e4:.4f}"
+    return f"{name}={(math.floor if name in FASTER else math.ceil)(value * 100) / 100:.2f}x"
 
 
 def _words(removal: Removal) -> str:

@@ -33,13 +33,17 @@ class ConstantBranch(nn.Module):
 
 
 class ConstantGate(nn.Module):
-    """A gate that is the same for every token."""
+    """A gate that is the same for every token.
+
+    Args:
+        gate_H: in float64, and its logits until the module is moved: rounded, a gate near 1 would be 1.
+    """
 
     logits_H: torch.Tensor
 
     def __init__(self, gate_H: torch.Tensor):
         super().__init__()
-        self.register_buffer("logits_H", torch.logit(gate_H.double()).to(gate_H.dtype))
+        self.register_buffer("logits_H", torch.logit(gate_H))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.logits_H.to(z.dtype).expand(z.shape)
@@ -119,7 +123,8 @@ def stand_in(block: HybridBlock, decision: LayerDecision) -> None:
     hold_heads(block, decision)
     if decision.gate is not None and block.gate is not None:
         # As a part of the module it is found by everything that reads a block's gate.
-        block.gate = ConstantGate(torch.tensor(decision.gate).to(like))  # type: ignore[assignment]
+        gate_H = torch.tensor(decision.gate, dtype=torch.float64)
+        block.gate = ConstantGate(gate_H).to(device=like.device, dtype=like.dtype)  # type: ignore[assignment]
 
 
 def reference_parent(model: HybridLanguageModel, plan: PrunePlan) -> HybridLanguageModel:

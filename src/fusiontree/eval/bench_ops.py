@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusiontree import ops
-from fusiontree.errors import is_out_of_memory
+from fusiontree.errors import first_line, is_out_of_memory
 from fusiontree.ops.backends import BackendError, available_backends
 
 H, P, N, D, V, WINDOW, TAPS = 384, 64, 64, 64, 4096, 256, 4
@@ -188,11 +188,10 @@ def _first_calls(
         except BackendError as error:
             failures[name] = "refused: " + str(error).partition("cannot run this call: ")[2].rstrip(".")
         except Exception as error:
-            first_line = str(error).strip().partition("\n")[0]
             failures[name] = (
                 "needs more memory than there is"
                 if is_out_of_memory(error)
-                else f"{type(error).__name__}: {first_line}"
+                else f"{type(error).__name__}: {first_line(error)}"
             )
     return failures, moved
 

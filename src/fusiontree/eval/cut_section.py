@@ -128,7 +128,14 @@ def _costs(columns: Sequence[Column]) -> dict[str, _Costs]:
     benched = {column.name: found for column in columns if (found := _bench(column, parent))}
     if len(benched) == len(columns):
         return benched
-    return benched | {column.name: found for column in columns if (found := _when_exported(column, columns))}
+    measured = benched | {column.name: found for column in columns if (found := _when_exported(column, columns))}
+    for column in columns:
+        heal = column.heal
+        if heal is not None and column.name not in measured:
+            exports = (one.name for one in columns if is_at(heal.export, one) and one.name in measured)
+            if (export := next(exports, None)) is not None:
+                measured[column.name] = measured[export]
+    return measured
 
 
 def _bench(column: Column, parent: Column | None) -> _Costs | None:

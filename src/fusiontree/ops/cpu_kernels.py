@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from fusiontree.cache import user_cache_folder
 from fusiontree.ops.backends import BackendError, register
 
 SOURCES = tuple(
@@ -178,10 +179,8 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _folder() -> Path:
-    """Where compiled kernels are kept: `$FUSIONTREE_CACHE`, else `fusiontree` in the user's cache folder."""
-    named = os.environ.get("FUSIONTREE_CACHE")
-    cache = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusiontree"
-    return cache / "kernels"
+    """Where compiled kernels are kept."""
+    return user_cache_folder() / "kernels"
 
 
 def _processor() -> str:

@@ -72,6 +72,7 @@ def announce_end(
     checkpoint: Path | None,
     signal: Signals | None,
     loaders: dict[str, Loader | None],
+    go_on_with: str | None = None,
 ) -> None:
     """How it ended, what of the data was skipped, and how to go on.
 
@@ -79,6 +80,7 @@ def announce_end(
         checkpoint: the newest.
         signal: that stopped the run before its end.
         loaders: by the name of what they read.
+        go_on_with: a command; None: `fusiontree train`.
     """
     for name, loader in loaders.items():
         if loader is not None and (report := loader.report()).skipped:
@@ -87,7 +89,5 @@ def announce_end(
         view.message(f"done: {step} steps, checkpoint {checkpoint}")
         return
     saved = f"saved {checkpoint}" if checkpoint else "nothing to save yet"
-    view.message(
-        f"{signal.name}: stopped after step {step}, {saved}; go on with: "
-        f"fusiontree train --config {shlex.quote(str(run / 'config.yaml'))} --resume auto"
-    )
+    command = go_on_with or f"fusiontree train --config {shlex.quote(str(run / 'config.yaml'))} --resume auto"
+    view.message(f"{signal.name}: stopped after step {step}, {saved}; go on with: {command}")

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from fusiontree.artifacts import atomic_directory, checkpoint_name
-from fusiontree.errors import InputError
+from fusiontree.errors import InputError, first_line
 from fusiontree.models.configuration import EARLIER_VALUES, HybridLanguageModelConfig
 from fusiontree.models.hybrid_model import HybridLanguageModel
 from fusiontree.train.checkpoint_files import (
@@ -165,7 +165,7 @@ def _saving(path: Path) -> Iterator[None]:
 
 
 def _saving_failed(path: Path, error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(error, "strerror", None) or first_line(error)
     full = (errno.ENOSPC, errno.EDQUOT)
     if getattr(error, "errno", None) in full or any(os.strerror(number) in reason for number in full):
         reason += "; free some space"
@@ -244,7 +244,7 @@ def load_model(path: Path, config: HybridLanguageModelConfig | None = None) -> H
                 path, config=saved, dtype=torch.float32, output_loading_info=True, use_safetensors=True
             )
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"checkpoint {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"checkpoint {path} cannot be loaded: {first_line(error)}") from error
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for kind, names in wrong.items():
         if names:

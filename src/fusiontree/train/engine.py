@@ -196,12 +196,15 @@ class TrainingEngine:
         self.step = state.step
         self.parallel.restore_moments(load_moments(self.saver.newest))
 
-    def run(self, draw: Callable[[Path], Sequence[Path]] | None = None) -> TrainResult:
+    def run(
+        self, draw: Callable[[Path], Sequence[Path]] | None = None, *, go_on_with: str | None = None
+    ) -> TrainResult:
         """Train until `max_steps`, or until SIGINT, SIGTERM or SIGUSR1 asks to stop; either way the last step is saved.
 
         Args:
             draw: makes pictures of the run from its directory when it has ended, in the main process alone; the
                 trackers are handed the PNG files that it returns.
+            go_on_with: the command to name when the run is stopped; None: `fusiontree train`.
 
         Raises:
             InputError: losses or gradients that stay without a finite value, a full disk, data that changed underneath,
@@ -222,6 +225,7 @@ class TrainingEngine:
                     checkpoint=self.saver.newest,
                     signal=signal,
                     loaders=loaders,
+                    go_on_with=go_on_with,
                 )
                 if draw is not None and self.step > 0 and self.processes.is_main:
                     self.files.metrics.show(draw(self.run_directory), self.step)

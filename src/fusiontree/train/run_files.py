@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,11 @@ class RunFiles:
                     resolved, step=step, checkpoint=str(checkpoint), data_fingerprint=fingerprint()
                 )
             else:
+                started = str(checkpoint) if checkpoint else self._settings.training.init_from
                 manifest = RunManifest.collect(
                     resolved,
                     data_fingerprint=fingerprint(),
-                    parent_run=str(checkpoint) if checkpoint else self._settings.training.init_from,
+                    parent_run=os.path.abspath(started) if started else None,
                 )
             manifest.save(path)
             self.metrics.open_trackers(self._settings.logging, resolved)
