@@ -7,9 +7,9 @@ difference that it makes to all layers, divided by their number; of heads, by th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from fusiontree.deploy.cuts import BRANCHES_OF, Cuts, Removal, kind_without
 from fusiontree.deploy.folding import cut_config
 from fusiontree.errors import InputError, nearest
 from fusiontree.models import HybridCache, HybridLanguageModel, HybridLanguageModelConfig
+from fusiontree.models.hybrid_block import HybridBlock
 
 #: Times as fast, and shares that are left.
 FASTER, SMALLER = ("decode", "prefill"), ("memory", "parameters")
@@ -70,6 +71,10 @@ def shortfall(targets: Mapping[str, float], reached: Mapping[str, float]) -> lis
     return missed + [name for name in SMALLER if name in targets and reached[name] > targets[name]]
 
 
+Sizes = tuple[int, int, int]
+"""Parameters, bytes of the weights, bytes of the state of one sequence."""
+
+
 @dataclass(frozen=True)
 class CostModel:
     """What the parent costs, and what each branch of a layer adds to that."""
@@ -84,7 +89,7 @@ class CostModel:
     """Kind of heads (`HEAD_PARTS`) -> the same of one head; empty where that was not measured."""
     gate_seconds: tuple[float, float] | None = None
     """The same of one layer's gate."""
-    _sizes: dict[tuple, tuple[int, int, int]] = field(default_factory=dict)
+    _sizes: dict[tuple, Sizes] = field(default_factory=dict)
 
     @classmethod
     def measured(
@@ -166,10 +171,7 @@ class CostModel:
                 raise InputError("what gates cost was not measured: use CostModel.measured with gates=True")
             prefill, decode = prefill - frozen * self.gate_seconds[0], decode - frozen * self.gate_seconds[1]
         config = _config_of(self.config, cuts)
-        key = (*cuts.kinds, cuts.frozen, *(config.heads(layer) for layer in range(config.num_layers)))
-        if key not in self._sizes:
-            self._sizes[key] = sizes(config, self.dtype, self.context)
-        parameters, weight_bytes, state_bytes = self._sizes[key]
+        parameters, weight_bytes, state_bytes = sizes(config, self.dtype, self.context, self._sizes)
         # Times are sums of measured differences, which may add up to more than there is.
         floor = 0.02
         return Cost(
@@ -230,19 +232,52 @@ def blank(model: HybridLanguageModel, cuts: Cuts) -> HybridLanguageModel:
         return HybridLanguageModel(config).to(device=model.device, dtype=model.dtype).eval()
 
 
-def sizes(config: HybridLanguageModelConfig, dtype: torch.dtype, context: int) -> tuple[int, int, int]:
-    """(parameters, bytes of the weights, bytes of the state of one sequence of `context` tokens), nothing allocated."""
+def sizes(
+    config: HybridLanguageModelConfig, dtype: torch.dtype, context: int, known: dict[tuple, Sizes] | None = None
+) -> Sizes:
+    """Sizes of a model with the state of `context` tokens, nothing allocated.
+
+    Args:
+        known: those of parts that were counted before, added to: cuts of one model share most of their layers.
+    """
+    known = {} if known is None else known
+    if () not in known:
+        known[()] = _outside_layers(config, dtype)
+    parts = [known[()]]
+    for layer in range(config.num_layers):
+        part = (layer, config.branch(layer), config.has_gate(layer), config.merges(layer), config.heads(layer))
+        if part not in known:
+            known[part] = _of_layer(config, layer, dtype, context)
+        parts.append(known[part])
+    parameters, weight_bytes, state_bytes = map(sum, zip(*parts, strict=True))
+    return parameters, weight_bytes, state_bytes
+
+
+def _outside_layers(config: HybridLanguageModelConfig, dtype: torch.dtype) -> Sizes:
+    empty: dict[str, Any] = {"layer_branches": ["constant"] * config.num_layers}
+    empty |= dict.fromkeys(("layer_heads", "layer_gates", "layer_merges"))
     with torch.device("meta"):
-        model = HybridLanguageModel(config).to(dtype)
-        cache = HybridCache(config)
-        like = torch.empty(0, dtype=dtype)
-        for layer in cache.layers:
-            if "conv" in layer.geometry:
-                layer.ensure_mamba(1, dtype, like.device)
-            if "window" in layer.geometry:
-                layer.ensure_attention(1, context, like)
-    weight_bytes = sum(
-        parameter.numel() * (max(4, parameter.element_size()) if name.endswith(_WIDE) else parameter.element_size())
-        for name, parameter in model.named_parameters()
-    )
-    return sum(parameter.numel() for parameter in model.parameters()), weight_bytes, cache.nbytes
+        model = HybridLanguageModel(HybridLanguageModelConfig.from_dict(config.to_dict() | empty)).to(dtype)
+    return (*_weights((n, p) for n, p in model.named_parameters() if not n.startswith("layers.")), 0)
+
+
+def _of_layer(config: HybridLanguageModelConfig, layer: int, dtype: torch.dtype, context: int) -> Sizes:
+    with torch.device("meta"):
+        block = HybridBlock(config, layer).to(dtype)
+        state = HybridCache(config).layers[layer]
+        if "conv" in state.geometry:
+            state.ensure_mamba(1, dtype, torch.device("meta"))
+        if "window" in state.geometry:
+            state.ensure_attention(1, context, torch.empty(0, dtype=dtype))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors().values())
+    return (*_weights(block.named_parameters()), held)
+
+
+def _weights(named: Iterable[tuple[str, torch.Tensor]]) -> tuple[int, int]:
+    """Numbers and bytes of some parameters."""
+    numbers = size = 0
+    for name, parameter in named:
+        numbers += parameter.numel()
+        each = parameter.element_size()
+        size += parameter.numel() * (max(4, each) if name.endswith(_WIDE) else each)
+    return numbers, size
