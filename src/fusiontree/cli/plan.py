@@ -31,7 +31,7 @@ def plan(
     out: Path = typer.Option(None, "--out", help="Plan file to write; default: prune_plan_CRITERION.json in MODEL."),
     show: bool = typer.Option(False, "--show", help="Draw the plan: layers x branches."),
     empty_layers: bool = typer.Option(
-        False, "--empty-layers", help="Let a layer lose both branches; beyond decode=1.5x that tends to cost less."
+        False, "--empty-layers", help="Let a layer lose both branches, for more than one in each allows."
     ),
     heads: bool = typer.Option(
         None,
