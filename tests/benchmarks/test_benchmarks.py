@@ -423,6 +423,14 @@ def test_pruning_goes_from_a_parent_to_every_table(tmp_path: Path, benchmark_mod
         assert title in shown
     again = run_script("pruning.py", *folders, *TINY, *sizes, *amounts, "--stages", "criteria")
     assert again.stdout.count("recorded already") == 11
+    # Another seed is another study.
+    other = ("--data", tmp_path / "data", "--results", tmp_path, "--work", tmp_path / "other", "--seed", "1")
+    assert run_script("pruning.py", *other, *TINY, *sizes, *amounts, "--stages", "parent").returncode == 0
+    losses = [
+        json.loads((tmp_path / f"pruning_tiny{name}.jsonl").read_text().splitlines()[0])["loss"]
+        for name in ("", "_seed1")
+    ]
+    assert losses[0] != losses[1] and "; seed 1\n" in (tmp_path / "pruning_tiny_seed1.md").read_text()
 
 
 @pytest.mark.slow  # five servers, of which each imports torch
