@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -118,6 +119,10 @@ def test_plans_side_by_side_leave_each_others_constants_alone(tmp_path: Path) ->
     PLAN.save(tmp_path / "plan_1.8x")
     assert len(list(tmp_path.iterdir())) == 2 * len(plans)
     assert all(PrunePlan.load(tmp_path / name) == (PLAN if name == "plan_1.8x" else plans[name]) for name in plans)
+    # Nor does a copy of another plan that is replaced take the other's.
+    shutil.copy(tmp_path / "plan_1.4x", tmp_path / "copy.json")
+    PLAN.save(tmp_path / "copy.json")
+    assert PrunePlan.load(tmp_path / "plan_1.4x") == plans["plan_1.4x"]
 
 
 def test_a_report_of_before_there_were_tasks_still_loads(tmp_path: Path) -> None:

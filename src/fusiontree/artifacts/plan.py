@@ -29,8 +29,6 @@ Branch = Literal["mamba", "attention"]
 
 _CONSTANTS = ("constant", "gate", "head_constants")
 _CONSTANT = re.compile(rf"layers\.(\d+)\.({'|'.join(_CONSTANTS)})")
-#: Older versions wrote a name without a digest.
-_CONSTANTS_FILE = re.compile(r"[^/\\]+\.constants(\.[0-9a-f]{12})?\.safetensors")
 
 
 class LayerDecision(Record):
@@ -138,13 +136,13 @@ class PrunePlan(Artifact):
             if (value := getattr(layer, name)) is not None
         }
         bare, place = self, Path(path)
-        replaced = _constants_of_file(place)
+        stem = place.name.removesuffix(".json")
+        replaced = _constants_of_file(place, stem)
         if constants:
             content = safetensors.numpy.save(constants)
             digest = hashlib.sha256(content).hexdigest()
             layers = [layer.model_copy(update=dict.fromkeys(_CONSTANTS)) for layer in self.layers]
-            file = f"{place.name.removesuffix('.json')}.constants.{digest[:12]}.safetensors"
-            named = {"constants_file": file, "constants_digest": digest}
+            named = {"constants_file": f"{stem}.constants.{digest[:12]}.safetensors", "constants_digest": digest}
             bare = self.model_copy(update={"layers": layers, **named})
             atomic_write(place.with_name(named["constants_file"]), content)
         atomic_write(path, bare.dumps(indent=2) + "\n")
@@ -185,10 +183,13 @@ class PrunePlan(Artifact):
         return plan
 
 
-def _constants_of_file(plan: Path) -> Path | None:
-    """Where the constants of the plan lie that a file holds by now, if it holds one."""
+def _constants_of_file(plan: Path, stem: str) -> Path | None:
+    """Where the constants of the plan lie that a file holds by now; None where it holds none, or a copy of another
+    plan, whose constants stay the other's."""
+    # Older versions wrote a name without a digest.
+    own = re.compile(re.escape(stem) + r"\.constants(\.[0-9a-f]{12})?\.safetensors")
     try:
         named = json.loads(plan.read_text(encoding="utf-8"))["constants_file"]
-        return plan.with_name(named) if _CONSTANTS_FILE.fullmatch(named) else None
+        return plan.with_name(named) if own.fullmatch(named) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -28,18 +28,16 @@ def export(
     What became constant is folded into the weights around it, in float64; the result loads like any other model.
     """
     from fusiontree.artifacts import PrunePlan
-    from fusiontree.cli._options import DTYPES, dtype_named, working
+    from fusiontree.cli._options import dtype_named, working
     from fusiontree.deploy.export_pruned import check_free
     from fusiontree.deploy.export_pruned import export as export_model
     from fusiontree.deploy.loading import find_model, load
-    from fusiontree.deploy.reference import check_plan
+    from fusiontree.deploy.reference import check_plan, planned_dtype
 
     check_free(out)
     wanted = dtype_named(dtype)
     loaded_plan = PrunePlan.load(plan)
-    # A plan for a model that was loaded in another type than it was saved in is bound to its rounded weights.
-    planned = loaded_plan.measured.get("dtype")
-    loaded = load(model, device=device, dtype=dtype_named(planned) if planned in DTYPES else None)
+    loaded = load(model, device=device, dtype=planned_dtype(loaded_plan))
     check_plan(loaded, loaded_plan, where=str(plan))
     with working("export") as progress:
         cut = export_model(

@@ -10,14 +10,12 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-import torch
-
 from fusiontree.artifacts import HealReport, PrunePlan, RunManifest, atomic_write
 from fusiontree.config import apply_overrides, load_yaml
 from fusiontree.data.tokenizer import holds_tokenizer
 from fusiontree.deploy.export_pruned import CARD, CARD_HEADER, PLAN
 from fusiontree.deploy.loading import find_model, load
-from fusiontree.deploy.reference import model_fingerprint
+from fusiontree.deploy.reference import model_fingerprint, planned_dtype
 from fusiontree.errors import InputError
 from fusiontree.models import HybridLanguageModelConfig
 from fusiontree.train.checkpoint import load_model, no_progress_bar
@@ -120,9 +118,7 @@ def is_parent(parent: str | os.PathLike[str], export: str | os.PathLike[str]) ->
     if not (folder / PLAN).is_file():
         return True
     plan = PrunePlan.load(folder / PLAN)
-    # A plan is bound to the weights in the type in which it read them.
-    dtype = getattr(torch, str(plan.measured.get("dtype")), None)
-    return plan.model in (None, model_fingerprint(load(parent, device="cpu", dtype=dtype)))
+    return plan.model in (None, model_fingerprint(load(parent, device="cpu", dtype=planned_dtype(plan))))
 
 
 def _from_here(path: str) -> str:

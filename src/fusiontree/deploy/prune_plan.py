@@ -274,6 +274,8 @@ class _Planner:
     def _removal(self, cuts: Cuts, place: Place) -> Removal | None:
         """What would go next of a part of a layer; None where nothing may."""
         layer, part = place
+        if self.calibration.blocks[layer].merges != "none":
+            return None  # cannot be cut again
         names = BRANCHES_OF[cuts.kinds[layer]]
         if part in BRANCHES_OF["both"]:
             return Removal(layer, part) if part in names and (len(names) > 1 or self.settings.empty_layers) else None
@@ -349,8 +351,6 @@ class _Planner:
         for name in self.wanted:
             sign, cuts = 1 if name in SMALLER else -1, start
             for layer, kind in enumerate(start.kinds):
-                if self.calibration.blocks[layer].merges != "none":
-                    continue  # cannot be cut again
                 ways = [self._bare(cuts, layer, order) for order in itertools.permutations(BRANCHES_OF[kind])]
                 cuts = min(ways, key=lambda found: sign * self.costs.reached(found)[name])
             best = self.costs.reached(cuts)

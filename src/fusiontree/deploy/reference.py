@@ -72,6 +72,12 @@ def model_fingerprint(model: HybridLanguageModel) -> str:
     return weights_fingerprint(model.config, sorted(model.named_parameters()))
 
 
+def planned_dtype(plan: PrunePlan) -> torch.dtype | None:
+    """The type in which the plan read the weights that it is bound to; None where it does not tell: as saved."""
+    found = getattr(torch, str(plan.measured.get("dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
 def check_plan(model: HybridLanguageModel, plan: PrunePlan, where: str = "the plan") -> None:
     """Whether the plan can be carried out on the model.
 
